@@ -1,0 +1,663 @@
+"""The layers as functions: check the arguments, apply autocast, call the op.
+
+The convolutions come for one, two and three spatial axes (``symmetric_conv1d``, ``symmetric_conv2d``, ...).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
+from typing import Concatenate, Literal, ParamSpec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonsym import ops
+from tritonsym.packing import order_of
+from tritonsym.reference import ACTIVATIONS, REDUCTIONS
+from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
+
+P = ParamSpec("P")
+Ints = int | Sequence[int]
+Spec = str | Mapping[str, int] | FilterLayout | None
+Activation = Literal["relu", "gelu", "silu", "sigmoid", "tanh"]
+PoolReduction = Literal["max", "min", "sum", "mean"]
+POOL_REDUCTIONS = ("max", "min", "sum", "mean")
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_choice(where: str, name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_activation(where: str, activation: object) -> None:
+    if activation is not None:
+        check_choice(where, "activation", activation, tuple(ACTIVATIONS))
+
+
+def _sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
+    sizes = [value] * ndim if isinstance(value, int) else list(value)
+    if len(sizes) == 1:
+        sizes = sizes * ndim
+    if len(sizes) != ndim or any(size < minimum for size in sizes):
+        raise ValueError(f"{where}: {name} must be {ndim} integers >= {minimum} (or one for all axes), got {value!r}")
+    return sizes
+
+
+def _check_dtypes(where: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(
+                f"{where}: x is {x.dtype} but {name} is {tensor.dtype}; convert one, or run under torch.autocast"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{where}: x is on {x.device} but {name} is on {tensor.device}; move one of them")
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast as torch.autocast casts the arguments of a convolution or matmul: not float64, not complex."""
+    x = tensors[0]
+    assert x is not None
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _batched(where: str, x: Tensor, channels: int, ndim: int) -> Tensor:
+    """x with a batch axis, checked."""
+    if x.ndim not in (ndim + 1, ndim + 2):
+        raise ValueError(
+            f"{where}: x must have shape (N, C_in, {_axes(ndim)}) or (C_in, {_axes(ndim)}), got {tuple(x.shape)}"
+        )
+    if x.shape[-ndim - 1] != channels:
+        raise ValueError(
+            f"{where}: x has {x.shape[-ndim - 1]} channels (shape {tuple(x.shape)}) but the weight expects {channels}"
+        )
+    return x if x.ndim == ndim + 2 else x[None]
+
+
+def _axes(ndim: int) -> str:
+    return ", ".join(("D", "H", "W")[-ndim:]) if ndim > 1 else "L"
+
+
+def _check_weight(where: str, name: str, weight: Tensor, ndim: int, shape: str) -> None:
+    if weight.ndim != ndim:
+        raise ValueError(f"{where}: {name} must have shape {shape}, got {tuple(weight.shape)}")
+
+
+def _check_groups(where: str, groups: int, filters: int, channels: int = 0, noun: str = "stored filters") -> None:
+    if groups < 1 or filters % groups or channels % groups:
+        counted = f"{filters} {noun}" + (f" and {channels} input channels" if channels else "")
+        raise ValueError(f"{where}: groups={groups} must be positive and divide {counted}")
+
+
+def _check_bias(where: str, bias: Tensor | None, *lengths: int) -> None:
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] not in lengths):
+        allowed = " or ".join(f"({n},)" for n in dict.fromkeys(lengths))
+        raise ValueError(f"{where}: bias must have shape {allowed}, got {tuple(bias.shape)}")
+
+
+def _pad(
+    where: str,
+    x: Tensor,
+    padding: str | Ints,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, list[int]]:
+    """x and the symmetric zero padding left for the op; an uneven 'same' padding is applied to x here."""
+    ndim = len(kernel_size)
+    if not isinstance(padding, str):
+        pads = _sizes(where, "padding", padding, ndim, 0)
+    elif padding == "valid":
+        pads = [0] * ndim
+    elif padding == "same":
+        if any(s != 1 for s in stride):
+            raise ValueError(
+                f"{where}: padding='same' needs stride 1, got stride={tuple(stride)}; pass padding as ints"
+            )
+        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        pads = [t // 2 for t in total]
+        if any(t % 2 for t in total):  # the extra zero goes to the far side, as in torch
+            x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
+    else:
+        raise ValueError(f"{where}: padding must be ints, 'same' or 'valid', got {padding!r}")
+    _check_extent(where, x, pads, kernel_size, dilation)
+    return x, pads
+
+
+def _check_extent(
+    where: str, x: Tensor, pads: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]
+) -> None:
+    for size, p, k, d in zip(x.shape[2:], pads, kernel_size, dilation, strict=True):
+        if size + 2 * p < d * (k - 1) + 1:
+            raise ValueError(
+                f"{where}: the kernel {tuple(kernel_size)} (dilation {tuple(dilation)}) is larger than the padded input "
+                f"{tuple(s + 2 * q for s, q in zip(x.shape[2:], pads, strict=True))}; pad more"
+            )
+
+
+def _for_axes(ndim: int, generic: Callable[Concatenate[int, str, P], Tensor]) -> Callable[P, Tensor]:
+    """The public function for `ndim` spatial axes of a generic one."""
+    name = f"{generic.__name__.lstrip('_')}{ndim}d"
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return generic(ndim, name, *args, **kwargs)
+
+    functools.update_wrapper(function, generic)
+    del function.__wrapped__  # type: ignore[attr-defined]
+    signature = inspect.signature(generic)
+    function.__signature__ = signature.replace(parameters=list(signature.parameters.values())[2:])  # type: ignore[attr-defined]
+    function.__name__ = function.__qualname__ = name
+    assert generic.__doc__ is not None
+    function.__doc__ = generic.__doc__.replace("{axes}", _axes(ndim)).replace("{n}", str(ndim))
+    return function
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+
+def _symmetric_conv(
+    ndim: int,
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    symmetry: Spec,
+    activation: Activation | None = None,
+) -> Tensor:
+    """Convolve with stored filters and their mirror or rotated images: y = act(conv(x, expand(weight)) + b).
+
+    Equals ``F.conv{n}d(x, expanded, ...)`` with expanded[o] = g(o) weight[u(o)] in the output order of `FilterLayout`.
+
+    Args:
+        x: (N, C_in, {axes}) or (C_in, {axes}); its memory format is kept.
+        weight: (stored filters, C_in / groups, *kernel).
+        bias: (C_out,), or (stored filters,) to share each value among the images of a filter.
+        stride, padding, dilation, groups: as in ``F.conv{n}d``, incl. padding='same' and 'valid'.
+        symmetry: a name (every stored filter is a base filter), a mapping from names to counts of OUTPUT filters (the
+            stored filters left over are free), a `FilterLayout`, or None.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+    Returns:
+        (N, C_out, *out) in the dtype of x (the autocast dtype under autocast).
+    Raises:
+        ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
+        TypeError: dtypes differ.
+    """
+    _check_weight(where, "weight", weight, ndim + 2, "(stored filters, C_in / groups, *kernel)")
+    _check_groups(where, groups, weight.shape[0])
+    layout = FilterLayout.from_stored(symmetry, weight.shape[0], groups, where)
+    layout.check_kernel(tuple(weight.shape[2:]), where)
+    check_activation(where, activation)
+    return symmetric_conv(where, x, weight, bias, layout, stride, padding, dilation, activation)
+
+
+def symmetric_conv(
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: FilterLayout,
+    stride: Ints,
+    padding: str | Ints,
+    dilation: Ints,
+    activation: str | None,
+) -> Tensor:
+    """What the functions and the modules share once the layout is known to fit the weight."""
+    ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
+    batched = _batched(where, x, weight.shape[1] * layout.groups, ndim)
+    _check_bias(where, bias, layout.out_channels, layout.stored_channels)
+    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
+    padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
+    padded, weight, bias = _autocast(padded, weight, bias)  # type: ignore[assignment]
+    _check_dtypes(where, padded, weight=weight, bias=bias)
+    y = ops.symmetric_conv(padded, weight, bias, str(layout), stride, pads, dilation, layout.groups, activation)
+    return y if batched is x else y[0]
+
+
+def _symmetric_conv_transpose(
+    ndim: int,
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    symmetry: Spec,
+    activation: Activation | None = None,
+) -> Tensor:
+    """Transposed convolution with stored filters and their images: y = act(conv_transpose(x, expand(weight)) + b).
+
+    Args:
+        x: (N, C_in, {axes}) or (C_in, {axes}).
+        weight: (C_in, stored filters / groups, *kernel).
+        bias: (C_out,), or (stored filters,) to share each value among the images of a filter.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose{n}d``.
+        symmetry, activation: as in ``symmetric_conv{n}d``.
+    Returns:
+        (N, C_out, *out) in the dtype of x (the autocast dtype under autocast).
+    Raises:
+        ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
+        TypeError: dtypes differ.
+    """
+    _check_weight(where, "weight", weight, ndim + 2, "(C_in, stored filters / groups, *kernel)")
+    _check_groups(where, groups, weight.shape[1] * groups, weight.shape[0])
+    layout = FilterLayout.from_stored(symmetry, weight.shape[1] * groups, groups, where)
+    layout.check_kernel(tuple(weight.shape[2:]), where)
+    check_activation(where, activation)
+    return symmetric_conv_transpose(
+        where, x, weight, bias, layout, stride, padding, output_padding, dilation, activation
+    )
+
+
+def symmetric_conv_transpose(
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: FilterLayout,
+    stride: Ints,
+    padding: Ints,
+    output_padding: Ints,
+    dilation: Ints,
+    activation: str | None,
+) -> Tensor:
+    """What the functions and the modules share once the layout is known to fit the weight."""
+    ndim = weight.ndim - 2
+    batched = _batched(where, x, weight.shape[0], ndim)
+    _check_bias(where, bias, layout.out_channels, layout.stored_channels)
+    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
+    pads, extra = _sizes(where, "padding", padding, ndim, 0), _sizes(where, "output_padding", output_padding, ndim, 0)
+    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
+        raise ValueError(
+            f"{where}: output_padding={tuple(extra)} must be smaller than stride or dilation on every axis"
+        )
+    batched, weight, bias = _autocast(batched, weight, bias)  # type: ignore[assignment]
+    _check_dtypes(where, batched, weight=weight, bias=bias)
+    y = ops.symmetric_conv_transpose(
+        batched, weight, bias, str(layout), stride, pads, extra, dilation, layout.groups, activation
+    )
+    return y if x.ndim == ndim + 2 else y[0]
+
+
+def _tied_conv(
+    ndim: int,
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    symmetry: str,
+    kernel_size: Ints,
+    parity: str | Mapping[str, str] = "even",
+    free_weight: Tensor | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
+    """Convolve with filters that are their own image, up to sign, beside free ones.
+
+    dense[u, c, k] = sign[k] weight[u, c, slot[k]] with slot and sign from ``tap_orbits(symmetry, kernel_size, odd)``.
+
+    Args:
+        x: (N, C_in, {axes}) or (C_in, {axes}).
+        weight: (tied filters, C_in / groups, orbits), one value per tap orbit, in the order of the orbits' first taps.
+        bias: (C_out,) with C_out = tied + free filters.
+        stride, padding, dilation, groups: as in ``F.conv{n}d``, incl. padding='same' and 'valid'.
+        symmetry: one name, incl. 'radial' and 'radial:WIDTH'.
+        kernel_size: of the dense filter.
+        parity: 'even' (w = its image), 'odd' (-1 per reflection), or per axis such as {'h': 'odd', 'v': 'even'}.
+        free_weight: (free filters, C_in / groups, *kernel); inside every group the tied filters come first.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+    Returns:
+        (N, C_out, *out) in the dtype of x (the autocast dtype under autocast).
+    Raises:
+        ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
+        TypeError: dtypes differ.
+    """
+    value = Symmetry(symmetry)
+    size = tuple(_sizes(where, "kernel_size", kernel_size, ndim, 1))
+    value.check_kernel(size, where)
+    odd = parity_axes(value, parity, where)
+    orbits = len(tap_orbits(value, size, odd))
+    if weight.ndim != 3 or weight.shape[2] != orbits:
+        raise ValueError(
+            f"{where}: weight has shape {tuple(weight.shape)}, but {symmetry!r} ({parity}) on a kernel of size {size} "
+            f"has {orbits} orbits; expected (tied filters, C_in / groups, {orbits})"
+        )
+    _check_groups(where, groups, weight.shape[0])
+    if free_weight is not None:
+        expected = (weight.shape[1], *size)
+        if tuple(free_weight.shape[1:]) != expected:
+            raise ValueError(
+                f"{where}: free_weight must have shape (free filters, {', '.join(map(str, expected))}), "
+                f"got {tuple(free_weight.shape)}"
+            )
+        _check_groups(where, groups, free_weight.shape[0], noun="free filters")
+    check_activation(where, activation)
+    return tied_conv(
+        where, x, weight, free_weight, bias, value, odd, size, stride, padding, dilation, groups, activation
+    )
+
+
+def tied_conv(
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    free_weight: Tensor | None,
+    bias: Tensor | None,
+    symmetry: Symmetry,
+    odd: str,
+    kernel_size: Sequence[int],
+    stride: Ints,
+    padding: str | Ints,
+    dilation: Ints,
+    groups: int,
+    activation: str | None,
+) -> Tensor:
+    """What the functions and the modules share once the weights are known to fit the symmetry."""
+    ndim = len(kernel_size)
+    batched = _batched(where, x, weight.shape[1] * groups, ndim)
+    _check_bias(where, bias, weight.shape[0] + (0 if free_weight is None else free_weight.shape[0]))
+    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
+    padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
+    padded, weight, free_weight, bias = _autocast(padded, weight, free_weight, bias)  # type: ignore[assignment]
+    _check_dtypes(where, padded, weight=weight, free_weight=free_weight, bias=bias)
+    y = ops.tied_conv(
+        padded,
+        weight,
+        free_weight,
+        bias,
+        symmetry.name,
+        odd,
+        kernel_size,
+        stride,
+        pads,
+        dilation,
+        groups,
+        activation,
+    )
+    return y if batched is x else y[0]
+
+
+def _orbit_pool_conv(
+    ndim: int,
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    symmetry: str,
+    reduce: PoolReduction = "max",
+    activation: Activation | None = None,
+) -> Tensor:
+    """Convolve with a filter and all its images and reduce over the orbit: y = act(reduce_g conv(x, g weight) + b).
+
+    'sum' and 'mean' equal one convolution with the symmetrised kernel, and are computed so.
+
+    Args:
+        x: (N, C_in, {axes}) or (C_in, {axes}).
+        weight: (C_out, C_in / groups, *kernel).
+        bias: (C_out,), added once, after the reduction.
+        stride, padding, dilation, groups: as in ``F.conv{n}d``, incl. padding='same' and 'valid'.
+        symmetry: one name of a group.
+        reduce: 'max', 'min', 'sum' or 'mean'. 'max' and 'min' have no meaning for complex x.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+    Returns:
+        (N, C_out, *out) in the dtype of x (the autocast dtype under autocast).
+    Raises:
+        ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
+        TypeError: dtypes differ.
+    """
+    _check_weight(where, "weight", weight, ndim + 2, "(C_out, C_in / groups, *kernel)")
+    _check_groups(where, groups, weight.shape[0], noun="filters")
+    value = pool_symmetry(where, symmetry, tuple(weight.shape[2:]))
+    check_choice(where, "reduce", reduce, POOL_REDUCTIONS)
+    check_activation(where, activation)
+    return orbit_pool_conv(where, x, weight, bias, value, reduce, stride, padding, dilation, groups, activation)
+
+
+def pool_symmetry(where: str, symmetry: str, kernel_size: tuple[int, ...]) -> Symmetry:
+    """The symmetry to pool over, checked against the kernel."""
+    value = Symmetry(symmetry)
+    if value.is_radial:
+        raise ValueError(f"{where}: {symmetry!r} has no images to pool over; use a group such as 'hv' or 'd4'")
+    value.check_kernel(kernel_size, where)
+    return value
+
+
+def orbit_pool_conv(
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symmetry: Symmetry,
+    reduce: str,
+    stride: Ints,
+    padding: str | Ints,
+    dilation: Ints,
+    groups: int,
+    activation: str | None,
+) -> Tensor:
+    """What the functions and the modules share once the symmetry is known to fit the weight."""
+    ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
+    batched = _batched(where, x, weight.shape[1] * groups, ndim)
+    if x.is_complex() and reduce in ("max", "min"):
+        raise TypeError(f"{where}: reduce={reduce!r} needs real numbers, x is {x.dtype}; use 'sum' or 'mean'")
+    _check_bias(where, bias, weight.shape[0])
+    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
+    padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
+    padded, weight, bias = _autocast(padded, weight, bias)  # type: ignore[assignment]
+    _check_dtypes(where, padded, weight=weight, bias=bias)
+    y = ops.orbit_pool_conv(padded, weight, bias, symmetry.name, reduce, stride, pads, dilation, groups, activation)
+    return y if batched is x else y[0]
+
+
+symmetric_conv1d = _for_axes(1, _symmetric_conv)
+symmetric_conv2d = _for_axes(2, _symmetric_conv)
+symmetric_conv3d = _for_axes(3, _symmetric_conv)
+symmetric_conv_transpose1d = _for_axes(1, _symmetric_conv_transpose)
+symmetric_conv_transpose2d = _for_axes(2, _symmetric_conv_transpose)
+symmetric_conv_transpose3d = _for_axes(3, _symmetric_conv_transpose)
+tied_conv1d = _for_axes(1, _tied_conv)
+tied_conv2d = _for_axes(2, _tied_conv)
+tied_conv3d = _for_axes(3, _tied_conv)
+orbit_pool_conv1d = _for_axes(1, _orbit_pool_conv)
+orbit_pool_conv2d = _for_axes(2, _orbit_pool_conv)
+orbit_pool_conv3d = _for_axes(3, _orbit_pool_conv)
+
+
+# --- symmetric matrices -----------------------------------------------------------------------------------------------
+
+
+def symmetric_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation | None = None
+) -> Tensor:
+    """y = act(x S + b) with the symmetric matrix S stored packed.
+
+    Args:
+        x: (..., n).
+        weight: `tritonsym.packing.packed_shape(n)`: rectangular full packed, see `tritonsym.packing`.
+        bias: (n,) or None.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+    Returns:
+        (..., n) in the dtype of x (the autocast dtype under autocast).
+    Raises:
+        ValueError: the weight is not a packed rectangle (the message computes the n it would fit), or shapes disagree.
+        TypeError: dtypes differ.
+    """
+    where = "symmetric_linear"
+    n = order_of(weight, where)
+    if x.ndim == 0 or x.shape[-1] != n:
+        raise ValueError(f"{where}: x must have shape (..., {n}) for a packed {n} x {n} weight, got {tuple(x.shape)}")
+    _check_bias(where, bias, n)
+    check_activation(where, activation)
+    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
+    _check_dtypes(where, x, weight=weight, bias=bias)
+    return ops.symmetric_linear(x, weight, bias, activation)
+
+
+def symmetric_matmul(packed: Tensor, x: Tensor, left: bool = False) -> Tensor:
+    """x S, or S x with `left`, for a symmetric matrix S stored packed.  x: (..., n), with `left` (..., n, m)."""
+    if not left:
+        return symmetric_linear(x, packed)
+    if x.ndim < 2:
+        raise ValueError(f"symmetric_matmul: with left=True x must have shape (..., n, m), got {tuple(x.shape)}")
+    return symmetric_linear(x.mT, packed).mT
+
+
+# --- sequences and sets -----------------------------------------------------------------------------------------------
+
+
+def global_conv1d(
+    x: Tensor,
+    center: Tensor,
+    surround: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+) -> Tensor:
+    """Permutation-equivariant layer: y_i = act(W_c x_i + W_s sum_{j != i} x_j + b), in O(L) for L positions.
+
+    Equals the convolution whose kernel of width 2 L + 1 is W_c in the centre and W_s elsewhere. The two-matrix form is
+    that of Zaheer et al. 2017, "Deep Sets", lemma 3, and of GlobalConv1D in the CNN-Symmetry package.
+
+    Args:
+        x: (N, C_in, L) or (C_in, L).
+        center, surround: (C_out, C_in).
+        bias: (C_out,) or None.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+    Returns:
+        (N, C_out, L) or (C_out, L). Equivariant up to rounding: the sum over positions is taken in their order.
+    Raises:
+        ValueError: shapes disagree.
+        TypeError: dtypes differ.
+    """
+    where = "global_conv1d"
+    _check_weight(where, "center", center, 2, "(C_out, C_in)")
+    if surround.shape != center.shape:
+        raise ValueError(
+            f"{where}: center has shape {tuple(center.shape)} but surround {tuple(surround.shape)}; they must be equal"
+        )
+    batched = _batched(where, x, center.shape[1], 1)
+    _check_bias(where, bias, center.shape[0])
+    check_activation(where, activation)
+    args = _autocast(batched, center, surround, bias)
+    _check_dtypes(where, args[0], center=args[1], surround=args[2], bias=args[3])  # type: ignore[arg-type]
+    y = ops.global_conv1d(*args, activation)
+    return y if batched is x else y[0]
+
+
+def topk_pool1d(x: Tensor, k: int) -> Tensor:
+    """The k largest values of every channel in descending order: (..., L) -> (..., k); k = 1 is global max pooling.
+
+    Raises:
+        ValueError: k is not between 1 and L.
+        TypeError: k is not an integer, or x is complex.
+    """
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"topk_pool1d: k must be an integer, got {k!r}")
+    if x.is_complex():
+        raise TypeError(f"topk_pool1d: complex numbers have no order, x is {x.dtype}")
+    if x.ndim == 0 or not 1 <= k <= x.shape[-1]:
+        raise ValueError(f"topk_pool1d: k={k} must be between 1 and the length of the last axis of x {tuple(x.shape)}")
+    return ops.topk_pool1d(x, k)
+
+
+Orders = str | Sequence[Sequence[int]]
+
+
+def orders_of(over: Orders, n: int, where: str) -> tuple[tuple[int, ...], ...]:
+    """The group of re-orderings of n entries that `over` names: order[i] is the entry that comes to place i."""
+    identity = tuple(range(n))
+    if isinstance(over, str):
+        check_choice(where, "over", over, ("swap", "cyclic", "permutations", "flip"))
+        if over == "swap":
+            if n % 2:
+                raise ValueError(f"{where}: 'swap' exchanges two halves, but the axis has odd size {n}")
+            return (identity, identity[n // 2 :] + identity[: n // 2])
+        if over == "cyclic":
+            return tuple(identity[i:] + identity[:i] for i in range(max(n, 1)))
+        if over == "flip":
+            return (identity, identity[::-1])
+        if math.factorial(n) > 5040:
+            raise ValueError(
+                f"{where}: {n} entries have {math.factorial(n)} permutations; 7 entries (5040) are the most"
+            )
+        return tuple(permutations(identity))
+    orders = tuple(dict.fromkeys(tuple(order) for order in over))
+    for order in orders:
+        if sorted(order) != list(identity):
+            raise ValueError(f"{where}: {order} is not a permutation of 0..{n - 1}, the entries of the axis")
+    for a in orders:
+        for b in orders:
+            ab = tuple(a[i] for i in b)
+            if ab not in orders:
+                raise ValueError(
+                    f"{where}: the permutations are not closed: {a} after {b} gives {ab}, which is missing; "
+                    "add it, or the result would still depend on the order of the inputs"
+                )
+    if not orders:
+        raise ValueError(f"{where}: the list of permutations is empty")
+    return orders
+
+
+def symmetrize(
+    inner: Callable[[Tensor], Tensor], x: Tensor, over: Orders = "swap", dim: int = 1, reduce: str = "max"
+) -> Tensor:
+    """f(x) = reduce over the re-orderings p of inner(p x): the same for every re-ordering of x.
+
+    `inner` is called once, on all re-orderings stacked along the batch. Every sample is first brought to a canonical
+    order, so that re-ordered samples give `inner` the very same batch: the result is bitwise equal for EVERY reduction,
+    as long as `inner` is deterministic. (Averaging over a group: Murphy et al. 2019, "Janossy pooling".)
+
+    Args:
+        inner: maps a batch (B, ...) to a batch (B, ...).
+        x: (B, ...), the batch first.
+        over: 'swap' (the two halves of `dim`), 'cyclic', 'permutations', 'flip' (reversal), or a list of permutations
+            of the entries of `dim` that is closed under composition.
+        dim: the axis whose entries are re-ordered; not the batch axis 0.
+        reduce: 'max', 'min', 'mean', 'sum' or 'logsumexp'.
+    Raises:
+        ValueError: the axis or the permutations do not fit.
+        TypeError: `inner` does not return one tensor with the batch first.
+    """
+    where = "symmetrize"
+    check_choice(where, "reduce", reduce, tuple(REDUCTIONS))
+    if not -x.ndim <= dim < x.ndim or dim % x.ndim == 0:
+        raise ValueError(f"{where}: dim={dim} must name an axis of x {tuple(x.shape)} other than the batch axis 0")
+    orders = orders_of(over, x.shape[dim], where)
+    flat = [i for order in orders for i in order]
+    y = inner(ops.reorder(x, flat, len(orders), dim % x.ndim))
+    if not isinstance(y, Tensor) or y.ndim == 0 or y.shape[0] != x.shape[0] * len(orders):
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(
+            f"{where}: inner must return one tensor with its batch of {x.shape[0] * len(orders)} first, got {got}"
+        )
+    return ops.reduce_orders(y, len(orders), reduce)

@@ -1,0 +1,728 @@
+"""Convolution modules with shared weights. Each subclasses the torch layer it replaces and stores fewer weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonsym import functional, reference
+from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Init = Literal["project", "keep", "reset"]
+ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+
+
+def with_activation(layer: nn.Module, activation: str | None) -> nn.Module:
+    """`layer`, followed by the torch module of the activation if there is one."""
+    return layer if activation is None else nn.Sequential(layer, ACTIVATION_MODULES[activation]())
+
+
+def check_loaded(module: nn.Module, name: str, parameter: Tensor | None, value: Any, dense: Sequence[int]) -> None:
+    """Refuse a checkpoint entry of another shape before anything of the module is changed."""
+    if not isinstance(value, Tensor) or parameter is None or value.shape == parameter.shape:
+        return
+    cls = type(module).__name__
+    if tuple(value.shape) == tuple(dense):
+        fix = f"that is the dense shape: load it into a plain layer and convert it with {cls}.from_dense(layer, ...)"
+    else:
+        fix = "the checkpoint was saved by a layer with other sizes or another symmetry"
+    raise ValueError(
+        f"{cls}.load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}; {fix}"
+    )
+
+
+class _SharedConv(nn.modules.conv._ConvNd):
+    """What all the modules here share. `self.bias` has one value per output channel unless a subclass says otherwise."""
+
+    activation: str | None
+
+    def _setup(self, activation: str | None) -> None:
+        """Called once the torch constructor, run on the meta device, has checked and stored its arguments."""
+        functional.check_activation(type(self).__name__, activation)
+        self.activation = activation
+
+    def _store(self, weight: Sequence[int], bias: int | None, device: Any, dtype: Any) -> None:
+        self.weight = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+        if self.bias is not None:
+            assert bias is not None
+            self.bias = nn.Parameter(torch.empty(bias, device=device, dtype=dtype))
+
+    def _fan_in(self) -> int:
+        """Of the dense filter, as torch counts it."""
+        return (self.out_channels if self.transposed else self.in_channels) // self.groups * math.prod(self.kernel_size)
+
+    def reset_parameters(self) -> None:
+        """U(-a, a) with a = 1 / sqrt(fan-in of the dense filter): every entry has the variance the torch layer gives it."""
+        fan_in = self._fan_in()
+        for parameter in self.parameters(recurse=False):
+            if fan_in > 0:
+                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
+        """x with every padding but zeros applied, and the zero padding that is left."""
+        if self.padding_mode == "zeros":
+            return x, self.padding  # type: ignore[return-value]
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * len(self.kernel_size)
+
+    def _dense_shape(self) -> tuple[int, ...]:
+        out, into = self.out_channels, self.in_channels
+        ends = (into, out // self.groups) if self.transposed else (out, into // self.groups)
+        return (*ends, *self.kernel_size)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            dense = (self.out_channels,) if name == "bias" else self._dense_shape()
+            check_loaded(self, name, parameter, state_dict.get(prefix + name), dense)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _options(self) -> str:
+        """The part of `extra_repr` that torch does not know."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), self._options()]
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        return ", ".join(part for part in parts if part)
+
+    def expanded_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def expanded_bias(self) -> Tensor | None:
+        """One bias per filter of `expanded_weight`."""
+        return self.bias
+
+    def multiply_adds(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Multiply-adds on an input of this shape: of the dense layer, of the reference path, per stored weight."""
+        ndim = len(self.kernel_size)
+        if len(shape) not in (ndim + 1, ndim + 2) or shape[-ndim - 1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__}: expected an input (N, {self.in_channels}, ...) or ({self.in_channels}, ...) "
+                f"with {ndim} spatial axes, got {tuple(shape)}"
+            )
+        positions = shape[0] if len(shape) == ndim + 2 else 1
+        for axis in range(ndim):
+            size = shape[axis - ndim]
+            if not self.transposed and self.padding != "same":
+                pad = 0 if isinstance(self.padding, str) else self.padding[axis]
+                reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+                size = max((size + 2 * pad - reach) // self.stride[axis] + 1, 0)
+            positions *= size
+        dense, expanded, stored = self._weights_per_position()
+        return positions * dense, positions * expanded, positions * stored
+
+    def _weights_per_position(self) -> tuple[int, int, int]:
+        """How many weights meet every position: dense, expanded by the reference, stored."""
+        dense = math.prod(self._dense_shape())
+        stored = sum(p.numel() for name, p in self.named_parameters(recurse=False) if name != "bias")
+        return dense, dense, stored
+
+    def _dense_class(self) -> type[nn.Module]:
+        return next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.conv")
+
+    def to_dense(self) -> nn.Module:
+        """The plain torch layer with equal outputs (followed by the activation's module, if there is one)."""
+        return with_activation(self._dense(self.expanded_weight(), self.expanded_bias()), self.activation)
+
+    def _dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """The torch layer this class subclasses, with these parameters."""
+        options: dict[str, Any] = {"output_padding": self.output_padding} if self.transposed else {}
+        layer = self._dense_class()(
+            self.in_channels,
+            weight.shape[1] * self.groups if self.transposed else weight.shape[0],
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=bias is not None,
+            padding_mode=self.padding_mode,
+            device="meta",
+            **options,
+        )
+        layer.weight = nn.Parameter(weight.detach().clone(), self.weight.requires_grad)
+        if bias is not None:
+            assert self.bias is not None
+            layer.bias = nn.Parameter(bias.detach().clone(), self.bias.requires_grad)
+        return layer.train(self.training)
+
+    @classmethod
+    def _from_dense(cls, layer: nn.Module, init: Init, options: Mapping[str, Any]) -> Self:
+        """A layer of this class with the hyper-parameters of `layer` and, unless init is 'reset', its weights."""
+        functional.check_choice(f"{cls.__name__}.from_dense", "init", init, ("project", "keep", "reset"))
+        dense_class = next(c for c in cls.__mro__ if c.__module__ == "torch.nn.modules.conv")
+        if not isinstance(layer, dense_class) or isinstance(layer, _SharedConv):
+            raise TypeError(
+                f"{cls.__name__}.from_dense: expected a plain torch.nn.{dense_class.__name__}, got {type(layer).__name__}"
+            )
+        transposed: dict[str, Any] = {"output_padding": layer.output_padding} if layer.transposed else {}
+        self = cls(
+            layer.in_channels,  # type: ignore[arg-type]
+            layer.out_channels,  # type: ignore[arg-type]
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            groups=layer.groups,  # type: ignore[arg-type]
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
+            **transposed,
+            **options,
+        )
+        with torch.no_grad():
+            if init != "reset":
+                self._adopt(layer.weight, layer.bias, keep=init == "keep")  # type: ignore[arg-type]
+        for parameter in self.parameters():
+            parameter.requires_grad_(layer.weight.requires_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(layer.bias.requires_grad)  # type: ignore[union-attr]
+        return self.train(layer.training)
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
+        """Take over a dense weight and bias: projected, or (keep) the values of the stored filters and taps as they are."""
+        raise NotImplementedError
+
+
+class _OrbitConv(_SharedConv):
+    """Filters that come in orbits; direct and transposed."""
+
+    layout: FilterLayout
+    share_bias: bool
+
+    def _setup_orbits(self, symmetry: Any, share_bias: bool, activation: str | None, device: Any, dtype: Any) -> None:
+        where = type(self).__name__
+        self._setup(activation)
+        self.symmetry = dict(symmetry) if isinstance(symmetry, Mapping) else symmetry
+        self.layout = FilterLayout.parse(symmetry, self.out_channels, self.groups, where)
+        self.layout.check_kernel(self.kernel_size, where)
+        for key, _ in self.layout.orbits:
+            if idle := key.idle_axes(self.kernel_size):
+                warnings.warn(
+                    f"{where}: kernel_size={self.kernel_size} is 1 along axis {idle!r} of symmetry {key.name!r}, so the "
+                    "flip changes nothing and the filters of an orbit are identical copies",
+                    stacklevel=3,
+                )
+        self.share_bias = share_bias
+        stored = self.layout.stored_channels
+        ends = (
+            (self.in_channels, stored // self.groups) if self.transposed else (stored, self.in_channels // self.groups)
+        )
+        self._store((*ends, *self.kernel_size), stored if share_bias else self.out_channels, device, dtype)
+        self.reset_parameters()
+
+    def expanded_weight(self) -> Tensor:
+        """The dense filters, differentiable: dense[o] = g(o) weight[u(o)]."""
+        return reference.expand_orbits(self.weight, self.layout, self.transposed)
+
+    def expanded_bias(self) -> Tensor | None:
+        """One bias per output channel."""
+        if self.bias is None or not self.share_bias:
+            return self.bias
+        return reference.expand_bias(self.bias, self.layout)
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
+        if keep:
+            if self.transposed:
+                stored = weight[:, : self.layout.stored_per_group]
+            else:
+                stored = weight.unflatten(0, (self.groups, -1))[:, : self.layout.stored_per_group].flatten(0, 1)
+        else:
+            stored = reference.project_orbits(weight, self.layout, self.transposed)
+        self.weight.copy_(stored)
+        if bias is not None:
+            self.bias.copy_(reference.project_bias(bias, self.layout) if self.share_bias else bias)  # type: ignore[union-attr]
+
+    def _options(self) -> str:
+        text = f"symmetry={str(self.layout)!r}"
+        return text + ", share_bias=True" if self.share_bias and self.bias is not None else text
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        symmetry: str | Mapping[str, int | str] | None,
+        share_bias: bool = False,
+        activation: functional.Activation | None = None,
+        init: Init = "project",
+    ) -> Self:
+        """Convert a plain torch layer: 'project' its weight (nearest in the Frobenius norm), 'keep' it, or 'reset'.
+
+        'keep' takes the first filters of every group, where the base and free filters stand, as they are.
+        """
+        options = {"symmetry": symmetry, "share_bias": share_bias, "activation": activation}
+        return cls._from_dense(layer, init, options)
+
+
+class _SymmetricConv(_OrbitConv):
+    """Convolution whose filters come in orbits: stored filters and their mirrored or rotated images, beside free ones.
+
+    y = act(conv(x, expanded_weight()) + expanded_bias()); the weight stored is (stored filters, in/groups, *kernel).
+
+    Args:
+        in_channels .. padding_mode, device, dtype: as in the torch layer.
+        symmetry: a name (every filter), a mapping from names to counts of OUTPUT filters or percents, e.g.
+            ``{'h': 2, 'v': 4, 'hv': '50%'}``, or None; what is left over is free filters. See `FilterLayout` for the
+            order of the output channels and `Symmetry` for the names.
+        share_bias: one bias per stored filter, shared by its images.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+
+    Raises:
+        ValueError: unknown key, a count that does not fill whole orbits, more filters than `out_channels`, or a
+            symmetry that does not act on this kernel size.
+
+    Warns when a flip along a kernel axis of size 1 makes identical copies.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        symmetry: str | Mapping[str, int | str] | None,
+        share_bias: bool = False,
+        activation: functional.Activation | None = None,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+            dtype=dtype,
+        )
+        self._setup_orbits(symmetry, share_bias, activation, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self._padded(x)
+        return functional.symmetric_conv(
+            type(self).__name__,
+            x,
+            self.weight,
+            self.bias,
+            self.layout,
+            self.stride,
+            padding,
+            self.dilation,
+            self.activation,
+        )
+
+
+class SymmetricConv1d(_SymmetricConv, nn.Conv1d):
+    __doc__ = _SymmetricConv.__doc__
+
+
+class SymmetricConv2d(_SymmetricConv, nn.Conv2d):
+    __doc__ = _SymmetricConv.__doc__
+
+
+class SymmetricConv3d(_SymmetricConv, nn.Conv3d):
+    __doc__ = _SymmetricConv.__doc__
+
+
+class _SymmetricConvTranspose(_OrbitConv):
+    """Transposed convolution whose filters come in orbits; the weight stored is (in, stored filters/groups, *kernel).
+
+    y = act(conv_transpose(x, expanded_weight()) + expanded_bias()); arguments as in the torch layer, then as in
+    `SymmetricConv2d`. ``forward`` takes `output_size` like the torch layer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Any = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        symmetry: str | Mapping[str, int | str] | None,
+        share_bias: bool = False,
+        activation: functional.Activation | None = None,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device="meta",
+            dtype=dtype,
+        )
+        self._setup_orbits(symmetry, share_bias, activation, device, dtype)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        output_padding = self._output_padding(  # type: ignore[operator]
+            x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        return functional.symmetric_conv_transpose(
+            type(self).__name__,
+            x,
+            self.weight,
+            self.bias,
+            self.layout,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.dilation,
+            self.activation,
+        )
+
+
+class SymmetricConvTranspose1d(_SymmetricConvTranspose, nn.ConvTranspose1d):
+    __doc__ = _SymmetricConvTranspose.__doc__
+
+
+class SymmetricConvTranspose2d(_SymmetricConvTranspose, nn.ConvTranspose2d):
+    __doc__ = _SymmetricConvTranspose.__doc__
+
+
+class SymmetricConvTranspose3d(_SymmetricConvTranspose, nn.ConvTranspose3d):
+    __doc__ = _SymmetricConvTranspose.__doc__
+
+
+class _TiedConv(_SharedConv):
+    """Convolution whose filters are their own image (even) or its negative (odd), beside `free` ordinary ones.
+
+    expanded_weight()[u, c, k] = sign[k] weight[u, c, slot[k]] with the tap orbits of `tritonsym.symmetry.tap_orbits`;
+    the weight stored is (out - free, in/groups, orbits), and `free_weight` (free, in/groups, *kernel) or None. Inside
+    every group the tied filters come first.
+
+    Args:
+        in_channels .. padding_mode, device, dtype: as in the torch layer.
+        symmetry: one name, incl. 'radial' (taps at equal distance from the centre share a value) and 'radial:WIDTH'.
+        parity: 'even' (w = its image), 'odd' (-1 under every reflection, so 1 under a product of two and under
+            rotations), or per axis such as ``{'h': 'odd', 'v': 'even'}``. Taps that the sign forces to zero are not stored.
+        free: number of ordinary filters.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+
+    Raises:
+        ValueError: a symmetry that does not act on this kernel, a parity that leaves no tap, a bad number of free filters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        symmetry: str,
+        parity: str | Mapping[str, str] = "even",
+        free: int = 0,
+        activation: functional.Activation | None = None,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+            dtype=dtype,
+        )
+        where = type(self).__name__
+        self._setup(activation)
+        self.symmetry = Symmetry(symmetry)
+        self.symmetry.check_kernel(self.kernel_size, where)
+        self.odd = parity_axes(self.symmetry, parity, where)
+        self.parity = dict(parity) if isinstance(parity, Mapping) else parity
+        self.orbits = tap_orbits(self.symmetry, self.kernel_size, self.odd)
+        if parity == "odd" and not self.odd:
+            warnings.warn(
+                f"{where}: {symmetry!r} has no reflections, so parity='odd' is the same as 'even'", stacklevel=2
+            )
+        if isinstance(free, bool) or not isinstance(free, int):
+            raise TypeError(f"{where}: free must be a number of filters, got {free!r}")
+        if not 0 <= free <= out_channels or free % groups:
+            raise ValueError(
+                f"{where}: free={free} must be between 0 and out_channels={out_channels} and a multiple of groups={groups}"
+            )
+        self.free = free
+        into = self.in_channels // self.groups
+        self._store((out_channels - free, into, len(self.orbits)), out_channels, device, dtype)
+        free_weight = nn.Parameter(torch.empty(free, into, *self.kernel_size, device=device, dtype=dtype))
+        self.register_parameter("free_weight", free_weight if free else None)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self._padded(x)
+        return functional.tied_conv(
+            type(self).__name__,
+            x,
+            self.weight,
+            self.free_weight,
+            self.bias,
+            self.symmetry,
+            self.odd,
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.activation,
+        )
+
+    def expanded_weight(self) -> Tensor:
+        """The dense filters, differentiable: in every group the tied ones, then the free ones."""
+        tied = reference.expand_ties(self.weight, self.orbits, self.kernel_size)
+        return reference.beside_free(tied, self.free_weight, self.groups)
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
+        weight = weight.unflatten(0, (self.groups, -1))
+        tied, free = weight.split([(self.out_channels - self.free) // self.groups, self.free // self.groups], 1)
+        tied, free = tied.flatten(0, 1), free.flatten(0, 1)
+        if keep:
+            first = [self.orbits.slot.index(s) for s in range(len(self.orbits))]
+            self.weight.copy_(tied.flatten(2)[..., first])
+        else:
+            self.weight.copy_(reference.project_ties(tied, self.orbits))
+        if self.free_weight is not None:
+            self.free_weight.copy_(free)
+        if bias is not None:
+            self.bias.copy_(bias)  # type: ignore[union-attr]
+
+    def _options(self) -> str:
+        text = f"symmetry={self.symmetry.name!r}"
+        if self.parity != "even":
+            text += f", parity={self.parity!r}"
+        return text + (f", free={self.free}" if self.free else "")
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        symmetry: str,
+        parity: str | Mapping[str, str] = "even",
+        free: int = 0,
+        activation: functional.Activation | None = None,
+        init: Init = "project",
+    ) -> Self:
+        """Convert a plain torch layer: 'project' its weight (signed mean over tap orbits), 'keep' the first tap of every
+        orbit, or 'reset'. The last `free` filters of every group's share stay as they are."""
+        options = {"symmetry": symmetry, "parity": parity, "free": free, "activation": activation}
+        return cls._from_dense(layer, init, options)
+
+
+class TiedConv1d(_TiedConv, nn.Conv1d):
+    __doc__ = _TiedConv.__doc__
+
+
+class TiedConv2d(_TiedConv, nn.Conv2d):
+    __doc__ = _TiedConv.__doc__
+
+
+class TiedConv3d(_TiedConv, nn.Conv3d):
+    __doc__ = _TiedConv.__doc__
+
+
+class _OrbitPoolConv(_SharedConv):
+    """Convolve with every filter and all its images, then reduce over the orbit: y = act(reduce_g conv(x, g w) + b).
+
+    With an odd-sized kernel, stride 1 and 'same' padding the response of a flipped image is the flipped response.
+    The weight stored is (out, in/groups, *kernel).
+
+    Args:
+        in_channels .. padding_mode, device, dtype: as in the torch layer.
+        symmetry: the name of a group ('h' ... 'hvz', 'c2', 'c4', 'd4').
+        reduce: 'max', 'min', 'sum' or 'mean'. 'sum' and 'mean' are one convolution with the symmetrised kernel. Where
+            several images share the maximum, the gradient is divided equally among them (as in ``torch.amax``).
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+
+    Raises:
+        ValueError: a symmetry that does not act on this kernel, an unknown reduction.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        symmetry: str,
+        reduce: functional.PoolReduction = "max",
+        activation: functional.Activation | None = None,
+    ) -> None:
+        super().__init__(  # type: ignore[call-arg]
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+            dtype=dtype,
+        )
+        where = type(self).__name__
+        self._setup(activation)
+        self.symmetry = functional.pool_symmetry(where, symmetry, self.kernel_size)
+        functional.check_choice(where, "reduce", reduce, functional.POOL_REDUCTIONS)
+        self.reduce = reduce
+        self._store(self._dense_shape(), out_channels, device, dtype)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = self._padded(x)
+        return functional.orbit_pool_conv(
+            type(self).__name__,
+            x,
+            self.weight,
+            self.bias,
+            self.symmetry,
+            self.reduce,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.activation,
+        )
+
+    def expanded_weight(self) -> Tensor:
+        """The dense filters, differentiable.
+
+        'sum' and 'mean': (out, ...), the symmetrised kernels. 'max' and 'min': (out * order, ...), the images of a
+        filter next to each other: y = reduce of each `order` consecutive channels.
+        """
+        if self.reduce in ("sum", "mean"):
+            return reference.symmetrised(self.weight, self.symmetry, self.reduce)
+        return reference.orbit_images(self.weight, self.symmetry)
+
+    def expanded_bias(self) -> Tensor | None:
+        """One bias per filter of `expanded_weight`."""
+        if self.bias is None or self.reduce in ("sum", "mean"):
+            return self.bias
+        return self.bias.repeat_interleave(self.symmetry.order)
+
+    def _weights_per_position(self) -> tuple[int, int, int]:
+        one = self.weight.numel()
+        orbit = one * self.symmetry.order
+        if self.reduce in ("max", "min"):
+            return orbit, orbit, one
+        ties = len(tap_orbits(self.symmetry, self.kernel_size))
+        return orbit, one, one // math.prod(self.kernel_size) * ties
+
+    def to_dense(self) -> nn.Module:
+        """The plain torch layers with equal outputs: one convolution, and for 'max' and 'min' a reduction behind it."""
+        layer = self._dense(self.expanded_weight(), self.expanded_bias())
+        if self.reduce in ("max", "min"):
+            layer = torch.fx.symbolic_trace(_PooledDense(layer, self.symmetry.order, self.reduce))
+        return with_activation(layer, self.activation)
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
+        if not keep and self.reduce in ("sum", "mean"):
+            weight = reference.symmetrised(weight, self.symmetry, "mean")
+            if self.reduce == "sum":
+                weight = weight / self.symmetry.order
+        self.weight.copy_(weight)
+        if bias is not None:
+            self.bias.copy_(bias)  # type: ignore[union-attr]
+
+    def _options(self) -> str:
+        return f"symmetry={self.symmetry.name!r}, reduce={self.reduce!r}"
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        symmetry: str,
+        reduce: functional.PoolReduction = "max",
+        activation: functional.Activation | None = None,
+        init: Init = "project",
+    ) -> Self:
+        """Convert a plain torch layer. 'project': for 'sum' and 'mean' the symmetrised kernel is the nearest symmetric
+        one; for 'max' and 'min', which no dense layer equals, and for 'keep' the filters stay as they are. Or 'reset'."""
+        options = {"symmetry": symmetry, "reduce": reduce, "activation": activation}
+        return cls._from_dense(layer, init, options)
+
+
+class _PooledDense(nn.Module):
+    """A dense convolution and the reduction of each `order` consecutive channels, for `torch.fx` to make plain."""
+
+    def __init__(self, conv: Any, order: int, reduce: str) -> None:
+        super().__init__()
+        self.conv = conv
+        self.order = order
+        self.reduce = reduce
+        self.channel = -1 - len(conv.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).unflatten(self.channel, (-1, self.order))
+        return y.amax(self.channel) if self.reduce == "max" else y.amin(self.channel)
+
+
+class OrbitPoolConv1d(_OrbitPoolConv, nn.Conv1d):
+    __doc__ = _OrbitPoolConv.__doc__
+
+
+class OrbitPoolConv2d(_OrbitPoolConv, nn.Conv2d):
+    __doc__ = _OrbitPoolConv.__doc__
+
+
+class OrbitPoolConv3d(_OrbitPoolConv, nn.Conv3d):
+    __doc__ = _OrbitPoolConv.__doc__

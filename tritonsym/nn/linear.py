@@ -1,0 +1,141 @@
+"""A linear layer whose weight is exactly symmetric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonsym import functional, packing
+from tritonsym.nn.conv import Init, check_loaded, with_activation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class SymmetricLinear(nn.Module):
+    """y = act(x S + b) with an exactly symmetric S (S = S^T to the bit) of which n(n+1)/2 values are stored.
+
+    `weight` is S in rectangular full packed storage, shape `tritonsym.packing.packed_shape(n)`.
+
+    Args:
+        in_features, out_features: n, twice; they must be equal. (Both, so that it drops in for `torch.nn.Linear`.)
+        bias, device, dtype: as in `torch.nn.Linear`.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+
+    Raises:
+        ValueError: in_features != out_features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: functional.Activation | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features != out_features:
+            raise ValueError(
+                f"SymmetricLinear: a symmetric weight is square, but in_features={in_features} and "
+                f"out_features={out_features}; make them equal or use torch.nn.Linear"
+            )
+        if in_features < 1:
+            raise ValueError(f"SymmetricLinear: in_features must be positive, got {in_features}")
+        functional.check_activation("SymmetricLinear", activation)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(packing.packed_shape(in_features), device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(in_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """U(-a, a) with a = 1 / sqrt(n), as `torch.nn.Linear` initialises."""
+        bound = 1 / math.sqrt(self.in_features)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.symmetric_linear(x, self.weight, self.bias, activation=self.activation)  # type: ignore[arg-type]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        dense = (self.in_features, self.in_features)
+        check_loaded(self, "weight", self.weight, state_dict.get(prefix + "weight"), dense)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text + (f", activation={self.activation!r}" if self.activation else "")
+
+    def expanded_weight(self) -> Tensor:
+        """S, (n, n), differentiable."""
+        return packing.unpack(self.weight)
+
+    def expanded_bias(self) -> Tensor | None:
+        return self.bias
+
+    def multiply_adds(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Multiply-adds on an input of this shape: of the dense layer and twice of the reference path, which equals it.
+
+        A product x S needs n^2 multiply-adds per row whatever is stored; storage saves memory, not arithmetic.
+        """
+        n = self.in_features
+        if not shape or shape[-1] != n:
+            raise ValueError(f"SymmetricLinear: expected an input (..., {n}), got {tuple(shape)}")
+        dense = math.prod(shape[:-1]) * n * n
+        return dense, dense, dense
+
+    def to_dense(self) -> nn.Module:
+        """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""
+        n = self.in_features
+        layer = nn.Linear(n, n, self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(self.expanded_weight().detach(), self.weight.requires_grad)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return with_activation(layer.train(self.training), self.activation)
+
+    @classmethod
+    def from_dense(
+        cls, layer: nn.Module, *, activation: functional.Activation | None = None, init: Init = "project"
+    ) -> Self:
+        """Convert a `torch.nn.Linear`: 'project' stores (W + W^T) / 2, 'keep' the lower triangle, or 'reset'.
+
+        Raises:
+            TypeError: not a `torch.nn.Linear`.
+            ValueError: in_features != out_features, or an unknown `init`.
+        """
+        functional.check_choice("SymmetricLinear.from_dense", "init", init, ("project", "keep", "reset"))
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"SymmetricLinear.from_dense: expected torch.nn.Linear, got {type(layer).__name__}")
+        weight, bias = layer.weight, layer.bias
+        options = {"device": weight.device, "dtype": weight.dtype}
+        self = cls(layer.in_features, layer.out_features, bias is not None, activation=activation, **options)
+        with torch.no_grad():
+            if init != "reset":
+                self.weight.copy_(packing.pack(weight, "average" if init == "project" else "lower"))
+                if bias is not None:
+                    self.bias.copy_(bias)  # type: ignore[union-attr]
+        self.weight.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            self.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr]
+        return self.train(layer.training)
+
+    @classmethod
+    def from_packed(cls, packed: Tensor, bias: Tensor | None = None) -> Self:
+        """A layer with these values: ``from_packed(pack_tril(v))``, ``from_packed(pack(S, 'average'))``, ..."""
+        n = packing.order_of(packed, "SymmetricLinear.from_packed")
+        self = cls(n, n, bias is not None, device=packed.device, dtype=packed.dtype)
+        with torch.no_grad():
+            self.weight.copy_(packed)
+            if bias is not None:
+                self.bias.copy_(bias)  # type: ignore[union-attr]
+        return self

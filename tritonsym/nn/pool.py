@@ -1,0 +1,99 @@
+"""Layers for sets and sequences whose order does not matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonsym import functional
+
+
+class GlobalConv1d(nn.Module):
+    """Permutation-equivariant layer: y_i = act(W_c x_i + W_s sum_{j != i} x_j + b), O(L) in the length L.
+
+    `center` and `surround` are (out, in). See `tritonsym.functional.global_conv1d`.
+
+    Args:
+        in_channels, out_channels, bias, device, dtype: as in a `torch.nn.Conv1d` with kernel size 1.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: functional.Activation | None = None,
+    ) -> None:
+        super().__init__()
+        functional.check_activation("GlobalConv1d", activation)
+        if in_channels < 1 or out_channels < 1:
+            raise ValueError(
+                f"GlobalConv1d: in_channels and out_channels must be positive, got {in_channels} and {out_channels}"
+            )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.activation = activation
+        options = {"device": device, "dtype": dtype}
+        self.center = nn.Parameter(torch.empty(out_channels, in_channels, **options))
+        self.surround = nn.Parameter(torch.empty(out_channels, in_channels, **options))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **options)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """U(-a, a) with a = 1 / sqrt(in_channels): each matrix as a convolution of kernel size 1.
+
+        The fan-in of the equivalent wrap-around kernel depends on the length, which the layer does not know.
+        """
+        bound = 1 / math.sqrt(self.in_channels)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.global_conv1d(x, self.center, self.surround, self.bias, activation=self.activation)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
+        return text + (f", activation={self.activation!r}" if self.activation else "")
+
+    def multiply_adds(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Multiply-adds on (N, in, L): of the wrap-around convolution, and (twice) of the two matrices, O(L)."""
+        if len(shape) not in (2, 3) or shape[-2] != self.in_channels:
+            expected = f"(N, {self.in_channels}, L) or ({self.in_channels}, L)"
+            raise ValueError(f"GlobalConv1d: expected an input {expected}, got {tuple(shape)}")
+        batch, length = math.prod(shape[:-2]), shape[-1]
+        one = batch * self.in_channels * self.out_channels
+        return one * length * (2 * length + 1), one * (length + 1), one * (length + 1)
+
+    def expanded_weight(self, length: int) -> Tensor:
+        """The kernel (out, in, 2 length + 1) of the equal convolution, with padding = length; differentiable."""
+        surround = self.surround[..., None].expand(-1, -1, length)
+        return torch.cat([surround, self.center[..., None], surround], -1)
+
+    def expanded_bias(self) -> Tensor | None:
+        return self.bias
+
+
+class TopKPool1d(nn.Module):
+    """The k largest values of every channel, in descending order: (..., L) -> (..., k). k = 1 is global max pooling."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"TopKPool1d: k must be an integer, got {k!r}")
+        if k < 1:
+            raise ValueError(f"TopKPool1d: k must be at least 1, got {k}")
+        self.k = k
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.topk_pool1d(x, self.k)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"

@@ -1,0 +1,42 @@
+"""A wrapper that makes any model independent of the order of its inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tritonsym import functional
+from tritonsym.reference import REDUCTIONS
+
+
+class Symmetrize(nn.Module):
+    """Hard-wires f(x, y) = f(y, x): runs `inner` on every re-ordering of its input, in one batched call, and reduces.
+
+    The outputs for re-ordered inputs are equal to the bit for every reduction, as long as `inner` is deterministic:
+    see `tritonsym.functional.symmetrize`, also for the arguments.
+
+    Raises:
+        ValueError: an unknown `over` or `reduce`; `dim` names the batch axis 0.
+        TypeError: `inner` is not a module.
+    """
+
+    def __init__(self, inner: nn.Module, over: functional.Orders = "swap", dim: int = 1, reduce: str = "max") -> None:
+        super().__init__()
+        if not isinstance(inner, nn.Module):
+            raise TypeError(f"Symmetrize: inner must be a torch.nn.Module, got {type(inner).__name__}")
+        functional.check_choice("Symmetrize", "reduce", reduce, tuple(REDUCTIONS))
+        if isinstance(over, str):
+            functional.check_choice("Symmetrize", "over", over, ("swap", "cyclic", "permutations", "flip"))
+        else:
+            over = functional.orders_of(over, len(over[0]) if over else 0, "Symmetrize")
+        if dim == 0:
+            raise ValueError("Symmetrize: dim=0 is the batch axis; name the axis of the inputs to re-order")
+        self.inner = inner
+        self.over = over
+        self.dim = dim
+        self.reduce = reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.symmetrize(self.inner, x, self.over, self.dim, self.reduce)
+
+    def extra_repr(self) -> str:
+        return f"over={self.over!r}, dim={self.dim}, reduce={self.reduce!r}"

@@ -1,0 +1,304 @@
+"""Every layer in plain PyTorch: what the layers mean, and what every kernel is checked against.
+
+Works on any device and for every dtype the torch convolution or matmul has; everything is differentiable to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritonsym.packing import unpack
+from tritonsym.symmetry import AXES, Element, FilterLayout, Symmetry, TapOrbits, tap_orbits
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+# --- stored weights <-> dense weights ---------------------------------------------------------------------------------
+
+
+def image(w: Tensor, g: Element) -> Tensor:
+    """g w: quarter turns of the last two axes, then flips."""
+    if g.turns:
+        w = torch.rot90(w, g.turns, (-2, -1))
+    return w.flip([AXES[letter] for letter in g.flips]) if g.flips else w
+
+
+def inverse_image(w: Tensor, g: Element) -> Tensor:
+    """g^-1 w."""
+    if g.flips:
+        w = w.flip([AXES[letter] for letter in g.flips])
+    return torch.rot90(w, -g.turns, (-2, -1)) if g.turns else w
+
+
+def expand_orbits(stored: Tensor, layout: FilterLayout, transposed: bool = False) -> Tensor:
+    """dense[o] = g(o) stored[u(o)] for every output filter o of the layout.
+
+    stored is (stored, in/groups, *k) -> (out, in/groups, *k); with `transposed` (in, stored/groups, *k) ->
+    (in, out/groups, *k), where every group of the layout has the same filters.
+    """
+    if not transposed:
+        stored = stored.unflatten(0, (layout.groups, layout.stored_per_group))
+    parts = [stored]
+    for symmetry, u in layout.bases:
+        base = stored.narrow(1, u.start, len(u))
+        parts += [image(base, g) for g in symmetry.elements[1:]]
+    dense = torch.cat(parts, 1)
+    return dense if transposed else dense.flatten(0, 1)
+
+
+def project_orbits(dense: Tensor, layout: FilterLayout, transposed: bool = False) -> Tensor:
+    """The stored filters whose expansion is nearest to `dense` in the Frobenius norm: stored[u] = mean_g g^-1 dense[g u].
+
+    Taken as the base filter plus the mean difference from it, so that an expanded weight gives its stored bits back.
+    """
+    if not transposed:
+        dense = dense.unflatten(0, (layout.groups, -1))
+    at = layout.stored_per_group
+    stored = []
+    for symmetry, u in layout.bases:
+        base = dense.narrow(1, u.start, len(u))
+        difference = torch.zeros_like(base)
+        for g in symmetry.elements[1:]:
+            difference = difference + (inverse_image(dense.narrow(1, at, len(u)), g) - base)
+            at += len(u)
+        stored.append(base + difference / symmetry.order)
+    stored.append(dense.narrow(1, layout.stored_per_group - layout.free, layout.free))
+    projected = torch.cat(stored, 1)
+    return projected if transposed else projected.flatten(0, 1)
+
+
+def expand_bias(stored: Tensor, layout: FilterLayout) -> Tensor:
+    """One bias per stored filter -> one per output filter."""
+    index = torch.tensor([u for u, _ in layout.filters], device=stored.device)
+    return stored.unflatten(0, (layout.groups, -1)).index_select(1, index).flatten()
+
+
+def project_bias(bias: Tensor, layout: FilterLayout) -> Tensor:
+    """The mean over every orbit: the nearest shared bias."""
+    index = torch.tensor([u for u, _ in layout.filters], device=bias.device)
+    bias = bias.unflatten(0, (layout.groups, -1))
+    base = bias[:, : layout.stored_per_group]
+    total = torch.zeros_like(base).index_add(1, index, bias - base[:, index])
+    return (base + total / torch.bincount(index, minlength=layout.stored_per_group)).flatten()
+
+
+def expand_ties(stored: Tensor, orbits: TapOrbits, kernel_size: Sequence[int]) -> Tensor:
+    """dense[u, c, k] = sign[k] stored[u, c, slot[k]], and 0 where the sign forces zero.  (U, C, S) -> (U, C, *k)"""
+    slot = [len(orbits) if s < 0 else s for s in orbits.slot]
+    if len(orbits) in slot:
+        stored = F.pad(stored, (0, 1))
+    dense = stored.index_select(-1, torch.tensor(slot, device=stored.device))
+    if -1 in orbits.sign:
+        dense = dense * torch.tensor([s or 1 for s in orbits.sign], dtype=stored.dtype, device=stored.device)
+    return dense.unflatten(-1, tuple(kernel_size))
+
+
+def project_ties(dense: Tensor, orbits: TapOrbits) -> Tensor:
+    """The stored values whose expansion is nearest to `dense`: the signed mean over every tap orbit."""
+    live = [k for k, s in enumerate(orbits.slot) if s >= 0]
+    sign = torch.tensor([orbits.sign[k] for k in live], dtype=dense.dtype, device=dense.device)
+    slot = torch.tensor([orbits.slot[k] for k in live], device=dense.device)
+    first = torch.tensor([orbits.slot.index(s) for s in range(len(orbits))], device=dense.device)
+    multiplicity = torch.tensor(orbits.multiplicity, device=dense.device)
+    taps = dense.flatten(2)
+    base = taps.index_select(-1, first)
+    taps = taps.index_select(-1, torch.tensor(live, device=dense.device)) * sign
+    total = torch.zeros_like(base).index_add(-1, slot, taps - base.index_select(-1, slot))
+    return base + total / multiplicity
+
+
+def beside_free(tied: Tensor, free: Tensor | None, groups: int) -> Tensor:
+    """In every group the tied filters, then the free ones."""
+    if free is None:
+        return tied
+    return torch.cat([tied.unflatten(0, (groups, -1)), free.unflatten(0, (groups, -1))], 1).flatten(0, 1)
+
+
+def orbit_images(w: Tensor, symmetry: Symmetry) -> Tensor:
+    """All images of every filter, those of one filter next to each other.  (U, C, *k) -> (U G, C, *k)"""
+    return torch.stack([image(w, g) for g in symmetry.elements], 1).flatten(0, 1)
+
+
+def symmetrised(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
+    """The one kernel that 'sum' or 'mean' over the orbit of w convolves with: sum_g g w, or its mean; exactly symmetric."""
+    kernel_size = tuple(w.shape[2:])
+    orbits = tap_orbits(symmetry, kernel_size)
+    mean = expand_ties(project_ties(w, orbits), orbits, kernel_size)
+    return mean * symmetry.order if reduce == "sum" else mean
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def symmetric_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: FilterLayout,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str | None = None,
+) -> Tensor:
+    """y = act(conv(x, expand(weight)) + b).  A bias of one value per stored filter is shared by its images."""
+    dense = expand_orbits(weight, layout)
+    y = _CONV[x.ndim - 2](x, dense, _full_bias(bias, layout), stride, padding, dilation, layout.groups)
+    return activate(y, activation)
+
+
+def symmetric_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: FilterLayout,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str | None = None,
+) -> Tensor:
+    """y = act(conv_transpose(x, expand(weight)) + b)."""
+    dense = expand_orbits(weight, layout, transposed=True)
+    conv = _CONV_TRANSPOSE[x.ndim - 2]
+    y = conv(x, dense, _full_bias(bias, layout), stride, padding, output_padding, layout.groups, dilation)
+    return activate(y, activation)
+
+
+def _full_bias(bias: Tensor | None, layout: FilterLayout) -> Tensor | None:
+    if bias is None or bias.shape[0] == layout.out_channels:
+        return bias
+    return expand_bias(bias, layout)
+
+
+def tied_conv(
+    x: Tensor,
+    weight: Tensor,
+    free_weight: Tensor | None,
+    bias: Tensor | None,
+    orbits: TapOrbits,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None = None,
+) -> Tensor:
+    """y = act(conv(x, [expand(weight), free_weight]) + b)."""
+    dense = beside_free(expand_ties(weight, orbits, kernel_size), free_weight, groups)
+    return activate(_CONV[x.ndim - 2](x, dense, bias, stride, padding, dilation, groups), activation)
+
+
+def orbit_pool_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    symmetry: Symmetry,
+    reduce: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None = None,
+) -> Tensor:
+    """y = act(reduce_g conv(x, g weight) + b).  'sum' and 'mean' are one convolution with the symmetrised kernel."""
+    conv = _CONV[x.ndim - 2]
+    if reduce in ("sum", "mean"):
+        y = conv(x, symmetrised(weight, symmetry, reduce), bias, stride, padding, dilation, groups)
+        return activate(y, activation)
+    if bias is not None:
+        bias = bias.repeat_interleave(symmetry.order)
+    y = conv(x, orbit_images(weight, symmetry), bias, stride, padding, dilation, groups).unflatten(
+        1, (-1, symmetry.order)
+    )
+    return activate(y.amax(2) if reduce == "max" else y.amin(2), activation)
+
+
+def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """y = act(x S + b)."""
+    return activate(F.linear(x, unpack(packed), bias), activation)
+
+
+def global_conv1d(
+    x: Tensor, center: Tensor, surround: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
+    """y[n, :, i] = act(W_c x[n, :, i] + W_s sum_{j != i} x[n, :, j] + b).
+
+    Computed as (W_c - W_s) x[n, :, i] + (W_s sum_j x[n, :, j] + b): one pass over the positions.
+    """
+    rest = F.linear(x.sum(-1), surround, bias)
+    return activate((center - surround) @ x + rest[..., None], activation)
+
+
+def topk_pool1d(x: Tensor, k: int) -> Tensor:
+    """The k largest values along the last axis, in descending order."""
+    return x.topk(k, dim=-1).values
+
+
+# --- re-orderings of the inputs ---------------------------------------------------------------------------------------
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def reorder(x: Tensor, orders: Sequence[Sequence[int]], dim: int) -> Tensor:
+    """All re-orderings of x along `dim`, stacked along the batch: (B, ...) -> (G B, ...).
+
+    Every sample is first brought to the re-ordering that is smallest in a fixed total order of its bits. Re-ordered
+    samples therefore give the very same batch, and whatever deterministic function follows gives bitwise equal
+    results, even where a matrix product rounds its rows differently by their place in the batch.
+    """
+    order = torch.tensor(orders, device=x.device)  # [G, n]
+    rows = x.movedim(dim, 1)  # [B, n, ...]
+    index = order.expand(x.shape[0], *order.shape)  # [B, G, n]
+    if x.numel():
+        smallest = order[_smallest(rows.detach(), order)]  # [B, n]
+        index = smallest[:, order]  # first to the smallest, then on: index[b, g, i] = smallest[b, order[g, i]]
+    batch = torch.arange(x.shape[0], device=x.device)
+    return rows[batch[:, None], index.transpose(0, 1)].flatten(0, 1).movedim(1, dim)
+
+
+def _smallest(rows: Tensor, order: Tensor) -> Tensor:
+    """For every sample of rows [B, n, ...] the g whose re-ordering is lexicographically smallest.  [B]"""
+    if rows.is_complex():
+        rows = torch.view_as_real(rows)
+    bits = rows.contiguous().view(_BITS[rows.element_size()])  # NaN and -0.0 have an order too
+    images = bits[:, order].flatten(2)  # [B, G, M]
+    best = torch.arange(order.shape[0], device=rows.device).expand(rows.shape[0], -1)
+    while best.shape[1] > 1:  # a tournament; with an odd number one candidate plays twice
+        half = (best.shape[1] + 1) // 2
+        a, b = best[:, :half], best[:, -half:]
+        left, right = (images.take_along_dim(c[..., None], 1) for c in (a, b))
+        first = (left != right).to(torch.uint8).argmax(-1, keepdim=True)
+        less = left.take_along_dim(first, -1) <= right.take_along_dim(first, -1)
+        best = torch.where(less[..., 0], a, b)
+    return best[:, 0]
+
+
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda y: y.amax(0),
+    "min": lambda y: y.amin(0),
+    "mean": lambda y: y.mean(0),
+    "sum": lambda y: y.sum(0),
+    "logsumexp": lambda y: y.logsumexp(0),
+}
+
+
+def reduce_orders(y: Tensor, count: int, reduce: str) -> Tensor:
+    """Reduce the `count` re-orderings that `reorder` stacked along the batch: (G B, ...) -> (B, ...)."""
+    return REDUCTIONS[reduce](y.unflatten(0, (count, y.shape[0] // count)))
