@@ -1,17 +1,23 @@
 """Which path computes a layer: one pure function of the problem, and the switches that override it.
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
-``expand`` and ``shift`` (kernels that never build the expanded weight). This version has the reference path only.
+``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (a kernel that reads the
+stored weights through the symmetry; not in this version).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
+
+from tritonsym.shift import Geometry, schedule
+from tritonsym.symmetry import Block
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,12 +65,12 @@ def current_backend() -> str:
     return name
 
 
-def require_reference() -> None:
-    """Raise unless the switches allow the reference path, the only one this version has."""
-    if _path.get() in (None, "reference") and current_backend() != "triton":
-        return
-    asked = f"path {_path.get()!r}" if _path.get() not in (None, "reference") else "backend 'triton'"
-    raise NotImplementedError(f"{asked} is forced, but this version has only the reference path; remove the switch")
+@dataclass(frozen=True)
+class Work:
+    """What the shift path does for a layer on a batch."""
+
+    multiply_adds: int
+    additions: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Problem:
     dtype: str
     dense: int  # multiply-adds of the dense layer it replaces
     expanded: int  # multiply-adds of the reference path
-    stored: int  # one multiply-add per stored weight and position: what the shift path needs
+    shift: Work | None = None  # None where the shift path cannot compute the layer
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,11 @@ class Plan:
     flops: int
     dense_flops: int
     why: str
-    tile: None = None
+    tile: None = None  # of the kernel, for paths that launch one
 
     def __str__(self) -> str:
         p = self.problem
-        ratio = f", {self.dense_flops / self.flops:.3g}x fewer than" if 0 < self.flops < self.dense_flops else ", as in"
+        ratio = f", {self.dense_flops / self.flops:.3g}x fewer than" if 0 < self.flops < self.dense_flops else ", as"
         return (
             f"{p.layer} ({p.dtype} on {p.target}): {self.path} path, {self.flops:,} FLOPs{ratio} "
             f"the dense layer ({self.dense_flops:,}). {self.why}"
@@ -100,13 +106,84 @@ class Plan:
 
 
 def plan(problem: Problem) -> Plan:
-    """Choose the path. Pure but for the switches `backend`, `path` and TRITONSYM_BACKEND."""
-    require_reference()
-    why = (
-        "The only path of this version: the stored weight is expanded and the torch op does the rest. "
-        f"Stored weights x positions would be {2 * problem.stored:,} FLOPs."
-    )
-    return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
+    """Choose the path. Pure but for the switches `backend`, `path` and TRITONSYM_BACKEND.
+
+    Raises:
+        NotImplementedError: a switch forces kernels, which this version does not have.
+        ValueError: the path 'shift' is forced on a layer it cannot compute.
+    """
+    return _plan(problem, current_backend(), _path.get())
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: Problem, backend: str, forced: str | None) -> Plan:
+    if backend == "triton" or forced == "expand":
+        asked = "backend 'triton'" if backend == "triton" else "path 'expand'"
+        raise NotImplementedError(f"{asked} is forced, but this version has no Triton kernels; remove the switch")
+    work = problem.shift
+    if forced == "shift" and work is None:
+        raise ValueError(
+            f"path 'shift' is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
+        )
+    if forced is not None:
+        chosen, why = forced, "Forced by tritonsym.path."
+    elif backend == "reference":
+        chosen, why = "reference", "Forced by the backend switch."
+    elif work is None:
+        chosen, why = "reference", "The shift path does not know this layer or dtype."
+    elif problem.target != "cpu":
+        chosen, why = "reference", f"This version has no kernels for {problem.target}."
+    else:
+        chosen, why = _cheaper_on_cpu(problem, work)
+    assert chosen == "reference" or work is not None
+    multiply_adds = work.multiply_adds if chosen == "shift" and work else problem.expanded
+    return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why)
+
+
+#: Multiply-adds of the dense convolution that take as long as one of the shift path's additions, on the CPU.
+ADDITION = 60
+#: Dense multiply-adds below which a call costs more than it computes.
+SMALLEST = 50_000_000
+
+
+def _cheaper_on_cpu(problem: Problem, work: Work) -> tuple[str, str]:
+    """Compare multiply-adds, an addition counted as `ADDITION` of them; in doubt the reference."""
+    cost = work.multiply_adds + ADDITION * work.additions
+    ratio = problem.expanded / max(cost, 1)
+    words = f"{problem.expanded / max(work.multiply_adds, 1):.3g}x fewer multiply-adds, {work.additions:,} additions"
+    if problem.dtype == "float32" and problem.expanded >= SMALLEST and ratio > 1.15:
+        return "shift", f"{words}: estimated {ratio:.2g}x faster than expanding the weight."
+    return "reference", f"The shift path ({words}) would not be clearly faster (estimated {ratio:.2g}x)."
+
+
+@lru_cache(maxsize=4096)
+def conv_problem(
+    layer: str,
+    target: str,
+    dtype: str,
+    batch: int,
+    channels: int,
+    sizes: tuple[int, ...],
+    blocks: tuple[Block, ...],
+    groups: int,
+    geometry: Geometry,
+    dense_factor: int = 1,
+) -> Problem:
+    """The problem of a convolution of x (batch, channels, *sizes), x as padded before the op.
+
+    `dense_factor`: the dense layer has so many times the kernels of `blocks` (orbit 'sum': all images of a filter).
+    """
+    positions = sizes if geometry.transposed else geometry.out_sizes(sizes)
+    kernel = math.prod(geometry.kernel_size) * batch * math.prod(positions) * channels
+    expanded = kernel * groups * sum(block.filters * len(block.images) for block in blocks)
+    dense = expanded * dense_factor
+    if "complex" in dtype:
+        return Problem(layer, target, dtype, dense, expanded)
+    multiply_adds = additions = 0
+    for p in schedule(blocks, geometry, sizes):
+        multiply_adds += batch * groups * channels * math.prod(p.sizes) * p.width
+        additions += batch * groups * sum(t.count for t in p.terms)
+    return Problem(layer, target, dtype, dense, expanded, Work(multiply_adds, additions))
 
 
 def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
@@ -120,7 +197,8 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
         TypeError: the module is not such a layer.
         ValueError: x does not fit the layer, or the target is unknown.
     """
-    if not hasattr(module, "multiply_adds"):
+    problem = getattr(module, "problem", None)
+    if not callable(problem):
         raise TypeError(
             f"explain: expected a layer of tritonsym.nn with weights, got {type(module).__name__}; "
             "for a whole model call explain on its layers"
@@ -128,5 +206,4 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
     if target is not None and target not in ("cpu", "cuda") and not target.startswith(("sm_", "gfx")):
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     where = target or ("cpu" if x.device.type == "meta" else x.device.type)
-    dtype = str(x.dtype).removeprefix("torch.")
-    return plan(Problem(type(module).__name__, where, dtype, *module.multiply_adds(tuple(x.shape))))
+    return plan(problem(tuple(x.shape), where, str(x.dtype).removeprefix("torch.")))

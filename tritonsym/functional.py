@@ -108,6 +108,23 @@ def _check_bias(where: str, bias: Tensor | None, *lengths: int) -> None:
         raise ValueError(f"{where}: bias must have shape {allowed}, got {tuple(bias.shape)}")
 
 
+def resolve_padding(
+    where: str, padding: str | Ints, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Zero padding of both sides, and what an uneven 'same' adds to the far side, as in torch."""
+    ndim = len(kernel_size)
+    if not isinstance(padding, str):
+        return _sizes(where, "padding", padding, ndim, 0), [0] * ndim
+    if padding == "valid":
+        return [0] * ndim, [0] * ndim
+    if padding != "same":
+        raise ValueError(f"{where}: padding must be ints, 'same' or 'valid', got {padding!r}")
+    if any(s != 1 for s in stride):
+        raise ValueError(f"{where}: padding='same' needs stride 1, got stride={tuple(stride)}; pass padding as ints")
+    total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return [t // 2 for t in total], [t % 2 for t in total]
+
+
 def _pad(
     where: str,
     x: Tensor,
@@ -117,22 +134,9 @@ def _pad(
     dilation: Sequence[int],
 ) -> tuple[Tensor, list[int]]:
     """x and the symmetric zero padding left for the op; an uneven 'same' padding is applied to x here."""
-    ndim = len(kernel_size)
-    if not isinstance(padding, str):
-        pads = _sizes(where, "padding", padding, ndim, 0)
-    elif padding == "valid":
-        pads = [0] * ndim
-    elif padding == "same":
-        if any(s != 1 for s in stride):
-            raise ValueError(
-                f"{where}: padding='same' needs stride 1, got stride={tuple(stride)}; pass padding as ints"
-            )
-        total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
-        pads = [t // 2 for t in total]
-        if any(t % 2 for t in total):  # the extra zero goes to the far side, as in torch
-            x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
-    else:
-        raise ValueError(f"{where}: padding must be ints, 'same' or 'valid', got {padding!r}")
+    pads, extra = resolve_padding(where, padding, kernel_size, stride, dilation)
+    if any(extra):
+        x = F.pad(x, [side for e in reversed(extra) for side in (0, e)])
     _check_extent(where, x, pads, kernel_size, dilation)
     return x, pads
 
@@ -143,7 +147,7 @@ def _check_extent(
     for size, p, k, d in zip(x.shape[2:], pads, kernel_size, dilation, strict=True):
         if size + 2 * p < d * (k - 1) + 1:
             raise ValueError(
-                f"{where}: the kernel {tuple(kernel_size)} (dilation {tuple(dilation)}) is larger than the padded input "
+                f"{where}: the kernel {tuple(kernel_size)} (dilation {tuple(dilation)}) exceeds the padded input "
                 f"{tuple(s + 2 * q for s, q in zip(x.shape[2:], pads, strict=True))}; pad more"
             )
 

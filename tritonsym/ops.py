@@ -9,35 +9,63 @@ Ops take batched inputs and checked arguments; the public functions are in `trit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from tritonsym import dispatch, reference
-from tritonsym.symmetry import FilterLayout, Symmetry, tap_orbits
+from tritonsym import dispatch, reference, shift
+from tritonsym.shift import Geometry
+from tritonsym.symmetry import Block, FilterLayout, Symmetry, tap_orbits, tied_blocks
 
 _library = torch.library.Library("tritonsym", "DEF")
 
 
-def _op(schema: str) -> Callable[[Callable], Callable]:
+def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Define a composite op; the decorated function is its body."""
 
-    def define(body: Callable) -> Callable:
-        def run(*args: object) -> Tensor:
-            dispatch.require_reference()
-            return body(*args)
-
+    def define(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, run, "CompositeImplicitAutograd")
+        _library.impl(name, body, "CompositeImplicitAutograd")
         # the same body under vmap: without it functorch runs a composite op sample by sample
-        _library.impl(name, run, "FuncTorchBatchedDecomposition")
+        _library.impl(name, body, "FuncTorchBatchedDecomposition")
         return getattr(torch.ops.tritonsym, name)
 
     return define
 
 
-_layout = lru_cache(maxsize=None)(FilterLayout.from_string)
+_layout = cache(FilterLayout.from_string)
+
+
+def _use_shift(layer: str, x: Tensor, blocks: tuple[Block, ...], groups: int, geometry: Geometry) -> bool:
+    """Whether the plan for this convolution is the shift path. Sizes that a trace keeps symbolic take the reference."""
+    if any(isinstance(size, torch.SymInt) for size in x.shape):
+        return False
+    dtype = str(x.dtype).removeprefix("torch.")
+    problem = dispatch.conv_problem(
+        layer, x.device.type, dtype, x.shape[0], x.shape[1] // groups, tuple(x.shape[2:]), blocks, groups, geometry
+    )
+    return dispatch.plan(problem).path == "shift"
+
+
+def _geometry(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int] | None = None,
+) -> Geometry:
+    kernel, strides, pads, dilations = (tuple(map(int, sizes)) for sizes in (kernel_size, stride, padding, dilation))
+    if output_padding is None:
+        return Geometry(kernel, strides, pads, dilations)
+    return Geometry(kernel, strides, pads, dilations, True, tuple(map(int, output_padding)))
+
+
+def _finish(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """act(y + b)."""
+    if bias is not None:
+        y = y + bias[(...,) + (None,) * (y.ndim - 2)]
+    return reference.activate(y, activation)
 
 
 @_op(
@@ -55,7 +83,12 @@ def symmetric_conv(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    return reference.symmetric_conv(x, weight, bias, _layout(layout, groups), stride, padding, dilation, activation)
+    filters = _layout(layout, groups)
+    geometry = _geometry(weight.shape[2:], stride, padding, dilation)
+    if _use_shift("SymmetricConv", x, filters.blocks(geometry.kernel_size), groups, geometry):
+        y = shift.symmetric_conv(x, weight, filters, geometry)
+        return _finish(y, reference.full_bias(bias, filters), activation)
+    return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
 
 
 @_op(
@@ -74,8 +107,13 @@ def symmetric_conv_transpose(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
+    filters = _layout(layout, groups)
+    geometry = _geometry(weight.shape[2:], stride, padding, dilation, output_padding)
+    if _use_shift("SymmetricConvTranspose", x, filters.blocks(geometry.kernel_size), groups, geometry):
+        y = shift.symmetric_conv(x, weight, filters, geometry)
+        return _finish(y, reference.full_bias(bias, filters), activation)
     return reference.symmetric_conv_transpose(
-        x, weight, bias, _layout(layout, groups), stride, padding, output_padding, dilation, activation
+        x, weight, bias, filters, stride, padding, output_padding, dilation, activation
     )
 
 
@@ -98,6 +136,12 @@ def tied_conv(
     activation: str | None = None,
 ) -> Tensor:
     orbits = tap_orbits(Symmetry(symmetry), tuple(kernel_size), odd)
+    geometry = _geometry(kernel_size, stride, padding, dilation)
+    blocks = tied_blocks(
+        orbits, weight.shape[0] // groups, 0 if free_weight is None else free_weight.shape[0] // groups
+    )
+    if _use_shift("TiedConv", x, blocks, groups, geometry):
+        return _finish(shift.tied_conv(x, weight, free_weight, blocks, geometry, groups), bias, activation)
     return reference.tied_conv(
         x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
     )
@@ -119,9 +163,22 @@ def orbit_pool_conv(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    return reference.orbit_pool_conv(
-        x, weight, bias, Symmetry(symmetry), reduce, stride, padding, dilation, groups, activation
-    )
+    group = Symmetry(symmetry)
+    geometry = _geometry(weight.shape[2:], stride, padding, dilation)
+    filters = weight.shape[0] // groups
+    if reduce in ("sum", "mean"):
+        orbits = tap_orbits(group, geometry.kernel_size)
+        blocks = tied_blocks(orbits, filters, 0)
+        if _use_shift("OrbitPoolConv", x, blocks, groups, geometry):
+            tied = reference.orbit_mean(weight, group, reduce)
+            return _finish(shift.tied_conv(x, tied, None, blocks, geometry, groups), bias, activation)
+    else:
+        layout = FilterLayout(((group, filters),), 0, groups)
+        if _use_shift("OrbitPoolConv", x, layout.blocks(geometry.kernel_size), groups, geometry):
+            y = shift.symmetric_conv(x, weight, layout, geometry).unflatten(1, (groups, group.order, filters))
+            y = y.amax(2) if reduce == "max" else y.amin(2)
+            return _finish(y.flatten(1, 2), bias, activation)
+    return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
 
 
 symmetric_linear = _op("symmetric_linear(Tensor x, Tensor packed, Tensor? bias, str? activation=None) -> Tensor")(

@@ -13,6 +13,7 @@ so the leading dimension is constant, the block S[K:, :K] is a plain view, and e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -133,7 +134,7 @@ def _triu_index(n: int, device: torch.device) -> Tensor:
     return torch.where(i < columns, (j + 1 - odd) * columns + i, (i - columns) * columns + j - columns + odd)
 
 
-def _from_vector(vector: Tensor, index, where: str) -> Tensor:
+def _from_vector(vector: Tensor, index: Callable[[int, torch.device], Tensor], where: str) -> Tensor:
     n = _triangle_order(vector.numel()) if vector.ndim == 1 else None
     if n is None:
         below = (math.isqrt(8 * vector.numel() + 1) - 1) // 2

@@ -61,9 +61,10 @@ def expand_orbits(stored: Tensor, layout: FilterLayout, transposed: bool = False
 
 
 def project_orbits(dense: Tensor, layout: FilterLayout, transposed: bool = False) -> Tensor:
-    """The stored filters whose expansion is nearest to `dense` in the Frobenius norm: stored[u] = mean_g g^-1 dense[g u].
+    """The stored filters whose expansion is nearest to `dense`: stored[u] = mean_g g^-1 dense[g u].
 
-    Taken as the base filter plus the mean difference from it, so that an expanded weight gives its stored bits back.
+    Nearest in the Frobenius norm. Taken as the base filter plus the mean difference from it, so that an expanded
+    weight gives its stored bits back.
     """
     if not transposed:
         dense = dense.unflatten(0, (layout.groups, -1))
@@ -133,12 +134,16 @@ def orbit_images(w: Tensor, symmetry: Symmetry) -> Tensor:
     return torch.stack([image(w, g) for g in symmetry.elements], 1).flatten(0, 1)
 
 
-def symmetrised(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
-    """The one kernel that 'sum' or 'mean' over the orbit of w convolves with: sum_g g w, or its mean; exactly symmetric."""
-    kernel_size = tuple(w.shape[2:])
-    orbits = tap_orbits(symmetry, kernel_size)
-    mean = expand_ties(project_ties(w, orbits), orbits, kernel_size)
+def orbit_mean(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
+    """One value per tap orbit of the kernel that 'sum' or 'mean' over the orbit of w amounts to.  (U, C, orbits)"""
+    mean = project_ties(w, tap_orbits(symmetry, tuple(w.shape[2:])))
     return mean * symmetry.order if reduce == "sum" else mean
+
+
+def symmetrised(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
+    """The kernel that reducing over the orbit of w amounts to: sum_g g w, or its mean; symmetric to the bit."""
+    kernel_size = tuple(w.shape[2:])
+    return expand_ties(orbit_mean(w, symmetry, reduce), tap_orbits(symmetry, kernel_size), kernel_size)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def symmetric_conv(
 ) -> Tensor:
     """y = act(conv(x, expand(weight)) + b).  A bias of one value per stored filter is shared by its images."""
     dense = expand_orbits(weight, layout)
-    y = _CONV[x.ndim - 2](x, dense, _full_bias(bias, layout), stride, padding, dilation, layout.groups)
+    y = _CONV[x.ndim - 2](x, dense, full_bias(bias, layout), stride, padding, dilation, layout.groups)
     return activate(y, activation)
 
 
@@ -177,11 +182,12 @@ def symmetric_conv_transpose(
     """y = act(conv_transpose(x, expand(weight)) + b)."""
     dense = expand_orbits(weight, layout, transposed=True)
     conv = _CONV_TRANSPOSE[x.ndim - 2]
-    y = conv(x, dense, _full_bias(bias, layout), stride, padding, output_padding, layout.groups, dilation)
+    y = conv(x, dense, full_bias(bias, layout), stride, padding, output_padding, layout.groups, dilation)
     return activate(y, activation)
 
 
-def _full_bias(bias: Tensor | None, layout: FilterLayout) -> Tensor | None:
+def full_bias(bias: Tensor | None, layout: FilterLayout) -> Tensor | None:
+    """One bias per output filter, from one per output filter or per stored filter."""
     if bias is None or bias.shape[0] == layout.out_channels:
         return bias
     return expand_bias(bias, layout)

@@ -1,4 +1,4 @@
-"""Symmetries of convolution filters as plain values: how a group moves taps, which taps it ties, which filters it pairs.
+"""Symmetries of convolution filters as plain values: how they move taps, tie taps and pair filters.
 
 Pure Python; no torch. Everything a kernel or the reference needs to know about a symmetry is one of three things:
 
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import product
 
 #: Axis letters and the spatial axis each one flips, counted from the last.
@@ -36,7 +36,7 @@ _IMAGES = {
 
 @dataclass(frozen=True)
 class Element:
-    """One group element: `turns` counter-clockwise quarter turns of the last two axes, then a flip of each axis in `flips`.
+    """One group element: `turns` counter-clockwise quarter turns of the last two axes, then flips of the axes `flips`.
 
     As an operator on filters it is ``torch.rot90(w, turns, (-2, -1))`` followed by ``flip``; "h r90" reads right to
     left, like composed functions: turn first, then flip.
@@ -222,7 +222,7 @@ class TapOrbits:
         return tuple(self.slot.count(s) for s in range(len(self)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "") -> TapOrbits:
     """Orbits of the taps of one filter under `symmetry`, numbered by their first tap in row-major order.
 
@@ -294,6 +294,33 @@ def parity_axes(symmetry: Symmetry, parity: str | Mapping[str, str], where: str 
         if value not in ("even", "odd"):
             raise ValueError(f"{where}: parity of {letter!r} must be 'even' or 'odd', got {value!r}")
     return "".join(letter for letter in axes if parity.get(letter) == "odd")
+
+
+# --- the slot table ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Stored filters of one conv group whose images follow one slot table.
+
+    Output filter ``first + u`` of an image is ``dense[k] = sign[k] * stored[u, slot[k]]``, for u < filters.
+    """
+
+    filters: int
+    slots: int
+    images: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]  # (first output filter, slot, sign)
+
+
+@cache
+def tied_blocks(orbits: TapOrbits, tied: int, free: int) -> tuple[Block, ...]:
+    """The table of `tied` filters per group that are their own image, followed by `free` ordinary ones."""
+    size = len(orbits.slot)
+    blocks = (Block(tied, len(orbits), ((0, orbits.slot, orbits.sign),)), _free_block(free, size, tied))
+    return tuple(block for block in blocks if block.filters)
+
+
+def _free_block(filters: int, size: int, first: int) -> Block:
+    return Block(filters, size, ((first, tuple(range(size)), (1,) * size),))
 
 
 # --- orbits of filters ------------------------------------------------------------------------------------------------
@@ -453,10 +480,30 @@ class FilterLayout:
             start += count
         return tuple(ranges)
 
+    def blocks(self, kernel_size: tuple[int, ...]) -> tuple[Block, ...]:
+        """The slot table of one group: for every symmetry its base filters and all their images, then the free ones."""
+        return _layout_blocks(self, kernel_size)
+
     def check_kernel(self, kernel_size: tuple[int, ...], where: str) -> None:
         """Raise ValueError unless every symmetry of the layout acts on this kernel size."""
         for symmetry, _ in self.orbits:
             symmetry.check_kernel(kernel_size, where)
+
+
+@cache
+def _layout_blocks(layout: FilterLayout, kernel_size: tuple[int, ...]) -> tuple[Block, ...]:
+    size = math.prod(kernel_size)
+    first = layout.stored_per_group
+    blocks = []
+    for symmetry, bases in layout.bases:
+        images = [(bases.start, Element().slots(kernel_size), (1,) * size)]
+        for g in symmetry.elements[1:]:
+            images.append((first, g.slots(kernel_size), (1,) * size))
+            first += len(bases)
+        blocks.append(Block(len(bases), size, tuple(images)))
+    if layout.free:
+        blocks.append(_free_block(layout.free, size, layout.stored_per_group - layout.free))
+    return tuple(blocks)
 
 
 def _filter_symmetry(key: object, where: str) -> Symmetry:

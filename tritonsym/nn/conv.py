@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonsym import functional, reference
-from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
+from tritonsym import dispatch, functional, reference
+from tritonsym.shift import Geometry
+from tritonsym.symmetry import Block, FilterLayout, Symmetry, parity_axes, tap_orbits, tied_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,12 +48,12 @@ def check_loaded(module: nn.Module, name: str, parameter: Tensor | None, value: 
 
 
 class _SharedConv(nn.modules.conv._ConvNd):
-    """What all the modules here share. `self.bias` has one value per output channel unless a subclass says otherwise."""
+    """What all the modules here share. The bias has one value per output channel unless a subclass says otherwise."""
 
-    activation: str | None
-
-    def _setup(self, activation: str | None) -> None:
-        """Called once the torch constructor, run on the meta device, has checked and stored its arguments."""
+    def __init__(self, *args: Any, activation: str | None, **kwargs: Any) -> None:
+        # on the meta device: torch checks and stores its arguments, and its dense weight takes no memory
+        kwargs["device"] = "meta"
+        super().__init__(*args, **kwargs)
         functional.check_activation(type(self).__name__, activation)
         self.activation = activation
 
@@ -67,7 +68,7 @@ class _SharedConv(nn.modules.conv._ConvNd):
         return (self.out_channels if self.transposed else self.in_channels) // self.groups * math.prod(self.kernel_size)
 
     def reset_parameters(self) -> None:
-        """U(-a, a) with a = 1 / sqrt(fan-in of the dense filter): every entry has the variance the torch layer gives it."""
+        """U(-a, a) with a = 1 / sqrt(fan-in of the dense filter): the variance that the torch layer starts with."""
         fan_in = self._fan_in()
         for parameter in self.parameters(recurse=False):
             if fan_in > 0:
@@ -76,7 +77,7 @@ class _SharedConv(nn.modules.conv._ConvNd):
     def _padded(self, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
         """x with every padding but zeros applied, and the zero padding that is left."""
         if self.padding_mode == "zeros":
-            return x, self.padding  # type: ignore[return-value]
+            return x, self.padding
         return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * len(self.kernel_size)
 
     def _dense_shape(self) -> tuple[int, ...]:
@@ -107,30 +108,35 @@ class _SharedConv(nn.modules.conv._ConvNd):
         """One bias per filter of `expanded_weight`."""
         return self.bias
 
-    def multiply_adds(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Multiply-adds on an input of this shape: of the dense layer, of the reference path, per stored weight."""
-        ndim = len(self.kernel_size)
+    def problem(self, shape: Sequence[int], target: str, dtype: str) -> dispatch.Problem:
+        """What `tritonsym.explain` plans on: this layer on an input of this shape."""
+        where, ndim = type(self).__name__, len(self.kernel_size)
         if len(shape) not in (ndim + 1, ndim + 2) or shape[-ndim - 1] != self.in_channels:
             raise ValueError(
-                f"{type(self).__name__}: expected an input (N, {self.in_channels}, ...) or ({self.in_channels}, ...) "
+                f"{where}: expected an input (N, {self.in_channels}, ...) or ({self.in_channels}, ...) "
                 f"with {ndim} spatial axes, got {tuple(shape)}"
             )
-        positions = shape[0] if len(shape) == ndim + 2 else 1
-        for axis in range(ndim):
-            size = shape[axis - ndim]
-            if not self.transposed and self.padding != "same":
-                pad = 0 if isinstance(self.padding, str) else self.padding[axis]
-                reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-                size = max((size + 2 * pad - reach) // self.stride[axis] + 1, 0)
-            positions *= size
-        dense, expanded, stored = self._weights_per_position()
-        return positions * dense, positions * expanded, positions * stored
+        pads, extra = functional.resolve_padding(where, self.padding, self.kernel_size, self.stride, self.dilation)
+        if self.padding_mode != "zeros":
+            pads, extra = [0] * ndim, [2 * p + e for p, e in zip(pads, extra, strict=True)]
+        geometry = Geometry(
+            self.kernel_size, self.stride, tuple(pads), self.dilation, self.transposed, self.output_padding
+        )
+        sizes = tuple(n + e for n, e in zip(shape[-ndim:], extra, strict=True))
+        batch = shape[0] if len(shape) == ndim + 2 else 1
+        channels = self.in_channels // self.groups
+        blocks = self._blocks()
+        return dispatch.conv_problem(
+            where, target, dtype, batch, channels, sizes, blocks, self.groups, geometry, self._dense_factor()
+        )
 
-    def _weights_per_position(self) -> tuple[int, int, int]:
-        """How many weights meet every position: dense, expanded by the reference, stored."""
-        dense = math.prod(self._dense_shape())
-        stored = sum(p.numel() for name, p in self.named_parameters(recurse=False) if name != "bias")
-        return dense, dense, stored
+    def _blocks(self) -> tuple[Block, ...]:
+        """The slot table of one group."""
+        raise NotImplementedError
+
+    def _dense_factor(self) -> int:
+        """How many kernels of the dense layer the reference folds into one before it convolves."""
+        return 1
 
     def _dense_class(self) -> type[nn.Module]:
         return next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.conv")
@@ -162,23 +168,23 @@ class _SharedConv(nn.modules.conv._ConvNd):
         return layer.train(self.training)
 
     @classmethod
-    def _from_dense(cls, layer: nn.Module, init: Init, options: Mapping[str, Any]) -> Self:
+    def _from_dense(cls, layer: Any, init: Init, options: Mapping[str, Any]) -> Self:
         """A layer of this class with the hyper-parameters of `layer` and, unless init is 'reset', its weights."""
         functional.check_choice(f"{cls.__name__}.from_dense", "init", init, ("project", "keep", "reset"))
-        dense_class = next(c for c in cls.__mro__ if c.__module__ == "torch.nn.modules.conv")
+        dense_class: Any = next(c for c in cls.__mro__ if c.__module__ == "torch.nn.modules.conv")
         if not isinstance(layer, dense_class) or isinstance(layer, _SharedConv):
             raise TypeError(
-                f"{cls.__name__}.from_dense: expected a plain torch.nn.{dense_class.__name__}, got {type(layer).__name__}"
+                f"{cls.__name__}.from_dense: expected torch.nn.{dense_class.__name__}, got {type(layer).__name__}"
             )
         transposed: dict[str, Any] = {"output_padding": layer.output_padding} if layer.transposed else {}
         self = cls(
-            layer.in_channels,  # type: ignore[arg-type]
-            layer.out_channels,  # type: ignore[arg-type]
-            layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
-            groups=layer.groups,  # type: ignore[arg-type]
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
             bias=layer.bias is not None,
             padding_mode=layer.padding_mode,
             device=layer.weight.device,
@@ -188,15 +194,15 @@ class _SharedConv(nn.modules.conv._ConvNd):
         )
         with torch.no_grad():
             if init != "reset":
-                self._adopt(layer.weight, layer.bias, keep=init == "keep")  # type: ignore[arg-type]
+                self._adopt(layer.weight, layer.bias, keep=init == "keep")
         for parameter in self.parameters():
             parameter.requires_grad_(layer.weight.requires_grad)
         if self.bias is not None:
-            self.bias.requires_grad_(layer.bias.requires_grad)  # type: ignore[union-attr]
+            self.bias.requires_grad_(layer.bias.requires_grad)
         return self.train(layer.training)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
-        """Take over a dense weight and bias: projected, or (keep) the values of the stored filters and taps as they are."""
+        """Take over a dense weight and bias: projected, or (keep) the values where stored filters and taps stand."""
         raise NotImplementedError
 
 
@@ -206,17 +212,16 @@ class _OrbitConv(_SharedConv):
     layout: FilterLayout
     share_bias: bool
 
-    def _setup_orbits(self, symmetry: Any, share_bias: bool, activation: str | None, device: Any, dtype: Any) -> None:
+    def _setup_orbits(self, symmetry: Any, share_bias: bool, device: Any, dtype: Any) -> None:
         where = type(self).__name__
-        self._setup(activation)
         self.symmetry = dict(symmetry) if isinstance(symmetry, Mapping) else symmetry
         self.layout = FilterLayout.parse(symmetry, self.out_channels, self.groups, where)
         self.layout.check_kernel(self.kernel_size, where)
         for key, _ in self.layout.orbits:
             if idle := key.idle_axes(self.kernel_size):
                 warnings.warn(
-                    f"{where}: kernel_size={self.kernel_size} is 1 along axis {idle!r} of symmetry {key.name!r}, so the "
-                    "flip changes nothing and the filters of an orbit are identical copies",
+                    f"{where}: kernel_size={self.kernel_size} is 1 along axis {idle!r} of symmetry {key.name!r}, so "
+                    "the flip changes nothing and the filters of an orbit are identical copies",
                     stacklevel=3,
                 )
         self.share_bias = share_bias
@@ -226,6 +231,9 @@ class _OrbitConv(_SharedConv):
         )
         self._store((*ends, *self.kernel_size), stored if share_bias else self.out_channels, device, dtype)
         self.reset_parameters()
+
+    def _blocks(self) -> tuple[Block, ...]:
+        return self.layout.blocks(self.kernel_size)
 
     def expanded_weight(self) -> Tensor:
         """The dense filters, differentiable: dense[o] = g(o) weight[u(o)]."""
@@ -309,7 +317,7 @@ class _SymmetricConv(_OrbitConv):
         share_bias: bool = False,
         activation: functional.Activation | None = None,
     ) -> None:
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             in_channels,
             out_channels,
             kernel_size,
@@ -319,10 +327,10 @@ class _SymmetricConv(_OrbitConv):
             groups,
             bias,
             padding_mode,
-            device="meta",
             dtype=dtype,
+            activation=activation,
         )
-        self._setup_orbits(symmetry, share_bias, activation, device, dtype)
+        self._setup_orbits(symmetry, share_bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self._padded(x)
@@ -340,15 +348,15 @@ class _SymmetricConv(_OrbitConv):
 
 
 class SymmetricConv1d(_SymmetricConv, nn.Conv1d):
-    __doc__ = _SymmetricConv.__doc__
+    __doc__ = _SymmetricConv.__doc__ or ""
 
 
 class SymmetricConv2d(_SymmetricConv, nn.Conv2d):
-    __doc__ = _SymmetricConv.__doc__
+    __doc__ = _SymmetricConv.__doc__ or ""
 
 
 class SymmetricConv3d(_SymmetricConv, nn.Conv3d):
-    __doc__ = _SymmetricConv.__doc__
+    __doc__ = _SymmetricConv.__doc__ or ""
 
 
 class _SymmetricConvTranspose(_OrbitConv):
@@ -377,7 +385,7 @@ class _SymmetricConvTranspose(_OrbitConv):
         share_bias: bool = False,
         activation: functional.Activation | None = None,
     ) -> None:
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             in_channels,
             out_channels,
             kernel_size,
@@ -388,10 +396,10 @@ class _SymmetricConvTranspose(_OrbitConv):
             bias,
             dilation,
             padding_mode,
-            device="meta",
             dtype=dtype,
+            activation=activation,
         )
-        self._setup_orbits(symmetry, share_bias, activation, device, dtype)
+        self._setup_orbits(symmetry, share_bias, device, dtype)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         output_padding = self._output_padding(  # type: ignore[operator]
@@ -412,15 +420,15 @@ class _SymmetricConvTranspose(_OrbitConv):
 
 
 class SymmetricConvTranspose1d(_SymmetricConvTranspose, nn.ConvTranspose1d):
-    __doc__ = _SymmetricConvTranspose.__doc__
+    __doc__ = _SymmetricConvTranspose.__doc__ or ""
 
 
 class SymmetricConvTranspose2d(_SymmetricConvTranspose, nn.ConvTranspose2d):
-    __doc__ = _SymmetricConvTranspose.__doc__
+    __doc__ = _SymmetricConvTranspose.__doc__ or ""
 
 
 class SymmetricConvTranspose3d(_SymmetricConvTranspose, nn.ConvTranspose3d):
-    __doc__ = _SymmetricConvTranspose.__doc__
+    __doc__ = _SymmetricConvTranspose.__doc__ or ""
 
 
 class _TiedConv(_SharedConv):
@@ -434,13 +442,16 @@ class _TiedConv(_SharedConv):
         in_channels .. padding_mode, device, dtype: as in the torch layer.
         symmetry: one name, incl. 'radial' (taps at equal distance from the centre share a value) and 'radial:WIDTH'.
         parity: 'even' (w = its image), 'odd' (-1 under every reflection, so 1 under a product of two and under
-            rotations), or per axis such as ``{'h': 'odd', 'v': 'even'}``. Taps that the sign forces to zero are not stored.
+            rotations), or per axis such as ``{'h': 'odd', 'v': 'even'}``. Taps that the sign forces to zero are not
+            stored.
         free: number of ordinary filters.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
 
     Raises:
-        ValueError: a symmetry that does not act on this kernel, a parity that leaves no tap, a bad number of free filters.
+        ValueError: a symmetry that does not act on this kernel, a parity that leaves no tap, a bad `free`.
     """
+
+    free_weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -461,7 +472,7 @@ class _TiedConv(_SharedConv):
         free: int = 0,
         activation: functional.Activation | None = None,
     ) -> None:
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             in_channels,
             out_channels,
             kernel_size,
@@ -471,11 +482,10 @@ class _TiedConv(_SharedConv):
             groups,
             bias,
             padding_mode,
-            device="meta",
             dtype=dtype,
+            activation=activation,
         )
         where = type(self).__name__
-        self._setup(activation)
         self.symmetry = Symmetry(symmetry)
         self.symmetry.check_kernel(self.kernel_size, where)
         self.odd = parity_axes(self.symmetry, parity, where)
@@ -489,13 +499,13 @@ class _TiedConv(_SharedConv):
             raise TypeError(f"{where}: free must be a number of filters, got {free!r}")
         if not 0 <= free <= out_channels or free % groups:
             raise ValueError(
-                f"{where}: free={free} must be between 0 and out_channels={out_channels} and a multiple of groups={groups}"
+                f"{where}: free={free} must be a multiple of groups={groups} from 0 to out_channels={out_channels}"
             )
         self.free = free
         into = self.in_channels // self.groups
         self._store((out_channels - free, into, len(self.orbits)), out_channels, device, dtype)
         free_weight = nn.Parameter(torch.empty(free, into, *self.kernel_size, device=device, dtype=dtype))
-        self.register_parameter("free_weight", free_weight if free else None)
+        self.free_weight = free_weight if free else None
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -515,6 +525,10 @@ class _TiedConv(_SharedConv):
             self.groups,
             self.activation,
         )
+
+    def _blocks(self) -> tuple[Block, ...]:
+        free = self.free // self.groups
+        return tied_blocks(self.orbits, self.out_channels // self.groups - free, free)
 
     def expanded_weight(self) -> Tensor:
         """The dense filters, differentiable: in every group the tied ones, then the free ones."""
@@ -552,22 +566,22 @@ class _TiedConv(_SharedConv):
         activation: functional.Activation | None = None,
         init: Init = "project",
     ) -> Self:
-        """Convert a plain torch layer: 'project' its weight (signed mean over tap orbits), 'keep' the first tap of every
-        orbit, or 'reset'. The last `free` filters of every group's share stay as they are."""
+        """Convert a plain torch layer: 'project' its weight (signed mean over tap orbits), 'keep' the first tap of
+        every orbit, or 'reset'. The free filters, the last of every group, stay as they are."""
         options = {"symmetry": symmetry, "parity": parity, "free": free, "activation": activation}
         return cls._from_dense(layer, init, options)
 
 
 class TiedConv1d(_TiedConv, nn.Conv1d):
-    __doc__ = _TiedConv.__doc__
+    __doc__ = _TiedConv.__doc__ or ""
 
 
 class TiedConv2d(_TiedConv, nn.Conv2d):
-    __doc__ = _TiedConv.__doc__
+    __doc__ = _TiedConv.__doc__ or ""
 
 
 class TiedConv3d(_TiedConv, nn.Conv3d):
-    __doc__ = _TiedConv.__doc__
+    __doc__ = _TiedConv.__doc__ or ""
 
 
 class _OrbitPoolConv(_SharedConv):
@@ -605,7 +619,7 @@ class _OrbitPoolConv(_SharedConv):
         reduce: functional.PoolReduction = "max",
         activation: functional.Activation | None = None,
     ) -> None:
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             in_channels,
             out_channels,
             kernel_size,
@@ -615,11 +629,10 @@ class _OrbitPoolConv(_SharedConv):
             groups,
             bias,
             padding_mode,
-            device="meta",
             dtype=dtype,
+            activation=activation,
         )
         where = type(self).__name__
-        self._setup(activation)
         self.symmetry = functional.pool_symmetry(where, symmetry, self.kernel_size)
         functional.check_choice(where, "reduce", reduce, functional.POOL_REDUCTIONS)
         self.reduce = reduce
@@ -658,13 +671,14 @@ class _OrbitPoolConv(_SharedConv):
             return self.bias
         return self.bias.repeat_interleave(self.symmetry.order)
 
-    def _weights_per_position(self) -> tuple[int, int, int]:
-        one = self.weight.numel()
-        orbit = one * self.symmetry.order
-        if self.reduce in ("max", "min"):
-            return orbit, orbit, one
-        ties = len(tap_orbits(self.symmetry, self.kernel_size))
-        return orbit, one, one // math.prod(self.kernel_size) * ties
+    def _blocks(self) -> tuple[Block, ...]:
+        filters = self.out_channels // self.groups
+        if self.reduce in ("sum", "mean"):
+            return tied_blocks(tap_orbits(self.symmetry, self.kernel_size), filters, 0)
+        return FilterLayout(((self.symmetry, filters),), 0, self.groups).blocks(self.kernel_size)
+
+    def _dense_factor(self) -> int:
+        return self.symmetry.order if self.reduce in ("sum", "mean") else 1
 
     def to_dense(self) -> nn.Module:
         """The plain torch layers with equal outputs: one convolution, and for 'max' and 'min' a reduction behind it."""
@@ -695,8 +709,11 @@ class _OrbitPoolConv(_SharedConv):
         activation: functional.Activation | None = None,
         init: Init = "project",
     ) -> Self:
-        """Convert a plain torch layer. 'project': for 'sum' and 'mean' the symmetrised kernel is the nearest symmetric
-        one; for 'max' and 'min', which no dense layer equals, and for 'keep' the filters stay as they are. Or 'reset'."""
+        """Convert a plain torch layer: 'project', 'keep' the filters as they are, or 'reset'.
+
+        'project' makes the symmetrised kernel of 'sum' and 'mean' the nearest symmetric one. No dense layer equals
+        'max' or 'min': there it is 'keep'.
+        """
         options = {"symmetry": symmetry, "reduce": reduce, "activation": activation}
         return cls._from_dense(layer, init, options)
 
@@ -717,12 +734,12 @@ class _PooledDense(nn.Module):
 
 
 class OrbitPoolConv1d(_OrbitPoolConv, nn.Conv1d):
-    __doc__ = _OrbitPoolConv.__doc__
+    __doc__ = _OrbitPoolConv.__doc__ or ""
 
 
 class OrbitPoolConv2d(_OrbitPoolConv, nn.Conv2d):
-    __doc__ = _OrbitPoolConv.__doc__
+    __doc__ = _OrbitPoolConv.__doc__ or ""
 
 
 class OrbitPoolConv3d(_OrbitPoolConv, nn.Conv3d):
-    __doc__ = _OrbitPoolConv.__doc__
+    __doc__ = _OrbitPoolConv.__doc__ or ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tritonsym import functional, packing
+from tritonsym import dispatch, functional, packing
 from tritonsym.nn.conv import Init, check_loaded, with_activation
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class SymmetricLinear(nn.Module):
     Raises:
         ValueError: in_features != out_features.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -53,9 +55,7 @@ class SymmetricLinear(nn.Module):
         self.out_features = out_features
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(packing.packed_shape(in_features), device=device, dtype=dtype))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(in_features, device=device, dtype=dtype)) if bias else None
-        )
+        self.bias = nn.Parameter(torch.empty(in_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,7 +65,7 @@ class SymmetricLinear(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.symmetric_linear(x, self.weight, self.bias, activation=self.activation)  # type: ignore[arg-type]
+        return functional.symmetric_linear(x, self.weight, self.bias, activation=self.activation)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         dense = (self.in_features, self.in_features)
@@ -83,16 +83,13 @@ class SymmetricLinear(nn.Module):
     def expanded_bias(self) -> Tensor | None:
         return self.bias
 
-    def multiply_adds(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Multiply-adds on an input of this shape: of the dense layer and twice of the reference path, which equals it.
-
-        A product x S needs n^2 multiply-adds per row whatever is stored; storage saves memory, not arithmetic.
-        """
+    def problem(self, shape: Sequence[int], target: str, dtype: str) -> dispatch.Problem:
+        """What `tritonsym.explain` plans on. x S takes n^2 multiply-adds per row whatever is stored."""
         n = self.in_features
         if not shape or shape[-1] != n:
             raise ValueError(f"SymmetricLinear: expected an input (..., {n}), got {tuple(shape)}")
         dense = math.prod(shape[:-1]) * n * n
-        return dense, dense, dense
+        return dispatch.Problem("SymmetricLinear", target, dtype, dense, dense)
 
     def to_dense(self) -> nn.Module:
         """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonsym import functional
+from tritonsym import dispatch, functional
 
 
 class GlobalConv1d(nn.Module):
@@ -21,6 +21,8 @@ class GlobalConv1d(nn.Module):
         in_channels, out_channels, bias, device, dtype: as in a `torch.nn.Conv1d` with kernel size 1.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class GlobalConv1d(nn.Module):
         options = {"device": device, "dtype": dtype}
         self.center = nn.Parameter(torch.empty(out_channels, in_channels, **options))
         self.surround = nn.Parameter(torch.empty(out_channels, in_channels, **options))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **options)) if bias else None)
+        self.bias = nn.Parameter(torch.empty(out_channels, **options)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -57,20 +59,20 @@ class GlobalConv1d(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.global_conv1d(x, self.center, self.surround, self.bias, activation=self.activation)  # type: ignore[arg-type]
+        return functional.global_conv1d(x, self.center, self.surround, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
         return text + (f", activation={self.activation!r}" if self.activation else "")
 
-    def multiply_adds(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Multiply-adds on (N, in, L): of the wrap-around convolution, and (twice) of the two matrices, O(L)."""
+    def problem(self, shape: Sequence[int], target: str, dtype: str) -> dispatch.Problem:
+        """What `tritonsym.explain` plans on; the dense layer is the wrap-around convolution."""
         if len(shape) not in (2, 3) or shape[-2] != self.in_channels:
             expected = f"(N, {self.in_channels}, L) or ({self.in_channels}, L)"
             raise ValueError(f"GlobalConv1d: expected an input {expected}, got {tuple(shape)}")
-        batch, length = math.prod(shape[:-2]), shape[-1]
-        one = batch * self.in_channels * self.out_channels
-        return one * length * (2 * length + 1), one * (length + 1), one * (length + 1)
+        length = shape[-1]
+        one = math.prod(shape[:-2]) * self.in_channels * self.out_channels
+        return dispatch.Problem("GlobalConv1d", target, dtype, one * length * (2 * length + 1), one * (length + 1))
 
     def expanded_weight(self, length: int) -> Tensor:
         """The kernel (out, in, 2 length + 1) of the equal convolution, with padding = length; differentiable."""
