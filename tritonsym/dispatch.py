@@ -179,11 +179,10 @@ def conv_problem(
     dense = expanded * dense_factor
     if "complex" in dtype:
         return Problem(layer, target, dtype, dense, expanded)
-    multiply_adds = additions = 0
-    for p in schedule(blocks, geometry, sizes):
-        multiply_adds += batch * groups * channels * math.prod(p.sizes) * p.width
-        additions += batch * groups * sum(t.count for t in p.terms)
-    return Problem(layer, target, dtype, dense, expanded, Work(multiply_adds, additions))
+    _, additions = schedule(blocks, geometry, sizes)
+    z = batch * groups * sum(rows * math.prod(class_sizes) for rows, class_sizes in additions.sources)
+    work = Work(z * channels, batch * groups * sum(move.count for move in additions.moves))
+    return Problem(layer, target, dtype, dense, expanded, work)
 
 
 def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
-from typing import Concatenate, Literal, ParamSpec
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,38 @@ from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
 P = ParamSpec("P")
 Ints = int | Sequence[int]
 Spec = str | Mapping[str, int] | FilterLayout | None
+Parity = str | Mapping[str, str]
 Activation = Literal["relu", "gelu", "silu", "sigmoid", "tanh"]
 PoolReduction = Literal["max", "min", "sum", "mean"]
 POOL_REDUCTIONS = ("max", "min", "sum", "mean")
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def _constant(function: Function) -> Function:
+    """Let Dynamo call this function instead of tracing it: what `torch.compiler.assume_constant_result` does.
+
+    (Which would import all of Dynamo to do so.) The arguments must be plain values.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _stored_layout(where: str, spec: Spec, stored: int, groups: int, kernel_size: tuple[int, ...]) -> FilterLayout:
+    layout = FilterLayout.from_stored(spec, stored, groups, where)
+    layout.check_kernel(kernel_size, where)
+    return layout
+
+
+@_constant
+def _tie(where: str, symmetry: str, parity: Parity, kernel_size: tuple[int, ...]) -> tuple[str, str, int]:
+    """Canonical name, odd axes and number of orbits."""
+    value = Symmetry(symmetry)
+    value.check_kernel(kernel_size, where)
+    odd = parity_axes(value, parity, where)
+    return value.name, odd, len(tap_orbits(value, kernel_size, odd))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -206,8 +235,7 @@ def _symmetric_conv(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(stored filters, C_in / groups, *kernel)")
     _check_groups(where, groups, weight.shape[0])
-    layout = FilterLayout.from_stored(symmetry, weight.shape[0], groups, where)
-    layout.check_kernel(tuple(weight.shape[2:]), where)
+    layout = _stored_layout(where, symmetry, int(weight.shape[0]), groups, tuple(map(int, weight.shape[2:])))
     check_activation(where, activation)
     return symmetric_conv(where, x, weight, bias, layout, stride, padding, dilation, activation)
 
@@ -231,7 +259,7 @@ def symmetric_conv(
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
     padded, weight, bias = _autocast(padded, weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, padded, weight=weight, bias=bias)
-    y = ops.symmetric_conv(padded, weight, bias, str(layout), stride, pads, dilation, layout.groups, activation)
+    y = ops.symmetric_conv(padded, weight, bias, layout.text, stride, pads, dilation, layout.groups, activation)
     return y if batched is x else y[0]
 
 
@@ -266,8 +294,8 @@ def _symmetric_conv_transpose(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_in, stored filters / groups, *kernel)")
     _check_groups(where, groups, weight.shape[1] * groups, weight.shape[0])
-    layout = FilterLayout.from_stored(symmetry, weight.shape[1] * groups, groups, where)
-    layout.check_kernel(tuple(weight.shape[2:]), where)
+    stored = int(weight.shape[1]) * groups
+    layout = _stored_layout(where, symmetry, stored, groups, tuple(map(int, weight.shape[2:])))
     check_activation(where, activation)
     return symmetric_conv_transpose(
         where, x, weight, bias, layout, stride, padding, output_padding, dilation, activation
@@ -299,7 +327,7 @@ def symmetric_conv_transpose(
     batched, weight, bias = _autocast(batched, weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, batched, weight=weight, bias=bias)
     y = ops.symmetric_conv_transpose(
-        batched, weight, bias, str(layout), stride, pads, extra, dilation, layout.groups, activation
+        batched, weight, bias, layout.text, stride, pads, extra, dilation, layout.groups, activation
     )
     return y if x.ndim == ndim + 2 else y[0]
 
@@ -317,7 +345,7 @@ def _tied_conv(
     *,
     symmetry: str,
     kernel_size: Ints,
-    parity: str | Mapping[str, str] = "even",
+    parity: Parity = "even",
     free_weight: Tensor | None = None,
     activation: Activation | None = None,
 ) -> Tensor:
@@ -341,11 +369,8 @@ def _tied_conv(
         ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
         TypeError: dtypes differ.
     """
-    value = Symmetry(symmetry)
     size = tuple(_sizes(where, "kernel_size", kernel_size, ndim, 1))
-    value.check_kernel(size, where)
-    odd = parity_axes(value, parity, where)
-    orbits = len(tap_orbits(value, size, odd))
+    name, odd, orbits = _tie(where, symmetry, parity, size)
     if weight.ndim != 3 or weight.shape[2] != orbits:
         raise ValueError(
             f"{where}: weight has shape {tuple(weight.shape)}, but {symmetry!r} ({parity}) on a kernel of size {size} "
@@ -362,7 +387,7 @@ def _tied_conv(
         _check_groups(where, groups, free_weight.shape[0], noun="free filters")
     check_activation(where, activation)
     return tied_conv(
-        where, x, weight, free_weight, bias, value, odd, size, stride, padding, dilation, groups, activation
+        where, x, weight, free_weight, bias, name, odd, size, stride, padding, dilation, groups, activation
     )
 
 
@@ -372,7 +397,7 @@ def tied_conv(
     weight: Tensor,
     free_weight: Tensor | None,
     bias: Tensor | None,
-    symmetry: Symmetry,
+    symmetry: str,
     odd: str,
     kernel_size: Sequence[int],
     stride: Ints,
@@ -394,7 +419,7 @@ def tied_conv(
         weight,
         free_weight,
         bias,
-        symmetry.name,
+        symmetry,
         odd,
         kernel_size,
         stride,
@@ -441,19 +466,20 @@ def _orbit_pool_conv(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_out, C_in / groups, *kernel)")
     _check_groups(where, groups, weight.shape[0], noun="filters")
-    value = pool_symmetry(where, symmetry, tuple(weight.shape[2:]))
+    name = pool_symmetry(where, symmetry, tuple(map(int, weight.shape[2:])))
     check_choice(where, "reduce", reduce, POOL_REDUCTIONS)
     check_activation(where, activation)
-    return orbit_pool_conv(where, x, weight, bias, value, reduce, stride, padding, dilation, groups, activation)
+    return orbit_pool_conv(where, x, weight, bias, name, reduce, stride, padding, dilation, groups, activation)
 
 
-def pool_symmetry(where: str, symmetry: str, kernel_size: tuple[int, ...]) -> Symmetry:
-    """The symmetry to pool over, checked against the kernel."""
+@_constant
+def pool_symmetry(where: str, symmetry: str, kernel_size: tuple[int, ...]) -> str:
+    """The canonical name of the symmetry to pool over, checked against the kernel."""
     value = Symmetry(symmetry)
     if value.is_radial:
         raise ValueError(f"{where}: {symmetry!r} has no images to pool over; use a group such as 'hv' or 'd4'")
     value.check_kernel(kernel_size, where)
-    return value
+    return value.name
 
 
 def orbit_pool_conv(
@@ -461,7 +487,7 @@ def orbit_pool_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    symmetry: Symmetry,
+    symmetry: str,
     reduce: str,
     stride: Ints,
     padding: str | Ints,
@@ -479,7 +505,7 @@ def orbit_pool_conv(
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
     padded, weight, bias = _autocast(padded, weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, padded, weight=weight, bias=bias)
-    y = ops.orbit_pool_conv(padded, weight, bias, symmetry.name, reduce, stride, pads, dilation, groups, activation)
+    y = ops.orbit_pool_conv(padded, weight, bias, symmetry, reduce, stride, pads, dilation, groups, activation)
     return y if batched is x else y[0]
 
 
@@ -597,6 +623,7 @@ def topk_pool1d(x: Tensor, k: int) -> Tensor:
 Orders = str | Sequence[Sequence[int]]
 
 
+@_constant
 def orders_of(over: Orders, n: int, where: str) -> tuple[tuple[int, ...], ...]:
     """The group of re-orderings of n entries that `over` names: order[i] is the entry that comes to place i."""
     identity = tuple(range(n))

@@ -270,13 +270,16 @@ def reorder(x: Tensor, orders: Sequence[Sequence[int]], dim: int) -> Tensor:
     results, even where a matrix product rounds its rows differently by their place in the batch.
     """
     order = torch.tensor(orders, device=x.device)  # [G, n]
+    count, n = order.shape
+    batch = x.shape[0]
     rows = x.movedim(dim, 1)  # [B, n, ...]
-    index = order.expand(x.shape[0], *order.shape)  # [B, G, n]
+    index = order.expand(batch, count, n)
     if x.numel():
         smallest = order[_smallest(rows.detach(), order)]  # [B, n]
         index = smallest[:, order]  # first to the smallest, then on: index[b, g, i] = smallest[b, order[g, i]]
-    batch = torch.arange(x.shape[0], device=x.device)
-    return rows[batch[:, None], index.transpose(0, 1)].flatten(0, 1).movedim(1, dim)
+    index = index + n * torch.arange(batch, device=x.device)[:, None, None]
+    picked = rows.flatten(0, 1).index_select(0, index.transpose(0, 1).flatten())  # [G B n, ...]
+    return picked.unflatten(0, (count * batch, n)).movedim(1, dim)
 
 
 def _smallest(rows: Tensor, order: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ and, with d[q, s, u] = sum of sign[g][k] dy[p, g, u] over all (p, g, k) that rea
     dx[q, c] = sum_{s, u} d[q, s, u] w[u, c, s]         dw[u, c, s] = sum_q d[q, s, u] x[q, c].
 
 GEMM plus shifted additions is kn2row (Anderson, Vasudevan, Keane, Gregg 2017, arXiv 1709.03395); sharing z between the
-images of a filter makes it the algorithm of a symmetric layer. Everything here is torch ops: any device, and Inductor
-fuses the additions. x, w and nothing else is kept for the backward pass.
+images of a filter makes it the algorithm of a symmetric layer. The additions are linear: they keep nothing for the
+backward pass, their derivative is their adjoint, and autograd finds d once for both gradients. Everything here is torch
+ops: any device, and Inductor fuses the additions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -60,46 +61,70 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Term:
-    """``y[:, :, to][y_at] += sign * z[:, :, of][z_at]``; the places start with an ellipsis."""
+class Move:
+    """``target[:, :, to][to_at] += sign * source[:, :, of][of_at]`` on (N, groups, channels, *sizes).
 
+    The places start with an ellipsis.
+    """
+
+    source: int
     of: slice
+    of_at: tuple[Any, ...]
+    target: int
     to: slice
-    z_at: tuple[Any, ...]
-    y_at: tuple[Any, ...]
+    to_at: tuple[Any, ...]
     sign: int
 
     @property
     def count(self) -> int:
-        """Additions per image of the batch."""
-        return (self.of.stop - self.of.start) * math.prod(at.stop - at.start for at in self.z_at[1:])
+        """Additions per group and image of the batch."""
+        return (self.of.stop - self.of.start) * math.prod(
+            len(range(at.start, at.stop, at.step or 1)) for at in self.of_at[1:]
+        )
+
+    def reversed(self) -> Move:
+        return Move(self.target, self.to, self.to_at, self.source, self.of, self.of_at, self.sign)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One GEMM and its additions: one residue class of positions of x modulo the stride, and the rows it needs."""
+class Additions:
+    """A linear map from tensors to tensors, given as moves; every tensor by (channels per group, sizes)."""
+
+    sources: tuple[tuple[int, tuple[int, ...]], ...]
+    targets: tuple[tuple[int, tuple[int, ...]], ...]
+    moves: tuple[Move, ...]
+
+    @cached_property
+    def adjoint(self) -> Additions:
+        adjoint = Additions(self.targets, self.sources, tuple(move.reversed() for move in self.moves))
+        adjoint.__dict__["adjoint"] = self
+        return adjoint
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """z of one residue class of positions modulo the stride, for the rows of w that some image needs there."""
 
     x_at: tuple[Any, ...]  # starts with an ellipsis
-    sizes: tuple[int, ...]
-    rows: tuple[int, ...] | None  # of one group, None for all
-    width: int  # number of rows
-    terms: tuple[Term, ...]
+    rows: tuple[int, ...] | None  # of one group; None for all
 
 
 @lru_cache(maxsize=256)
-def schedule(blocks: tuple[Block, ...], geometry: Geometry, sizes: tuple[int, ...]) -> tuple[Pass, ...]:
-    """All passes of a layer on inputs of these spatial sizes.
+def schedule(
+    blocks: tuple[Block, ...], geometry: Geometry, sizes: tuple[int, ...]
+) -> tuple[tuple[Gemm, ...], Additions]:
+    """The GEMMs of a layer on inputs of these spatial sizes, and the additions from their results to y.
 
     The rows of w are ordered block by block, slot by slot, filter by filter. With a stride, tap k reads residue
-    (dilation k - pad) mod stride: every residue class is a pass over 1/stride of the positions along each axis with the
+    (dilation k - pad) mod stride: every residue class is a GEMM over 1/stride of the positions along each axis with the
     rows that some image needs there.
     """
     out_sizes = geometry.out_sizes(sizes)
-    ones = (1,) * len(sizes)
-    moduli = ones if geometry.transposed else geometry.stride
-    passes = []
+    moduli = (1,) * len(sizes) if geometry.transposed else geometry.stride
+    gemms: list[Gemm] = []
+    sources = []
+    moves = []
     for residue in product(*map(range, moduli)):
-        x_at = (..., *(slice(r, None, m) for r, m in zip(residue, moduli, strict=True)))
         class_sizes = tuple(len(range(r, n, m)) for r, n, m in zip(residue, sizes, moduli, strict=True))
         reads = []  # (block, slot, y channels, z_at, y_at, sign)
         for b, block in enumerate(blocks):
@@ -109,6 +134,8 @@ def schedule(blocks: tuple[Block, ...], geometry: Geometry, sizes: tuple[int, ..
                     at = _overlap(k, geometry, residue, class_sizes, out_sizes) if sign else None
                     if at is not None:
                         reads.append((b, slot, to, *at, sign))
+        if not reads:
+            continue
         used = {(b, slot) for b, slot, *_ in reads}
         rows: list[int] = []
         of: dict[tuple[int, int], slice] = {}
@@ -119,10 +146,12 @@ def schedule(blocks: tuple[Block, ...], geometry: Geometry, sizes: tuple[int, ..
                     of[b, slot] = slice(len(rows), len(rows) + block.filters)
                     rows += range(row, row + block.filters)
                 row += block.filters
-        terms = tuple(Term(of[b, slot], to, z_at, y_at, sign) for b, slot, to, z_at, y_at, sign in reads)
-        if terms:
-            passes.append(Pass(x_at, class_sizes, None if len(rows) == row else tuple(rows), len(rows), terms))
-    return tuple(passes)
+        moves += [Move(len(gemms), of[b, slot], z_at, 0, to, y_at, sign) for b, slot, to, z_at, y_at, sign in reads]
+        sources.append((len(rows), class_sizes))
+        x_at = (..., *(slice(r, None, m) for r, m in zip(residue, moduli, strict=True)))
+        gemms.append(Gemm(x_at, None if len(rows) == row else tuple(rows)))
+    channels = sum(block.filters * len(block.images) for block in blocks)
+    return tuple(gemms), Additions(tuple(sources), ((channels, out_sizes),), tuple(moves))
 
 
 def _overlap(
@@ -165,149 +194,108 @@ def stack_weights(weights: Sequence[Tensor], blocks: tuple[Block, ...], groups: 
     return torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
 
 
-def conv(x: Tensor, rows: Tensor, blocks: tuple[Block, ...], geometry: Geometry, out_channels: int) -> Tensor:
+def conv(x: Tensor, rows: Tensor, blocks: tuple[Block, ...], geometry: Geometry) -> Tensor:
     """y of the module docstring, without bias.  x (N, groups C, *sizes), rows (groups, rows, C)."""
-    return _Shift.apply(x, rows, blocks, geometry, out_channels)
+    ndim, groups = x.ndim - 2, rows.shape[0]
+    gemms, additions = schedule(blocks, geometry, tuple(map(int, x.shape[2:])))
+    weights = [
+        (rows if g.rows is None else rows[:, list(g.rows)]).flatten(0, 1)[(...,) + (None,) * ndim] for g in gemms
+    ]
+    if not gemms:  # every tap falls beside the image
+        [(channels, sizes)] = additions.targets
+        return x.new_zeros(x.shape[0], groups * channels, *sizes) * rows.sum()
+    parts = []
+    for n in _chunks(x, additions, groups):
+        z = [_CONV[ndim](x[n][g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
+        parts += _Add.apply(additions, groups, *z)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class _Shift(torch.autograd.Function):
-    """Bilinear in (x, rows); its derivative is `_ShiftBackward`, whose derivative is made of these two again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, rows: Tensor, blocks: Any, geometry: Geometry, out_channels: int) -> Tensor:
-        return _forward(x, rows, blocks, geometry, out_channels)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, rows, *ctx.layer = inputs
-        ctx.save_for_backward(x, rows)
-        ctx.save_for_forward(x, rows)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, rows = ctx.saved_tensors
-        dx, drows = _ShiftBackward.apply(dy, x, rows, *ctx.layer)
-        return dx, drows, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, drows: Tensor | None, *_: None) -> Tensor:
-        x, rows = ctx.saved_tensors
-        parts = []
-        if dx is not None:
-            parts.append(_Shift.apply(dx, rows, *ctx.layer))
-        if drows is not None:
-            parts.append(_Shift.apply(x, drows, *ctx.layer))
-        return sum(parts)
+def _chunks(x: Tensor, additions: Additions, groups: int) -> list[slice]:
+    """Slices of the batch whose z fits the scratch."""
+    batch = x.shape[0]
+    if isinstance(batch, torch.SymInt):  # traced with a dynamic batch: one chunk
+        return [slice(0, batch)]
+    image = sum(channels * math.prod(sizes) for channels, sizes in additions.sources) * groups * x.element_size()
+    count = max(1, min(batch, SCRATCH_BYTES // max(image, 1)))
+    return [slice(n, min(n + count, batch)) for n in range(0, max(batch, 1), count)]
 
 
-class _ShiftBackward(torch.autograd.Function):
-    """(dx, drows) of `_Shift`; d is computed once for both."""
+class _Add(torch.autograd.Function):
+    """The additions; linear, so that every derivative is the additions or their adjoint again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        dy: Tensor, x: Tensor, rows: Tensor, blocks: Any, geometry: Geometry, out_channels: int
-    ) -> tuple[Tensor, Tensor]:
-        return _backward(dy, x, rows, blocks, geometry, out_channels)
+    def forward(additions: Additions, groups: int, *sources: Tensor) -> tuple[Tensor, ...]:
+        grouped = [source.unflatten(1, (groups, -1)) for source in sources]
+        add = _fused if torch.compiler.is_compiling() and not _has_steps(additions) else _in_place
+        return tuple(target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        dy, x, rows, *ctx.layer = inputs
-        ctx.save_for_backward(dy, x, rows)
+        ctx.additions, ctx.groups = inputs[:2]
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor, ddrows: Tensor) -> Any:
-        dy, x, rows = ctx.saved_tensors
-        ddy = _Shift.apply(ddx, rows, *ctx.layer) + _Shift.apply(x, ddrows, *ctx.layer)
-        return ddy, *_ShiftBackward.apply(dy, ddx, ddrows, *ctx.layer), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None, *_Add.apply(ctx.additions.adjoint, ctx.groups, *gradients)
 
-
-def _zeros(like: Tensor, dtype: torch.dtype, last: bool, batch: int, channels: int, sizes: Sequence[int]) -> Tensor:
-    """Zeros (batch, channels, *sizes); with `last` the channels are innermost in memory."""
-    if last:
-        return like.new_zeros(batch, *sizes, channels, dtype=dtype).movedim(-1, 1)
-    return like.new_zeros(batch, channels, *sizes, dtype=dtype)
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) >= x.shape[1] > 1  # strides also answer under vmap
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Add.apply(ctx.additions, ctx.groups, *tangents[2:])
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _chunks(x: Tensor, passes: Sequence[Pass], groups: int) -> list[slice]:
-    """Slices of the batch whose z fits the scratch."""
-    batch = x.shape[0]
-    image = max((math.prod(p.sizes) * p.width for p in passes), default=1) * groups * x.element_size()
-    if isinstance(batch, torch.SymInt):  # traced with a dynamic batch: one chunk
-        return [slice(0, batch)]
-    count = max(1, min(batch, SCRATCH_BYTES // max(image, 1)))
-    return [slice(n, min(n + count, batch)) for n in range(0, batch, count)]
+def _in_place(additions: Additions, sources: Sequence[Tensor]) -> list[Tensor]:
+    """Eager mode: one addition into a slice of the target per move."""
+    like = sources[0]
+    # strides rather than is_contiguous, which does not know channels-last under vmap
+    last = like.ndim > 4 and like.stride(2) == 1 and like.stride(-1) > 1
+    targets = []
+    for channels, sizes in additions.targets:
+        batch, groups = like.shape[:2]
+        if last:
+            zeros = like.new_zeros(batch, *sizes, groups, channels, dtype=_sum_dtype(like.dtype))
+            targets.append(zeros.movedim((-2, -1), (1, 2)))
+        else:
+            targets.append(like.new_zeros(batch, groups, channels, *sizes, dtype=_sum_dtype(like.dtype)))
+    for m in additions.moves:
+        targets[m.target][:, :, m.to][m.to_at].add_(sources[m.source][:, :, m.of][m.of_at], alpha=m.sign)
+    return targets
 
 
-def _pointwise(p: Pass, rows: Tensor, ndim: int) -> Tensor:
-    """The rows a pass needs as the weight of a grouped 1x1 convolution."""
-    if p.rows is not None:
-        rows = rows[:, list(p.rows)]
-    return rows.flatten(0, 1)[(...,) + (None,) * ndim]
+def _has_steps(additions: Additions) -> bool:
+    """Whether some places are not contiguous, as in a transposed convolution with a stride."""
+    return any(at.step not in (None, 1) for m in additions.moves for at in (*m.of_at[1:], *m.to_at[1:]))
 
 
-def _forward(x: Tensor, rows: Tensor, blocks: Any, geometry: Geometry, out_channels: int) -> Tensor:
-    ndim, groups, sizes = x.ndim - 2, rows.shape[0], tuple(map(int, x.shape[2:]))
-    passes = schedule(blocks, geometry, sizes)
-    weights = [_pointwise(p, rows, ndim) for p in passes]
-    like = x[:0, :1].flatten()[:0] + rows[:0, 0, 0]  # knows dtype, device and, under vmap, that it is mapped
-    y = _zeros(like, _sum_dtype(x.dtype), _is_last(x), x.shape[0], out_channels, geometry.out_sizes(sizes))
-    for n in _chunks(x, passes, groups):
-        grouped = y[n].unflatten(1, (groups, -1))
-        for p, w in zip(passes, weights, strict=True):
-            z = _CONV[ndim](x[n][p.x_at], w, groups=groups).unflatten(1, (groups, -1))
-            for t in p.terms:
-                grouped[:, :, t.to][t.y_at].add_(z[:, :, t.of][t.z_at], alpha=t.sign)
-    return y.to(x.dtype)
-
-
-def _backward(
-    dy: Tensor, x: Tensor, rows: Tensor, blocks: Any, geometry: Geometry, out_channels: int
-) -> tuple[Tensor, Tensor]:
-    ndim, groups, sizes = x.ndim - 2, rows.shape[0], tuple(map(int, x.shape[2:]))
-    passes = schedule(blocks, geometry, sizes)
-    weights = [_pointwise(p, rows, ndim) for p in passes]
-    one, zero = [1] * ndim, [0] * ndim
-    last = _is_last(x)
-    dx_chunks: list[Tensor] = []
-    drows = torch.zeros_like(rows)
-    for n in _chunks(x, passes, groups):
-        dx: Tensor | None = None
-        for p, w in zip(passes, weights, strict=True):
-            x_n = x[n][p.x_at]
-            dy_n = dy[n].unflatten(1, (groups, -1))
-            d = _zeros(dy, _sum_dtype(dy.dtype), last, x_n.shape[0], groups * p.width, p.sizes)
-            grouped = d.unflatten(1, (groups, -1))
-            for t in p.terms:
-                grouped[:, :, t.of][t.z_at].add_(dy_n[:, :, t.to][t.y_at], alpha=t.sign)
-            dx_p, dw, _ = torch.ops.aten.convolution_backward(
-                d.to(x.dtype), x_n, w, None, one, zero, one, False, zero, groups, [True, True, False]
-            )
-            dw = dw.unflatten(0, (groups, -1)).flatten(2)
-            index = slice(None) if p.rows is None else list(p.rows)
-            drows[:, index] += dw
-            if len(passes) == 1 and p.sizes == sizes:
-                dx = dx_p
-            else:
-                if dx is None:
-                    dx = _zeros(dx_p, dx_p.dtype, last, x_n.shape[0], x.shape[1], sizes)
-                dx[p.x_at] = dx_p
-        if dx is not None:
-            dx_chunks.append(dx)
-    if not dx_chunks:
-        return torch.zeros_like(x), drows
-    return (torch.cat(dx_chunks) if len(dx_chunks) > 1 else dx_chunks[0]), drows
+def _fused(additions: Additions, sources: Sequence[Tensor]) -> list[Tensor]:
+    """The same as sums of padded tensors: what Inductor fuses into one pass, unlike additions to slices."""
+    sums: list[dict[int, Tensor]] = [{} for _ in additions.targets]  # per target: first channel -> sum
+    for m in additions.moves:
+        sizes = additions.targets[m.target][1]
+        sides = [side for at, n in zip(m.to_at[:0:-1], sizes[::-1], strict=True) for side in (at.start, n - at.stop)]
+        piece = F.pad(sources[m.source][:, :, m.of][m.of_at].to(_sum_dtype(sources[0].dtype)), sides)
+        found = sums[m.target].get(m.to.start)
+        if found is None:
+            sums[m.target][m.to.start] = piece if m.sign > 0 else -piece
+        else:
+            sums[m.target][m.to.start] = found + piece if m.sign > 0 else found - piece
+    targets = []
+    for (channels, sizes), parts in zip(additions.targets, sums, strict=True):
+        done, filled = 0, []
+        for start in sorted({*parts, channels}):
+            if start > done:  # no move reaches these channels
+                filled.append(sources[0].new_zeros(*sources[0].shape[:2], start - done, *sizes))
+                done = start
+            if start in parts:
+                filled.append(parts[start])
+                done = start + parts[start].shape[2]
+        targets.append(torch.cat(filled, 2))
+    return targets
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -321,7 +309,7 @@ def symmetric_conv(x: Tensor, weight: Tensor, layout: FilterLayout, geometry: Ge
     taps_last = weight.flatten(2).unflatten(0, (layout.groups, -1))
     parts = taps_last.split([block.filters for block in blocks], 1)
     rows = stack_weights([part.flatten(0, 1) for part in parts], blocks, layout.groups)
-    return conv(x, rows, blocks, geometry, layout.out_channels)
+    return conv(x, rows, blocks, geometry)
 
 
 def tied_conv(
@@ -337,4 +325,4 @@ def tied_conv(
     if free_weight is not None and free_weight.shape[0]:
         weights.append(free_weight.flatten(2))
     rows = stack_weights(weights, blocks, groups)
-    return conv(x, rows, blocks, geometry, sum(block.filters for block in blocks) * groups)
+    return conv(x, rows, blocks, geometry)

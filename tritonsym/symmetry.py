@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
 from itertools import product
@@ -338,6 +338,7 @@ class FilterLayout:
     orbits: tuple[tuple[Symmetry, int], ...]  # (symmetry, base filters per group), in key order, none of them 0
     free: int  # free filters per group
     groups: int = 1
+    text: str = field(init=False, repr=False, compare=False)  # kept, because Dynamo cannot trace the making of it
 
     @classmethod
     def parse(
@@ -440,11 +441,14 @@ class FilterLayout:
         orbits = tuple((s, counts[s] // (s.order * groups)) for s in ordered if counts[s])
         return cls(orbits, free // groups, groups)
 
-    def __str__(self) -> str:
+    def __post_init__(self) -> None:
         items = [f"{symmetry}:{count}" for symmetry, count in self.counts.items()]
         if self.free:
             items.append(f"free:{self.free * self.groups}")
-        return " ".join(items)
+        object.__setattr__(self, "text", " ".join(items))
+
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def counts(self) -> dict[Symmetry, int]:

@@ -30,7 +30,9 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
 
 def with_activation(layer: nn.Module, activation: str | None) -> nn.Module:
     """`layer`, followed by the torch module of the activation if there is one."""
-    return layer if activation is None else nn.Sequential(layer, ACTIVATION_MODULES[activation]())
+    if activation is None:
+        return layer
+    return nn.Sequential(layer, ACTIVATION_MODULES[activation]()).train(layer.training)
 
 
 def check_loaded(module: nn.Module, name: str, parameter: Tensor | None, value: Any, dense: Sequence[int]) -> None:
@@ -516,7 +518,7 @@ class _TiedConv(_SharedConv):
             self.weight,
             self.free_weight,
             self.bias,
-            self.symmetry,
+            self.symmetry.name,
             self.odd,
             self.kernel_size,
             self.stride,
@@ -633,7 +635,7 @@ class _OrbitPoolConv(_SharedConv):
             activation=activation,
         )
         where = type(self).__name__
-        self.symmetry = functional.pool_symmetry(where, symmetry, self.kernel_size)
+        self.symmetry = Symmetry(functional.pool_symmetry(where, symmetry, self.kernel_size))
         functional.check_choice(where, "reduce", reduce, functional.POOL_REDUCTIONS)
         self.reduce = reduce
         self._store(self._dense_shape(), out_channels, device, dtype)
@@ -646,7 +648,7 @@ class _OrbitPoolConv(_SharedConv):
             x,
             self.weight,
             self.bias,
-            self.symmetry,
+            self.symmetry.name,
             self.reduce,
             self.stride,
             padding,
