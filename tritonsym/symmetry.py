@@ -288,7 +288,7 @@ def parity_axes(symmetry: Symmetry, parity: str | Mapping[str, str], where: str 
         raise TypeError(f"{where}: parity must be 'even', 'odd' or a mapping such as {{'h': 'odd'}}, got {parity!r}")
     axes = symmetry.letters if symmetry.name in _IMAGES and set(symmetry.name) <= set(AXES) else ""
     for letter, value in parity.items():
-        if letter not in axes or letter == "":
+        if letter not in tuple(axes):
             names = ", ".join(map(repr, axes)) or "none: use 'even' or 'odd'"
             raise ValueError(f"{where}: parity key {letter!r} is not an axis of symmetry {symmetry.name!r} ({names})")
         if value not in ("even", "odd"):
@@ -542,6 +542,6 @@ def _count(symmetry: Symmetry, value: object, out_channels: int | None, groups: 
         in_groups = f" in each of {groups} groups" if groups > 1 else ""
         raise ValueError(
             f"{where}: {symmetry}={value} filters do not fill whole orbits of {symmetry.order}{in_groups}; "
-            f"nearest valid counts: {below} or {below + orbit}"
+            f"nearest valid counts: {below} or {below + orbit}, or a percentage, which is rounded down"
         )
     return value

@@ -686,7 +686,8 @@ class _OrbitPoolConv(_SharedConv):
         """The plain torch layers with equal outputs: one convolution, and for 'max' and 'min' a reduction behind it."""
         layer = self._dense(self.expanded_weight(), self.expanded_bias())
         if self.reduce in ("max", "min"):
-            layer = torch.fx.symbolic_trace(_PooledDense(layer, self.symmetry.order, self.reduce))
+            pooled = _PooledDense(layer, self.symmetry.order, self.reduce)
+            layer = torch.fx.symbolic_trace(pooled).train(self.training)
         return with_activation(layer, self.activation)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
@@ -730,7 +731,7 @@ class _PooledDense(nn.Module):
         self.reduce = reduce
         self.channel = -1 - len(conv.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):  # type: ignore[no-untyped-def]  # torch.fx cannot pickle annotations that are strings
         y = self.conv(x).unflatten(self.channel, (-1, self.order))
         return y.amax(self.channel) if self.reduce == "max" else y.amin(self.channel)
 

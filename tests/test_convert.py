@@ -1,0 +1,812 @@
+"""Converting whole models: what is replaced, what is kept, what is left alone and why, and the way back."""
+
+import copy
+import subprocess
+import sys
+from itertools import permutations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+
+import tritonsym.nn as tnn
+from tritonsym import FilterLayout, Symmetry, load_cnn_symmetry, materialize, replace_layers
+from tritonsym.convert import Report
+
+
+class Conv2dSame(nn.Conv2d):
+    """A subclass with a forward of its own, as image models have them."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=2, padding_mode="circular")
+
+    def forward(self, x):
+        return x + self.conv2(self.norm(self.conv1(x)).relu())
+
+
+class Zoo(nn.Module):
+    """A small network with one of every layer that models are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, (5, 3), stride=2, padding=(2, 1), padding_mode="reflect")
+        self.blocks = nn.ModuleList([Residual(16), nn.Sequential(nn.ReLU(), Residual(16))])
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=16)
+        self.pointwise = nn.Conv2d(16, 16, 1)
+        self.same = Conv2dSame(16, 16, 2)
+        self.up = nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1, groups=2)
+        self.shared = nn.Conv2d(8, 8, 3, padding="same")
+        self.again = nn.ModuleDict({"same layer": self.shared})
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.up(self.same(self.pointwise(self.depthwise(x)).relu()))
+        x = self.again["same layer"](self.shared(x).relu())
+        x = x.flatten(2).mT
+        x = x + self.attention(x, x, x)[0]
+        return self.head(self.mix(x.mean(1)).tanh())
+
+
+REPLACED = {  # by conv='hv', linear=True
+    "stem": "SymmetricConv2d",
+    "blocks.0.conv1": "SymmetricConv2d",
+    "blocks.0.conv2": "SymmetricConv2d",
+    "blocks.1.1.conv1": "SymmetricConv2d",
+    "blocks.1.1.conv2": "SymmetricConv2d",
+    "up": "SymmetricConvTranspose2d",
+    "shared": "SymmetricConv2d",
+    "mix": "SymmetricLinear",
+}
+SKIPPED = {
+    "depthwise": "hv=16 filters do not fill whole orbits of 4 in each of 16 groups",
+    "pointwise": "size 1",
+    "same": "a subclass of Conv2d; pass subclasses=True",
+    "attention.out_proj": "MultiheadAttention reads its weight directly",
+    "head": "in_features=8 and out_features=5",
+}
+
+
+def zoo(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Zoo().to(dtype)
+
+
+def image(dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 12, 10, dtype=dtype)
+
+
+def snapshot(model):
+    """The very modules of a model, and a copy of its values and gradients switches."""
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    return list(model.modules()), values, [p.requires_grad for p in model.parameters()], model.training
+
+
+def assert_untouched(model, before):
+    modules, values, requires_grad, training = snapshot(model)
+    assert [id(module) for module in modules] == [id(module) for module in before[0]]
+    assert values.keys() == before[1].keys() and all(torch.equal(values[key], before[1][key]) for key in values)
+    assert (requires_grad, training) == before[2:]
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+# --- replace_layers: the whole model ----------------------------------------------------------------------------------
+
+
+def test_a_model_is_replaced_where_the_symmetry_fits_and_the_report_says_why_not_elsewhere():
+    model = zoo()
+    before = snapshot(model)
+    converted, report = replace_layers(model, conv="hv", linear=True)
+    assert_untouched(model, before)
+    assert {row.name: row.after for row in report} == REPLACED
+    modules = dict(converted.named_modules())
+    assert {name: type(modules[name]).__name__ for name in REPLACED} == REPLACED
+    assert {skip.name for skip in report.skipped} == set(SKIPPED)
+    for skip in report.skipped:
+        assert SKIPPED[skip.name] in skip.reason
+        assert type(modules[skip.name]) is type(dict(model.named_modules())[skip.name])
+    assert not {id(p) for p in converted.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_the_report_counts():
+    model, report = replace_layers(zoo(), conv={"hv": "50%", "h": 4}, linear=True)
+    assert isinstance(report, Report) and len(report) == len(list(report)) == len(REPLACED)
+    stem = report[0]
+    assert (stem.name, stem.before, stem.after, stem.symmetry) == (
+        "stem",
+        "Conv2d",
+        "SymmetricConv2d",
+        "h:4 hv:8 free:4",
+    )
+    stored = 2 + 2 + 4  # base filters of h, of hv, free
+    assert (stem.parameters_before, stem.parameters_after) == (16 * 45 + 16, stored * 45 + 16)
+    assert (stem.multiply_adds_before, stem.multiply_adds_after) == (16 * 45, stored * 45)
+    up = next(row for row in report if row.name == "up")  # 8 outputs in 2 groups: h 4, hv 0 (below one orbit per group)
+    assert (up.symmetry, up.multiply_adds_before, up.multiply_adds_after) == ("h:4 free:4", 16 * 4 * 9, 16 * 3 * 9)
+    mix = report[-1]
+    assert (mix.symmetry, mix.parameters_after, mix.multiply_adds_after) == ("symmetric", 8 * 9 // 2 + 8, 64)
+    assert report.parameters_before - report.parameters_after == sum(p.numel() for p in zoo().parameters()) - sum(
+        p.numel() for p in model.parameters()
+    )
+    assert report.multiply_adds_before == sum(row.multiply_adds_before for row in report)
+    assert report.multiply_adds_after == sum(row.multiply_adds_after for row in report)
+    dense = dict(zoo().named_modules())
+    for row in report:
+        weight, layer = dense[row.name].weight, model.get_submodule(row.name)
+        expected = (layer.expanded_weight() - weight).norm() / weight.norm()
+        assert 0 < row.weight_change < 1 and row.weight_change == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_report_prints_aligned_rows_totals_and_reasons():
+    _, report = replace_layers(zoo(), conv="hv", linear=True, rule=lambda name, _: name != "up")
+    text = str(report)
+    table, skipped = text.split("\n\n")
+    header, *rows, total = table.splitlines()
+    assert [row.split()[0] for row in rows] == [row.name for row in report]
+    assert len({line.index("->") for line in (*rows, total)}) == 1
+    assert total.startswith(f"total of {len(report)}") and f"{report.parameters_after:,}" in total
+    assert header.index("symmetry") == rows[0].index("hv:16")
+    assert skipped.splitlines()[0] == f"skipped {len(report.skipped)}:"
+    for line, skip in zip(skipped.splitlines()[1:], report.skipped, strict=True):
+        assert line.startswith(skip.name) and line.endswith(skip.reason)
+    assert "up  " in skipped and "left alone by the rule" in skipped
+    _, empty = replace_layers(nn.ReLU(), conv="hv")
+    assert len(empty) == 0 and "total of 0" in str(empty) and "skipped" not in str(empty)
+
+
+def test_the_converted_model_trains_and_stays_symmetric():
+    model, _ = replace_layers(zoo(), conv="hv", linear=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    target, losses = torch.randn(2, 5, dtype=torch.float64), []
+    start = copy.deepcopy(model)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (model(image()) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    for name, kind in REPLACED.items():
+        layer = model.get_submodule(name)
+        assert not torch.equal(layer.weight, start.get_submodule(name).weight)
+        weight = layer.expanded_weight()
+        if kind == "SymmetricLinear":
+            assert torch.equal(weight, weight.mT)
+        else:  # four equal parts of every group: the base filters and their images
+            parts = weight.chunk(4, 1) if layer.transposed else weight.unflatten(0, (layer.groups, 4, -1)).unbind(1)
+            for part, flips in zip(parts[1:], ([-1], [-2], [-1, -2]), strict=True):
+                assert torch.equal(part, parts[0].flip(flips))
+
+
+def test_inplace_edits_the_model_itself():
+    model = zoo()
+    inner = model.blocks[0]
+    expected = replace_layers(model, conv="hv")[0](image())
+    converted, _ = replace_layers(model, conv="hv", inplace=True)
+    assert converted is model and model.blocks[0] is inner
+    assert isinstance(inner.conv1, tnn.SymmetricConv2d)
+    assert torch.equal(model(image()), expected)
+
+
+def test_a_shared_layer_is_replaced_once_and_stays_shared():
+    model, report = replace_layers(zoo(), conv="h")
+    assert model.shared is model.again["same layer"] and isinstance(model.shared, tnn.SymmetricConv2d)
+    assert [row.name for row in report if "same layer" in row.name or row.name == "shared"] == ["shared"]
+    plain = materialize(model)
+    assert plain.shared is plain.again["same layer"] and type(plain.shared) is nn.Conv2d
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_that_is_itself_a_layer_is_returned_replaced(inplace):
+    layer = nn.Conv2d(2, 4, 3)
+    before = snapshot(layer)
+    converted, report = replace_layers(layer, conv="hv", inplace=inplace)
+    assert_untouched(layer, before)
+    assert type(converted) is tnn.SymmetricConv2d and report[0].name == "" and "(model)" in str(report)
+    plain = materialize(converted, inplace=inplace)
+    assert type(plain) is nn.Conv2d and type(converted) is tnn.SymmetricConv2d
+    wrapper = tnn.Symmetrize(converted, over="flip")
+    assert type(materialize(wrapper, inplace=inplace).inner) is nn.Conv2d and wrapper.inner is converted
+
+
+# --- replace_layers: one layer ----------------------------------------------------------------------------------------
+
+LAYERS = [
+    (nn.Conv1d, {"padding": 1, "stride": 2}, "h"),
+    (nn.Conv2d, {"padding": "same", "dilation": 2, "groups": 2}, "hv"),
+    (nn.Conv2d, {"padding": (1, 2), "padding_mode": "circular", "bias": False}, {"d4": 8}),
+    (nn.Conv2d, {"kernel_size": (2, 5), "stride": (1, 2)}, {"h": 4, "v": "50%"}),
+    (nn.Conv3d, {"padding": 1, "groups": 4}, {"z": 8, "hv": "20%"}),
+    (nn.ConvTranspose1d, {"stride": 3, "padding": 1, "output_padding": 2}, "h"),
+    (nn.ConvTranspose2d, {"groups": 2, "dilation": 2, "stride": 2}, {"c4": 8}),
+    (nn.ConvTranspose3d, {"kernel_size": (1, 2, 3), "bias": False}, {"hv": 4, "h": 2}),
+    (nn.Linear, {}, "symmetric"),
+]
+
+
+def dense_layer(cls, options, dtype=torch.float64):
+    torch.manual_seed(0)
+    if cls is nn.Linear:
+        return nn.Linear(12, 12, dtype=dtype, **options)
+    return cls(**{"in_channels": 8, "out_channels": 16, "kernel_size": 3, "dtype": dtype, **options})
+
+
+def converted_layer(layer, symmetry, **options):
+    kind = "linear" if isinstance(layer, nn.Linear) else "conv"
+    return replace_layers(layer, **{kind: symmetry}, **options)
+
+
+any_dense_layer = pytest.mark.parametrize(("cls", "options", "symmetry"), LAYERS)
+
+
+@any_dense_layer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_everything_but_the_weight_is_kept(cls, options, symmetry, dtype):
+    layer = dense_layer(cls, options, dtype).eval()
+    layer.weight.requires_grad_(False)
+    new, _ = converted_layer(layer, symmetry)
+    assert type(new).__name__ == "Symmetric" + cls.__name__ and not new.training
+    assert (new.weight.dtype, new.weight.requires_grad) == (dtype, False)
+    if layer.bias is None:
+        assert new.bias is None
+    else:
+        assert torch.equal(new.bias, layer.bias) and new.bias is not layer.bias and new.bias.requires_grad
+    for name in ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "in_channels"):
+        assert getattr(new, name, None) == getattr(layer, name, None)
+    assert new.expanded_weight().shape == layer.weight.shape
+    on_meta, report = converted_layer(copy.deepcopy(layer).to("meta"), symmetry)
+    assert on_meta.weight.is_meta and on_meta.weight.shape == new.weight.shape and report[0].weight_change is None
+
+
+@any_dense_layer
+def test_the_projection_is_orthogonal_and_idempotent(cls, options, symmetry):
+    layer = dense_layer(cls, options)
+    new, report = converted_layer(layer, symmetry)
+    dense, projected = layer.weight, new.expanded_weight()
+    residual = dense - projected
+    for seed in range(3):  # to whatever is symmetric
+        torch.manual_seed(seed)
+        other = converted_layer(layer, symmetry, init="reset")[0].expanded_weight()
+        assert abs((residual * other).sum()) < 1e-12 * dense.norm() * other.norm()
+    squares = residual.square().sum() + projected.square().sum()
+    close(squares, dense.square().sum())
+    assert report[0].weight_change == pytest.approx((residual.norm() / dense.norm()).item(), rel=1e-12) != 0
+    plain = materialize(new)
+    again, report = converted_layer(plain, symmetry)
+    assert report[0].weight_change == 0
+    assert torch.equal(again.weight, new.weight)
+
+
+@any_dense_layer
+def test_keep_keeps_the_base_filters_and_reset_draws_new_ones(cls, options, symmetry):
+    layer = dense_layer(cls, options)
+    kept = converted_layer(layer, symmetry, init="keep")[0].expanded_weight()
+    reset = converted_layer(layer, symmetry, init="reset")[0].expanded_weight()
+    if cls is nn.Linear:
+        assert torch.equal(kept.tril(), layer.weight.tril())
+    else:
+        groups = 1 if "Transpose" in cls.__name__ else layer.groups
+        layout = FilterLayout.parse(symmetry, layer.out_channels, layer.groups)
+        axis = 1 if "Transpose" in cls.__name__ else 0
+        stored = [
+            w.unflatten(axis, (groups, -1)).narrow(axis + 1, 0, layout.stored_per_group) for w in (kept, layer.weight)
+        ]
+        assert torch.equal(*stored)
+    assert not torch.equal(kept, layer.weight)
+    assert not (reset == layer.weight).any() and not (reset == kept).any()
+
+
+def test_flips_along_an_axis_of_size_1_warn_and_are_done():
+    with pytest.warns(UserWarning, match="identical copies"):
+        model, report = replace_layers(nn.Sequential(nn.Conv2d(2, 4, (1, 3))), conv="v")
+    assert [row.symmetry for row in report] == ["v:4"] and isinstance(model[0], tnn.SymmetricConv2d)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_selects_and_chooses():
+    choices = {
+        "stem": lambda layer: True,
+        "blocks.0.conv1": lambda layer: "d4",
+        "blocks.0.conv2": lambda layer: {"h": 8, "v": "25%"},
+        "blocks.1.1.conv1": lambda layer: tnn.OrbitPoolConv2d.from_dense(layer, symmetry="hv"),
+        "blocks.1.1.conv2": lambda layer: False,
+        "depthwise": lambda layer: tnn.TiedConv2d.from_dense(layer, symmetry="hv"),
+        "pointwise": lambda layer: "h",
+        "mix": lambda layer: "symmetric",
+        "head": lambda layer: nn.Sequential(layer, nn.Dropout(0.0)),
+        "shared": lambda layer: layer,
+        "up": lambda layer: None,
+    }
+    seen = {}
+
+    def rule(name, layer):
+        seen[name] = type(layer)
+        return choices[name](layer)
+
+    model, report = replace_layers(zoo(), conv="h", rule=rule)
+    modules = dict(zoo().named_modules())  # asked about all but subclasses and what attention reads
+    assert seen == {name: type(modules[name]) for name in choices}
+    assert {row.name: (row.after, row.symmetry) for row in report} == {
+        "stem": ("SymmetricConv2d", "h:16"),
+        "blocks.0.conv1": ("SymmetricConv2d", "d4:16"),
+        "blocks.0.conv2": ("SymmetricConv2d", "h:8 v:4 free:4"),
+        "blocks.1.1.conv1": ("OrbitPoolConv2d", "hv"),
+        "depthwise": ("TiedConv2d", "hv"),
+        "mix": ("SymmetricLinear", "symmetric"),
+        "head": ("Sequential", None),
+    }
+    reasons = {skip.name: skip.reason for skip in report.skipped}
+    assert "size 1" in reasons["pointwise"]
+    assert {reasons[name] for name in ("blocks.1.1.conv2", "up", "shared")} == {"left alone by the rule"}
+    rows = {row.name: row for row in report}
+    assert (rows["depthwise"].multiply_adds_before, rows["depthwise"].multiply_adds_after) == (16 * 9, 16 * 4)
+    assert (
+        rows["blocks.1.1.conv1"].multiply_adds_after == 16 * 16 * 9 and rows["blocks.1.1.conv1"].weight_change is None
+    )
+    assert rows["head"].multiply_adds_after is None and report.multiply_adds_after is None
+    assert model.head[0].weight.shape == (5, 8)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in zoo().parameters()}
+    assert model(image()).shape == (2, 5)
+
+
+def test_without_defaults_a_rule_gives_symmetries_and_a_linear_layer_takes_only_its_own():
+    model, report = replace_layers(zoo(), rule=lambda name, layer: "hv")
+    assert {row.name for row in report} == set(REPLACED) - {"mix"}
+    reasons = {skip.name: skip.reason for skip in report.skipped}
+    assert reasons["mix"] == reasons["head"] == "'hv' is a symmetry of filters; a linear layer knows 'symmetric'"
+    assert type(model.mix) is nn.Linear
+
+
+def test_subclasses_are_replaced_when_asked_but_never_what_a_parent_reads():
+    model, report = replace_layers(zoo(), conv="h", linear=True, subclasses=True)
+    assert type(model.same) is tnn.SymmetricConv2d and "same" in {row.name for row in report}
+    assert "attention.out_proj" in {skip.name for skip in report.skipped}
+    assert model.attention(*torch.randn(3, 2, 4, 8, dtype=torch.float64))[0].isfinite().all()
+    encoder = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, batch_first=True).eval()
+    converted, report = replace_layers(encoder, linear=True, subclasses=True)
+    assert len(report) == 0
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        assert torch.equal(converted(x), encoder(x))
+    assert {(s.name, s.reason.split()[0]) for s in report.skipped} == {
+        ("self_attn.out_proj", "MultiheadAttention"),
+        ("linear1", "TransformerEncoderLayer"),
+        ("linear2", "TransformerEncoderLayer"),
+    }
+
+
+def test_layers_inside_symmetrize_are_replaced_and_own_layers_are_no_candidates():
+    model = tnn.Symmetrize(nn.Sequential(nn.Conv1d(2, 4, 3), tnn.SymmetricConv1d(4, 4, 3, symmetry="h")), over="flip")
+    own = model.inner[1]
+    converted, report = replace_layers(model, conv="h", inplace=True)
+    assert converted is model and [row.name for row in report] == ["inner.0"] and report.skipped == ()
+    assert model.inner[1] is own
+
+
+# --- what is skipped --------------------------------------------------------------------------------------------------
+
+
+def conv_with(change, cls=nn.Conv2d, **options):
+    def build():
+        model = nn.Sequential(cls(4, 8, **{"kernel_size": 3, **options}), nn.Conv2d(8, 8, 3, bias=False))
+        change(model)
+        return model
+
+    return build
+
+
+def share_weight(model):
+    model.append(nn.Conv2d(8, 8, 3)).append(nn.Conv2d(8, 8, 3))
+    model[0] = model[3]
+    model[2].weight = model[0].weight
+
+
+SKIPS = {
+    "subclass": (conv_with(lambda m: None, Conv2dSame), "hv", "a subclass of Conv2d; pass subclasses=True"),
+    "1x1": (conv_with(lambda m: None, kernel_size=1), "hv", "size 1"),
+    "count": (conv_with(lambda m: m.__setitem__(0, nn.Conv2d(4, 6, 3))), {"d4": 8}, "out_channels is 6"),
+    "orbits": (conv_with(lambda m: m.__setitem__(0, nn.Conv2d(4, 6, 3))), "d4", "nearest valid counts: 0 or 8"),
+    "kernel": (conv_with(lambda m: None, kernel_size=(3, 5)), "d4", "needs a square kernel"),
+    "axis": (conv_with(lambda m: m.__setitem__(0, nn.Conv1d(4, 8, 3))), "v", "flips an axis"),
+    "percent": (conv_with(lambda m: None, groups=4), {"hv": "50%"}, "leaves all of its filters free"),
+    "parametrized": (
+        conv_with(lambda m: m.__setitem__(0, parametrizations.weight_norm(m[0]))),
+        "h",
+        "parametrizations",
+    ),
+    "weight_norm": (conv_with(lambda m: m.__setitem__(0, weight_norm(m[0]))), "h", "hooks"),
+    "forward hook": (conv_with(lambda m: m[0].register_forward_hook(print_nothing)), "h", "hooks"),
+    "pre-hook": (conv_with(lambda m: m[0].register_forward_pre_hook(print_nothing)), "h", "hooks"),
+    "backward hook": (conv_with(lambda m: m[0].register_full_backward_hook(print_nothing)), "h", "hooks"),
+    "state hook": (conv_with(lambda m: m[0].register_state_dict_pre_hook(print_nothing)), "h", "hooks"),
+    "patched": (conv_with(lambda m: setattr(m[0], "forward", lambda x: x)), "h", "a patched forward"),
+    "buffer": (
+        conv_with(lambda m: m[0].register_buffer("mask", torch.ones(3))),
+        "h",
+        "more than weight and bias: mask",
+    ),
+    "parameter": (
+        conv_with(lambda m: setattr(m[0], "gain", nn.Parameter(torch.ones(1)))),
+        "h",
+        "weight and bias: gain",
+    ),
+    "child": (conv_with(lambda m: m[0].add_module("lora", nn.Identity())), "h", "more than weight and bias: lora"),
+    "shared weight": (conv_with(share_weight), "h", "its weight is shared: 0.weight, 2.weight"),
+    "lazy": (conv_with(lambda m: m.__setitem__(0, nn.LazyConv2d(8, 3))), "h", "not initialised"),
+}
+
+
+def print_nothing(*_):
+    """A hook."""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(("build", "conv", "reason"), SKIPS.values(), ids=SKIPS)
+def test_a_layer_that_cannot_be_replaced_stays_where_it_is(build, conv, reason):
+    model = build()
+    first, last = model[0], model[1]
+    converted, report = replace_layers(model, conv=conv, inplace=True)
+    assert converted is model and model[0] is first
+    assert reason in {skip.name: skip.reason for skip in report.skipped}["0"]
+    if conv == "h":  # the layer beside it is not concerned
+        assert [row.name for row in report] == ["1"] and model[1] is not last
+
+
+def test_shared_parameters_keep_being_shared():
+    model = conv_with(share_weight)()
+    converted, report = replace_layers(model, conv="h")
+    assert converted[0].weight is converted[2].weight and [row.name for row in report] == ["1"]
+    assert [skip.name for skip in report.skipped] == ["0", "2"]
+
+
+def test_kinds_of_layers_not_asked_for_are_not_mentioned():
+    _, report = replace_layers(zoo(), linear=True)
+    assert [row.name for row in report] == ["mix"]
+    assert {skip.name for skip in report.skipped} == {"head", "attention.out_proj"}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def refuse(*_):
+    raise KeyError("from the rule")
+
+
+def late(answer):
+    """A rule that is fine until the last layer."""
+    return lambda name, _: answer if name == "head" else True
+
+
+BAD = {
+    "nothing": ({}, ValueError, "nothing to replace; pass conv='hv', linear=True or a rule"),
+    "linear off": ({"linear": False}, ValueError, "nothing to replace"),
+    "name": ({"conv": "hw"}, ValueError, "unknown symmetry 'hw'"),
+    "key": ({"conv": {"h": 2, "q": 2}}, ValueError, "unknown symmetry 'q'"),
+    "radial": ({"conv": "radial"}, ValueError, "use TiedConv"),
+    "percent": ({"conv": {"h": "half"}}, ValueError, "h='half' is not a percentage"),
+    "over 100%": ({"conv": {"h": "120%"}}, ValueError, "expected '0%' to '100%'"),
+    "count": ({"conv": {"hv": 6}}, ValueError, "nearest valid counts: 4 or 8"),
+    "negative": ({"conv": {"h": -2}}, ValueError, "nearest valid counts"),
+    "twice": ({"conv": {"hv": 4, "vh": 4}}, ValueError, "given twice"),
+    "kind of count": ({"conv": {"h": 1.5}}, TypeError, "h=1.5 must be a count"),
+    "kind of conv": ({"conv": True}, TypeError, "symmetry must be a name"),
+    "linear": ({"linear": "lower"}, ValueError, "linear must be True, False, 'symmetric' or None, got 'lower'"),
+    "init": ({"conv": "h", "init": "mean"}, ValueError, "init must be one of 'project', 'keep', 'reset', got 'mean'"),
+    "kind of rule": ({"rule": "h"}, TypeError, "rule must be called as rule"),
+    "rule without default": ({"conv": "h", "rule": late(True)}, ValueError, "no default; pass linear=True"),
+    "rule's kind": ({"conv": "h", "linear": True, "rule": late(3)}, TypeError, "layer 'head': symmetry must be a name"),
+    "rule's name": ({"conv": "h", "linear": True, "rule": late("symetric")}, ValueError, "unknown symmetry 'symetric'"),
+    "rule raises": ({"conv": "h", "rule": refuse}, KeyError, "from the rule"),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_refused_and_change_nothing(arguments, error, message, inplace):
+    model = zoo()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        replace_layers(model, **arguments, inplace=inplace)
+    assert_untouched(model, before)
+
+
+def test_a_bad_symmetry_is_refused_even_where_no_layer_would_take_it():
+    with pytest.raises(ValueError, match="unknown symmetry 'hw'"):
+        replace_layers(nn.Linear(2, 2), conv="hw", linear=True)
+
+
+@pytest.mark.parametrize("function", [replace_layers, materialize, load_cnn_symmetry])
+def test_only_modules_are_converted(function):
+    with pytest.raises(TypeError, match=rf"{function.__name__}: expected a torch.nn.Module, got list"):
+        function([nn.Conv2d(1, 2, 3)], {})
+
+
+# --- materialize ------------------------------------------------------------------------------------------------------
+
+
+def foreign(model):
+    return [type(module) for module in model.modules() if type(module).__module__.startswith("tritonsym")]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_materialized_model_is_plain_torch_with_equal_outputs(inplace):
+    model, _ = replace_layers(zoo(), conv={"d4": "50%", "h": 4}, linear=True)
+    model.up.weight.requires_grad_(False)
+    model.eval()
+    before, expected = snapshot(model), model(image())
+    plain = materialize(model, inplace=inplace)
+    assert (plain is model) == inplace
+    if not inplace:
+        assert_untouched(model, before)
+    assert not foreign(plain) and not plain.up.weight.requires_grad and plain.up.bias.requires_grad
+    assert not any(module.training for module in plain.modules())
+    close(plain(image()), expected)
+    assert plain.state_dict().keys() == zoo().state_dict().keys()
+    again, report = replace_layers(plain, conv={"d4": "50%", "h": 4}, linear=True)
+    assert {row.weight_change for row in report} == {0.0}
+    assert torch.equal(again(image()), expected)
+
+
+def nested():
+    """A model that uses one layer and one Symmetrize twice, each also inside of another, and an input."""
+    torch.manual_seed(0)
+    conv = tnn.SymmetricConv1d(4, 4, 3, padding=1, symmetry="h")
+    inner = tnn.Symmetrize(nn.Sequential(conv, nn.Tanh()), "flip", dim=2, reduce="mean")
+    model = nn.Sequential(conv, tnn.Symmetrize(inner, "cyclic", reduce="sum"), inner, tnn.TopKPool1d(2)).double()
+    return model, torch.randn(3, 4, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_layer_is_materialized(any_layer, training):
+    layer = any_layer.make(dtype=torch.float64).train(training)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    plain = materialize(nn.Sequential(layer))
+    assert not foreign(plain) and not any(parameter.requires_grad for parameter in plain.parameters())
+    assert {module.training for module in plain[0].modules()} == {training}
+    for x in (any_layer.input(dtype=torch.float64), any_layer.input(0, dtype=torch.float64)):
+        close(plain(x), layer(x))
+
+
+def test_pickles_of_materialized_layers_load_where_tritonsym_does_not_exist(layers, tmp_path):
+    cases = []
+    for layer in layers:
+        module, x = layer.make(dtype=torch.float64), layer.input(dtype=torch.float64)
+        cases.append((str(layer), materialize(module), x, module(x).detach()))
+    model, x = nested()
+    cases.append(("nested", materialize(model), x, model(x).detach()))
+    torch.save(cases, tmp_path / "cases.pt")
+    code = """
+import sys
+sys.modules["tritonsym"] = None
+import torch
+for name, module, x, y in torch.load(sys.argv[1], weights_only=False):
+    torch.testing.assert_close(module(x), y, rtol=1e-11, atol=1e-11, msg=lambda m: f"{name}: {m}")
+    print(name)
+try:
+    import tritonsym
+except ImportError:
+    print("absent")
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cases.pt")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [*(name for name, *_ in cases), "absent"]
+
+
+ORDERS = [
+    ("swap", 4),
+    ("flip", 3),
+    ("cyclic", 1),
+    ("cyclic", 5),
+    *(("permutations", n) for n in range(1, 6)),
+    ([(0, 1, 2), (1, 2, 0), (2, 0, 1)], 3),
+]
+
+
+@pytest.mark.parametrize("reduce", ["max", "min", "mean", "sum", "logsumexp"])
+@pytest.mark.parametrize(("over", "n"), ORDERS)
+def test_a_materialized_symmetrize_still_knows_every_order(over, n, reduce):
+    for dim, shape in ((1, (3, n, 2)), (2, (3, 2, n)), (-1, (3, 2, n)), (-2, (3, n, 2))):
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Flatten(), nn.Linear(2 * n, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        layer = tnn.Symmetrize(inner, over, dim, reduce)
+        plain = materialize(layer)
+        x = torch.randn(shape, dtype=torch.float64)
+        close(plain(x), layer(x))
+    exported = torch.export.export(plain, (x,)).module()
+    close(exported(x.roll(1, 0)), layer(x.roll(1, 0)))
+
+
+def test_a_materialized_symmetrize_takes_any_size_and_all_seven_entries():
+    calls = []
+
+    class Inner(nn.Module):
+        def forward(self, x):
+            calls.append(x)
+            return x @ torch.arange(1.0, x.shape[-1] + 1)
+
+    plain = materialize(tnn.Symmetrize(Inner(), "permutations"))
+    for n in (2, 7, 3):
+        x = torch.arange(float(n))[None]
+        assert plain(x).item() == sum(i * (i + 1) for i in range(n))  # largest when both are sorted
+        rows = {tuple(row.tolist()) for row in calls[-1]}
+        assert len(calls[-1]) == len(rows) and rows == set(permutations(range(n)))
+    assert len(calls) == 3  # one batched call each
+
+
+@pytest.mark.parametrize(
+    ("over", "n", "message"),
+    [("swap", 3, "odd size"), ("permutations", 8, "5040"), ([(0, 1), (1, 0)], 3, "must have 2 entries")],
+)
+def test_a_materialized_symmetrize_refuses_what_the_layer_refuses(over, n, message):
+    layer = tnn.Symmetrize(nn.Flatten(), over)
+    with pytest.raises(ValueError):
+        layer(torch.randn(2, n))
+    with pytest.raises(AssertionError, match=message):
+        materialize(layer)(torch.randn(2, n))
+
+
+def test_nested_and_shared_layers_are_materialized_once():
+    model, x = nested()
+    plain = materialize(model)
+    close(plain(x), model(x))
+    assert not foreign(plain)
+    assert plain[1].inner is plain[2] and plain[2].inner[0] is plain[0]
+    assert len(list(plain.parameters())) == 2
+    assert "tritonsym" not in plain[1].code and "Symmetrize" in repr(plain)
+
+
+def test_what_plain_layers_would_lose_is_refused():
+    class Louder(tnn.SymmetricConv1d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = tnn.TopKPool1d(2)
+    hooked.register_forward_hook(print_nothing)
+    for layer, has in ((Louder(1, 2, 3, symmetry="h"), "a forward of its own"), (hooked, "hooks")):
+        model = nn.Sequential(tnn.SymmetricConv1d(1, 2, 3, symmetry="h"), tnn.Symmetrize(layer))
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=rf"materialize: 1.inner \({type(layer).__name__}\) has {has}"):
+            materialize(model, inplace=True)
+        assert_untouched(model, before)
+
+
+# --- load_cnn_symmetry ------------------------------------------------------------------------------------------------
+
+COUNTS = {2: {"h": 2, "v": 4, "hv": 8}, 3: {"h": 2, "v": 2, "z": 2, "hv": 4, "hz": 4, "vz": 4, "hvz": 8}}
+
+
+def cnn_symmetry_filters(stored, counts):
+    """The dense filters as that package puts them together: stored ones, then images key by key."""
+    images = {"h": ["h"], "v": ["v"], "z": ["z"]}
+    images |= {a + b: [a, b, a + b] for a, b in ("hv", "hz", "vz")}
+    images["hvz"] = ["h", "v", "z", "vz", "hz", "hv", "hvz"]
+    filters, at = [stored], 0
+    for key, count in counts.items():
+        bases = count // (len(images[key]) + 1)
+        for flips in images[key]:
+            filters.append(stored[at : at + bases].flip([-1 - "hvz".index(letter) for letter in flips]))
+        at += bases
+    return torch.cat(filters)
+
+
+def their_layer(ndim, out=34, seed=3):
+    """A checkpoint of one layer, and the dense weight it stands for."""
+    torch.manual_seed(seed)
+    counts = COUNTS[ndim]
+    stored = out - sum(count - count // Symmetry(key).order for key, count in counts.items())
+    weight = torch.randn(stored, 2, *(3, 4, 5)[:ndim], dtype=torch.float64)
+    return {"weight": weight, "bias": torch.randn(out, dtype=torch.float64)}, cnn_symmetry_filters(weight, counts)
+
+
+def our_layer(ndim, **options):
+    return getattr(tnn, f"SymmetricConv{ndim}d")(
+        2, 34, (3, 4, 5)[:ndim], symmetry=COUNTS[ndim], dtype=torch.float64, **options
+    )
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_checkpoint_of_cnn_symmetry_gives_the_outputs_it_gave_there(ndim):
+    theirs, dense = their_layer(ndim)
+    layer = our_layer(ndim)
+    load_cnn_symmetry(layer, theirs)
+    x = torch.randn(2, 2, *(6, 7, 8)[:ndim], dtype=torch.float64)
+    conv = F.conv2d if ndim == 2 else F.conv3d
+    close(layer(x), conv(x, dense, theirs["bias"]))
+
+
+def test_a_shared_bias_is_taken_if_it_is_equal_within_every_orbit():
+    theirs, dense = their_layer(2)
+    layer = our_layer(2, share_bias=True)
+    before = snapshot(layer)
+    with pytest.raises(
+        ValueError, match=r"load_cnn_symmetry: bias differs within an orbit: channel 25 .*share_bias=False"
+    ):
+        load_cnn_symmetry(layer, theirs)
+    assert_untouched(layer, before)
+    stored = torch.randn(layer.weight.shape[0], dtype=torch.float64)
+    theirs["bias"] = cnn_symmetry_filters(stored[:, None, None], COUNTS[2]).flatten()
+    load_cnn_symmetry(layer, theirs)
+    assert torch.equal(layer.bias, stored)
+    x = torch.randn(2, 2, 6, 7, dtype=torch.float64)
+    close(layer(x), F.conv2d(x, dense, theirs["bias"]))
+
+
+def whole(**options):
+    torch.manual_seed(7)
+    return nn.Sequential(our_layer(2, **options), nn.BatchNorm2d(34), nn.ReLU(), nn.Linear(4, 3)).double()
+
+
+def their_model():
+    model = whole()
+    model[1](torch.randn(2, 34, 3, 3, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    state = model.state_dict()
+    state.update({f"0.{key}": value for key, value in their_layer(2)[0].items()})
+    return state
+
+
+def test_a_whole_model_loads_with_its_other_layers():
+    state = their_model()
+    model = whole()
+    assert not any(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    load_cnn_symmetry(model, state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    shared = whole(share_bias=True)
+    state["0.bias"] = torch.full((34,), 0.5, dtype=torch.float64)
+    load_cnn_symmetry(shared, state)
+    assert torch.equal(shared[0].bias, torch.full_like(shared[0].bias, 0.5))
+    assert state["0.bias"].shape == (34,)
+
+
+def dense_weight(state):
+    state["0.weight"] = torch.randn(34, 2, 3, 4)
+
+
+WRONG = {
+    "missing": (lambda s: s.pop("1.running_var"), r"missing \['1.running_var'\], unexpected \[\]"),
+    "unexpected": (lambda s: s.update(x=s.pop("3.bias")), r"missing \['3.bias'\], unexpected \['x'\]"),
+    "weight": (dense_weight, r"0.weight must have shape \(25, 2, 3, 4\), got \(34, 2, 3, 4\)"),
+    "bias": (lambda s: s.update({"0.bias": torch.zeros(26)}), r"0.bias must have shape \(34,\), got \(26,\)"),
+    "linear": (lambda s: s.update({"3.weight": torch.zeros(3, 5)}), r"3.weight must have shape \(3, 4\), got \(3, 5\)"),
+    "kind": (lambda s: s.update({"3.bias": [0, 0, 0]}), r"3.bias must have shape \(3,\), got list"),
+}
+
+
+@pytest.mark.parametrize("share_bias", [False, True])
+@pytest.mark.parametrize(("spoil", "message"), WRONG.values(), ids=WRONG)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(spoil, message, share_bias):
+    model, state = whole(share_bias=share_bias), their_model()
+    state["0.bias"] = torch.zeros(34, dtype=torch.float64)
+    spoil(state)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"load_cnn_symmetry: .*{message}"):
+        load_cnn_symmetry(model, state)
+    assert_untouched(model, before)
+
+
+def test_a_checkpoint_is_a_mapping():
+    with pytest.raises(TypeError, match="load_cnn_symmetry: expected a state_dict, got list"):
+        load_cnn_symmetry(our_layer(2), [1])
