@@ -1,5 +1,4 @@
 """Triton kernels and their launchers, installed as `tritonsym.kernels`: tensors, ints and tiles only.
 
-Nothing here imports the rest of the library, and nothing in the library imports this before a kernel is launched.
-This version ships no kernel yet: every layer runs on its reference.
+Nothing here imports the rest of the library, and nothing in the library imports triton before a kernel is launched.
 """

@@ -8,30 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Tile:
-    """Positions x filters that one program computes."""
-
-    block_p: int
-    block_u: int
-    warps: int
+from tritonsym.kernels.tiles import Tile
 
 
 @dataclass(frozen=True)
 class Table:
     """Constants of one launch: which sums stand in which target channels.
 
-    Sum o fills target channels first[o] + u, u < filters[o], with the terms term_at[o] <= t < term_at[o + 1]:
-    source channels channel[t] + u at position (mul p + shift[t]) / div of every axis, times sign[t].
+    Sum o fills the target channels first[o] + u, u < filters[o]. Each of its terms (channel, shift, sign) is source
+    channel channel + u at position (mul p + shift) / div of every axis, times sign.
     """
 
     first: tuple[int, ...]
     filters: tuple[int, ...]
-    term_at: tuple[int, ...]
-    channel: tuple[int, ...]
-    shift: tuple[int, ...]  # three per term
-    sign: tuple[int, ...]
+    terms: tuple[tuple[tuple[int, tuple[int, int, int], int], ...], ...]
     mul: tuple[int, int, int]
     div: tuple[int, int, int]
 
@@ -59,14 +49,15 @@ def _add_kernel(
     target_w,
     SOURCE_C: tl.constexpr,
     TARGET_C: tl.constexpr,
-    TILES: tl.constexpr,  # filter tiles of one group, over all blocks
-    BLOCK_FILTERS: tl.constexpr,  # per block of sums with the same filters: how many filters,
-    BLOCK_TILE: tl.constexpr,  # the first of its tiles,
-    BLOCK_SUM: tl.constexpr,  # and the first of its sums
+    TILES: tl.constexpr,  # filter tiles of one group
+    TILE_AT: tl.constexpr,  # of every sum: its first tile; sums of equal filters share their tiles
     FIRST: tl.constexpr,
-    TERM_AT: tl.constexpr,
+    FILTERS: tl.constexpr,
+    TERMS: tl.constexpr,  # of every sum: as many as the longest has, the rest with SIGN 0
     CHANNEL: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SHIFT_D: tl.constexpr,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
     SIGN: tl.constexpr,
     MUL_D: tl.constexpr,
     MUL_H: tl.constexpr,
@@ -77,7 +68,7 @@ def _add_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """target[n, FIRST[o] + u, p] = sum_t SIGN[t] source[n, CHANNEL[t] + u, (MUL p + SHIFT[t]) / DIV], t in sum o.
+    """target[n, FIRST[o] + u, p] = sum_t SIGN[o, t] source[n, CHANNEL[o, t] + u, (MUL p + SHIFT[o, t]) / DIV].
 
     0 where the position lies outside the source or DIV does not divide it.
     """
@@ -92,16 +83,16 @@ def _add_kernel(
     source = source_ptr + n * source_n + group.to(tl.int64) * SOURCE_C * source_c  # [P]
     target = target_ptr + n * target_n + d * target_d + h * target_h + w * target_w
     target += group.to(tl.int64) * TARGET_C * target_c
-    for b in tl.static_range(len(BLOCK_FILTERS)):
-        if (tile >= BLOCK_TILE[b]) & (tile < BLOCK_TILE[b + 1]):
-            u = (tile - BLOCK_TILE[b]).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
-            has = u < BLOCK_FILTERS[b]
-            for o in tl.static_range(BLOCK_SUM[b], BLOCK_SUM[b + 1]):
-                total = tl.zeros((BLOCK_P, BLOCK_U), tl.float32)
-                for t in tl.static_range(TERM_AT[o], TERM_AT[o + 1]):
-                    at_d = d * MUL_D + SHIFT[3 * t]
-                    at_h = h * MUL_H + SHIFT[3 * t + 1]
-                    at_w = w * MUL_W + SHIFT[3 * t + 2]
+    for o in tl.static_range(len(FIRST)):
+        if (tile >= TILE_AT[o]) & (tile * BLOCK_U < TILE_AT[o] * BLOCK_U + FILTERS[o]):
+            u = (tile - TILE_AT[o]).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
+            has = u < FILTERS[o]
+            total = tl.zeros((BLOCK_P, BLOCK_U), tl.float32)
+            for t in tl.static_range(TERMS):
+                if SIGN[o * TERMS + t] != 0:
+                    at_d = d * MUL_D + SHIFT_D[o * TERMS + t]
+                    at_h = h * MUL_H + SHIFT_H[o * TERMS + t]
+                    at_w = w * MUL_W + SHIFT_W[o * TERMS + t]
                     inside = live & (at_d >= 0) & (at_h >= 0) & (at_w >= 0)
                     if DIV_D * DIV_H * DIV_W > 1:
                         inside = inside & (at_d % DIV_D == 0) & (at_h % DIV_H == 0) & (at_w % DIV_W == 0)
@@ -110,16 +101,52 @@ def _add_kernel(
                         at_w = at_w // DIV_W
                     inside = inside & (at_d < SD) & (at_h < SH) & (at_w < SW)
                     place = source + at_d * source_d + at_h * source_h + at_w * source_w
-                    channel = (CHANNEL[t] + u) * source_c
-                    term = tl.load(
-                        place[:, None] + channel[None, :], mask=inside[:, None] & has[None, :], other=0.0
-                    )  # [P, U]
-                    total += term.to(tl.float32) * SIGN[t]
-                tl.store(
-                    target[:, None] + ((FIRST[o] + u) * target_c)[None, :],
-                    total.to(target_ptr.dtype.element_ty),
-                    mask=live[:, None] & has[None, :],
-                )
+                    channel = (u + CHANNEL[o * TERMS + t]) * source_c
+                    mask = inside[:, None] & has[None, :]
+                    term = tl.load(place[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)  # [P, U]
+                    if SIGN[o * TERMS + t] > 0:
+                        total += term
+                    else:
+                        total -= term
+            tl.store(
+                target[:, None] + ((u + FIRST[o]) * target_c)[None, :],
+                total.to(target_ptr.dtype.element_ty),
+                mask=live[:, None] & has[None, :],
+            )
+
+
+def constants(table: Table, source_channels: int, target_channels: int, tile: Tile) -> dict[str, object]:
+    """The constexpr arguments of the kernel for one table."""
+    tile_at: list[int] = []
+    end = 0
+    for o, filters in enumerate(table.filters):
+        if o and filters == table.filters[o - 1]:
+            tile_at.append(tile_at[-1])
+        else:
+            tile_at.append(end)
+            end += triton.cdiv(filters, tile.block_u)
+    most = max(map(len, table.terms))
+    terms = [term for sum_ in table.terms for term in (*sum_, *[(0, (0, 0, 0), 0)] * (most - len(sum_)))]
+    channel, shift, sign = zip(*terms, strict=True)
+    shift_d, shift_h, shift_w = zip(*shift, strict=True)
+    return {
+        "SOURCE_C": source_channels,
+        "TARGET_C": target_channels,
+        "TILES": end,
+        "TILE_AT": tuple(tile_at),
+        "FIRST": table.first,
+        "FILTERS": table.filters,
+        "TERMS": most,
+        "CHANNEL": channel,
+        "SHIFT_D": shift_d,
+        "SHIFT_H": shift_h,
+        "SHIFT_W": shift_w,
+        "SIGN": sign,
+        **dict(zip(("MUL_D", "MUL_H", "MUL_W"), table.mul, strict=True)),
+        **dict(zip(("DIV_D", "DIV_H", "DIV_W"), table.div, strict=True)),
+        "BLOCK_P": tile.block_p,
+        "BLOCK_U": tile.block_u,
+    }
 
 
 def add(source: Tensor, table: Table, target: Tensor, groups: int, tile: Tile) -> None:
@@ -128,16 +155,8 @@ def add(source: Tensor, table: Table, target: Tensor, groups: int, tile: Tile) -
         return
     batch, channels, *sizes = target.shape
     positions = batch * sizes[0] * sizes[1] * sizes[2]
-    block_filters: list[int] = []
-    block_tile, block_sum = [0], [0]
-    for filters in table.filters:
-        if block_filters and block_filters[-1] == filters:
-            block_sum[-1] += 1
-            continue
-        block_filters.append(filters)
-        block_tile.append(block_tile[-1] + triton.cdiv(filters, tile.block_u))
-        block_sum.append(block_sum[-1] + 1)
-    grid = (triton.cdiv(positions, tile.block_p), groups * block_tile[-1])
+    fixed = constants(table, source.shape[1] // groups, channels // groups, tile)
+    grid = (triton.cdiv(positions, tile.block_p), groups * fixed["TILES"])
     _add_kernel[grid](
         source,
         target,
@@ -146,20 +165,6 @@ def add(source: Tensor, table: Table, target: Tensor, groups: int, tile: Tile) -
         *source.shape[2:],
         *source.stride(),
         *target.stride(),
-        source.shape[1] // groups,
-        channels // groups,
-        block_tile[-1],
-        tuple(block_filters),
-        tuple(block_tile),
-        tuple(block_sum),
-        table.first,
-        table.term_at,
-        table.channel,
-        table.shift,
-        table.sign,
-        *table.mul,
-        *table.div,
-        tile.block_p,
-        tile.block_u,
+        **fixed,
         num_warps=tile.warps,
     )

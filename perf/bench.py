@@ -56,7 +56,12 @@ def _steps(case: Case, backward: bool) -> dict[str, Step]:
 
         return both if backward else without
 
-    variants = {"dense": (dense, None), "auto": (layer, None), "reference": (layer, "reference"), "shift": (layer, "shift")}
+    variants = {
+        "dense": (dense, None),
+        "auto": (layer, None),
+        "reference": (layer, "reference"),
+        "shift": (layer, "shift"),
+    }
     return {
         f"{name} {form}": step(module, data, path)
         for name, (module, path) in variants.items()

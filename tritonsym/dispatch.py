@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,9 @@ _path: ContextVar[str | None] = ContextVar("tritonsym_path", default=None)
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block use only the 'reference', only 'triton' kernels, or choose ('auto', the default).
+    """Within the block use the 'reference', the 'triton' kernels for all convolutions, or choose ('auto', the default).
+
+    On CPU tensors 'triton' runs Triton's interpreter, slowly, and needs TRITON_INTERPRET=1 from the start.
 
     The environment variable TRITONSYM_BACKEND sets the same outside of any block. A function that `torch.compile` or
     `torch.export` has traced keeps the choice in force when it was traced.
@@ -71,6 +73,7 @@ class Work:
 
     multiply_adds: int
     additions: int
+    filters: int  # of the largest block
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Plan:
     flops: int
     dense_flops: int
     why: str
-    tile: None = None  # of the kernel, for paths that launch one
+    tile: tuple[int, int, int] | None = None  # (positions, filters, warps) of the kernel, where the path launches one
 
     def __str__(self) -> str:
         p = self.problem
@@ -109,7 +112,7 @@ def plan(problem: Problem) -> Plan:
     """Choose the path. Pure but for the switches `backend`, `path` and TRITONSYM_BACKEND.
 
     Raises:
-        NotImplementedError: a switch forces kernels, which this version does not have.
+        NotImplementedError: the path 'expand' is forced, which this version does not have.
         ValueError: the path 'shift' is forced on a layer it cannot compute.
     """
     return _plan(problem, current_backend(), _path.get())
@@ -117,27 +120,33 @@ def plan(problem: Problem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, backend: str, forced: str | None) -> Plan:
-    if backend == "triton" or forced == "expand":
-        asked = "backend 'triton'" if backend == "triton" else "path 'expand'"
-        raise NotImplementedError(f"{asked} is forced, but this version has no Triton kernels; remove the switch")
+    if forced == "expand":
+        raise NotImplementedError("path 'expand' is forced, but this version has no such kernel; remove the switch")
     work = problem.shift
-    if forced == "shift" and work is None:
+    if (forced == "shift" or (backend == "triton" and forced is None)) and work is None:
         raise ValueError(
             f"path 'shift' is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
         )
     if forced is not None:
         chosen, why = forced, "Forced by tritonsym.path."
-    elif backend == "reference":
-        chosen, why = "reference", "Forced by the backend switch."
+    elif backend != "auto":
+        chosen, why = "shift" if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
     elif work is None:
         chosen, why = "reference", "The shift path does not know this layer or dtype."
     elif problem.target != "cpu":
-        chosen, why = "reference", f"This version has no kernels for {problem.target}."
+        chosen, why = (
+            "reference",
+            "No measurement yet says that the shift path is faster on a GPU; backend='triton' uses it.",
+        )
     else:
         chosen, why = _cheaper_on_cpu(problem, work)
-    assert chosen == "reference" or work is not None
-    multiply_adds = work.multiply_adds if chosen == "shift" and work else problem.expanded
-    return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why)
+    if chosen == "reference" or work is None:
+        return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
+    from tritonsym.kernels.tiles import pick
+
+    on_gpu = problem.target != "cpu" and problem.dtype != "float64" and backend != "reference"
+    tile = astuple(pick(work.filters)) if on_gpu or backend == "triton" else None
+    return Plan(problem, "shift", 2 * work.multiply_adds, 2 * problem.dense, why, tile)
 
 
 #: Multiply-adds of the dense convolution that take as long as one of the shift path's additions, on the CPU.
@@ -181,7 +190,9 @@ def conv_problem(
         return Problem(layer, target, dtype, dense, expanded)
     _, additions = schedule(blocks, geometry, sizes)
     z = batch * groups * sum(rows * math.prod(class_sizes) for rows, class_sizes in additions.sources)
-    work = Work(z * channels, batch * groups * sum(move.count for move in additions.moves))
+    work = Work(
+        z * channels, batch * groups * sum(move.count for move in additions.moves), max(b.filters for b in blocks)
+    )
     return Problem(layer, target, dtype, dense, expanded, work)
 
 

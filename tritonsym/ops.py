@@ -37,15 +37,18 @@ def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 _layout = cache(FilterLayout.from_string)
 
 
-def _use_shift(layer: str, x: Tensor, blocks: tuple[Block, ...], groups: int, geometry: Geometry) -> bool:
-    """Whether the plan for this convolution is the shift path. Sizes that a trace keeps symbolic take the reference."""
+def _shift_plan(
+    layer: str, x: Tensor, blocks: tuple[Block, ...], groups: int, geometry: Geometry
+) -> dispatch.Plan | None:
+    """The plan for this convolution if it is the shift path. Sizes that a trace keeps symbolic take the reference."""
     if any(isinstance(size, torch.SymInt) for size in x.shape):
-        return False
+        return None
     dtype = str(x.dtype).removeprefix("torch.")
     problem = dispatch.conv_problem(
         layer, x.device.type, dtype, x.shape[0], x.shape[1] // groups, tuple(x.shape[2:]), blocks, groups, geometry
     )
-    return dispatch.plan(problem).path == "shift"
+    plan = dispatch.plan(problem)
+    return plan if plan.path == "shift" else None
 
 
 def _geometry(
@@ -85,8 +88,8 @@ def symmetric_conv(
 ) -> Tensor:
     filters = _layout(layout, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
-    if _use_shift("SymmetricConv", x, filters.blocks(geometry.kernel_size), groups, geometry):
-        y = shift.symmetric_conv(x, weight, filters, geometry)
+    if plan := _shift_plan("SymmetricConv", x, filters.blocks(geometry.kernel_size), groups, geometry):
+        y = shift.symmetric_conv(x, weight, filters, geometry, plan.tile)
         return _finish(y, reference.full_bias(bias, filters), activation)
     return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
 
@@ -109,8 +112,8 @@ def symmetric_conv_transpose(
 ) -> Tensor:
     filters = _layout(layout, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation, output_padding)
-    if _use_shift("SymmetricConvTranspose", x, filters.blocks(geometry.kernel_size), groups, geometry):
-        y = shift.symmetric_conv(x, weight, filters, geometry)
+    if plan := _shift_plan("SymmetricConvTranspose", x, filters.blocks(geometry.kernel_size), groups, geometry):
+        y = shift.symmetric_conv(x, weight, filters, geometry, plan.tile)
         return _finish(y, reference.full_bias(bias, filters), activation)
     return reference.symmetric_conv_transpose(
         x, weight, bias, filters, stride, padding, output_padding, dilation, activation
@@ -140,8 +143,8 @@ def tied_conv(
     blocks = tied_blocks(
         orbits, weight.shape[0] // groups, 0 if free_weight is None else free_weight.shape[0] // groups
     )
-    if _use_shift("TiedConv", x, blocks, groups, geometry):
-        return _finish(shift.tied_conv(x, weight, free_weight, blocks, geometry, groups), bias, activation)
+    if plan := _shift_plan("TiedConv", x, blocks, groups, geometry):
+        return _finish(shift.tied_conv(x, weight, free_weight, blocks, geometry, groups, plan.tile), bias, activation)
     return reference.tied_conv(
         x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
     )
@@ -169,13 +172,15 @@ def orbit_pool_conv(
     if reduce in ("sum", "mean"):
         orbits = tap_orbits(group, geometry.kernel_size)
         blocks = tied_blocks(orbits, filters, 0)
-        if _use_shift("OrbitPoolConv", x, blocks, groups, geometry):
+        if plan := _shift_plan("OrbitPoolConv", x, blocks, groups, geometry):
             tied = reference.orbit_mean(weight, group, reduce)
-            return _finish(shift.tied_conv(x, tied, None, blocks, geometry, groups), bias, activation)
+            return _finish(shift.tied_conv(x, tied, None, blocks, geometry, groups, plan.tile), bias, activation)
     else:
         layout = FilterLayout(((group, filters),), 0, groups)
-        if _use_shift("OrbitPoolConv", x, layout.blocks(geometry.kernel_size), groups, geometry):
-            y = shift.symmetric_conv(x, weight, layout, geometry).unflatten(1, (groups, group.order, filters))
+        if plan := _shift_plan("OrbitPoolConv", x, layout.blocks(geometry.kernel_size), groups, geometry):
+            y = shift.symmetric_conv(x, weight, layout, geometry, plan.tile).unflatten(
+                1, (groups, group.order, filters)
+            )
             y = y.amax(2) if reduce == "max" else y.amin(2)
             return _finish(y.flatten(1, 2), bias, activation)
     return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)

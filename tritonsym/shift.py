@@ -18,11 +18,12 @@ ops: any device, and Inductor fuses the additions.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 import torch
@@ -99,6 +100,36 @@ class Additions:
         adjoint = Additions(self.targets, self.sources, tuple(move.reversed() for move in self.moves))
         adjoint.__dict__["adjoint"] = self
         return adjoint
+
+    @cached_property
+    def text(self) -> str:
+        """As a string, for an op that takes no objects; `from_text` is the inverse."""
+
+        def places(at: tuple[Any, ...]) -> list[list[int]]:
+            return [[s.start, s.stop, s.step or 1] for s in at[1:]]
+
+        moves = [
+            [m.source, m.of.start, m.of.stop, places(m.of_at), m.target, m.to.start, m.to.stop, places(m.to_at), m.sign]
+            for m in self.moves
+        ]
+        return json.dumps([self.sources, self.targets, moves], separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def from_text(text: str) -> Additions:
+        sources, targets, moves = json.loads(text)
+
+        def places(at: list[list[int]]) -> tuple[Any, ...]:
+            return (..., *(slice(*s) for s in at))
+
+        return Additions(
+            tuple((channels, tuple(sizes)) for channels, sizes in sources),
+            tuple((channels, tuple(sizes)) for channels, sizes in targets),
+            tuple(
+                Move(source, slice(of, of_end), places(of_at), target, slice(to, to_end), places(to_at), sign)
+                for source, of, of_end, of_at, target, to, to_end, to_at, sign in moves
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -194,8 +225,13 @@ def stack_weights(weights: Sequence[Tensor], blocks: tuple[Block, ...], groups: 
     return torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
 
 
-def conv(x: Tensor, rows: Tensor, blocks: tuple[Block, ...], geometry: Geometry) -> Tensor:
-    """y of the module docstring, without bias.  x (N, groups C, *sizes), rows (groups, rows, C)."""
+def conv(
+    x: Tensor, rows: Tensor, blocks: tuple[Block, ...], geometry: Geometry, tile: tuple[int, int, int] | None
+) -> Tensor:
+    """y of the module docstring, without bias.  x (N, groups C, *sizes), rows (groups, rows, C).
+
+    The additions are a Triton kernel if it is given a tile, else torch ops.
+    """
     ndim, groups = x.ndim - 2, rows.shape[0]
     gemms, additions = schedule(blocks, geometry, tuple(map(int, x.shape[2:])))
     weights = [
@@ -203,11 +239,12 @@ def conv(x: Tensor, rows: Tensor, blocks: tuple[Block, ...], geometry: Geometry)
     ]
     if not gemms:  # every tap falls beside the image
         [(channels, sizes)] = additions.targets
-        return x.new_zeros(x.shape[0], groups * channels, *sizes) * rows.sum()
+        zeros = x.new_zeros(x.shape[0], groups * channels, *sizes)
+        return zeros + (x[:0].sum() + rows[:0].sum())  # 0 that still depends on both, for autograd
     parts = []
     for n in _chunks(x, additions, groups):
         z = [_CONV[ndim](x[n][g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
-        parts += _Add.apply(additions, groups, *z)
+        parts += _Add.apply(additions, groups, tile, *z)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -227,22 +264,24 @@ class _Add(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(additions: Additions, groups: int, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(additions: Additions, groups: int, tile: Any, *sources: Tensor) -> tuple[Tensor, ...]:
+        if tile is not None:
+            return tuple(torch.ops.tritonsym.additions(sources, additions.text, groups, tile))
         grouped = [source.unflatten(1, (groups, -1)) for source in sources]
         add = _fused if torch.compiler.is_compiling() and not _has_steps(additions) else _in_place
         return tuple(target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.additions, ctx.groups = inputs[:2]
+        ctx.additions, *ctx.options = inputs[:3]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, *_Add.apply(ctx.additions.adjoint, ctx.groups, *gradients)
+        return None, None, None, *_Add.apply(ctx.additions.adjoint, *ctx.options, *gradients)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Add.apply(ctx.additions, ctx.groups, *tangents[2:])
+        return _Add.apply(ctx.additions, *ctx.options, *tangents[3:])
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -298,10 +337,96 @@ def _fused(additions: Additions, sources: Sequence[Tensor]) -> list[Tensor]:
     return targets
 
 
+# --- the additions as a Triton kernel ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tritonsym::additions", mutates_args=())
+def _additions(sources: Sequence[Tensor], additions: str, groups: int, tile: Sequence[int]) -> list[Tensor]:
+    """`Additions` by the kernel, for tensors on a GPU or in Triton's interpreter.
+
+    The kernel works channels-last: with channels first its loads would be single values. Other formats are copied.
+    """
+    from tritonsym.kernels import shift as kernel
+    from tritonsym.kernels.tiles import Tile
+
+    plan = Additions.from_text(additions)
+    source = _side_by_side(plan, sources, groups).movedim(1, -1).contiguous().movedim(-1, 1)
+    targets = []
+    for i, (channels, sizes) in enumerate(plan.targets):
+        target = source.new_empty(source.shape[0], *sizes, groups * channels).movedim(-1, 1)
+        table = kernel.Table(*_table(additions, i))
+        if sum(table.filters) < channels:
+            target.zero_()
+        with torch.cuda.device_of(source):  # the launch follows the tensor
+            kernel.add(_to_3d(source), table, _to_3d(target), groups, Tile(*tile))
+        targets.append(target if _is_last(sources[0]) else target.contiguous())
+    return targets
+
+
+@_additions.register_fake
+def _(sources: Sequence[Tensor], additions: str, groups: int, tile: Sequence[int]) -> list[Tensor]:
+    plan = Additions.from_text(additions)
+    return [_like(sources[0], groups * channels, sizes) for channels, sizes in plan.targets]
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
+
+
+def _like(source: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
+    """An empty tensor (N, channels, *sizes), channels-last if the source is."""
+    if _is_last(source):
+        return source.new_empty(source.shape[0], *sizes, channels).movedim(-1, 1)
+    return source.new_empty(source.shape[0], channels, *sizes)
+
+
+def _side_by_side(plan: Additions, sources: Sequence[Tensor], groups: int) -> Tensor:
+    """All sources in one tensor, their channels one after the other in every group, 0 beyond the smaller ones."""
+    if len(sources) == 1:
+        return sources[0]
+    most = [max(sizes) for sizes in zip(*(sizes for _, sizes in plan.sources), strict=True)]
+    joined = _like(sources[0], groups * sum(channels for channels, _ in plan.sources), most).zero_()
+    parts = joined.unflatten(1, (groups, -1)).split([channels for channels, _ in plan.sources], 2)
+    for part, source in zip(parts, sources, strict=True):
+        inside = (..., *map(slice, source.shape[2:]))
+        part[inside] = source.unflatten(1, (groups, -1))
+    return joined
+
+
+@lru_cache(maxsize=1024)
+def _table(additions: str, target: int) -> tuple[Any, ...]:
+    """The fields of the kernel's `Table` for one target: position p of an axis reads (mul p + shift) / div."""
+    plan = Additions.from_text(additions)
+    rows = [0, *accumulate(channels for channels, _ in plan.sources)]
+    mul, div = [1, 1, 1], [1, 1, 1]
+    sums: dict[tuple[int, int], list[Any]] = {}
+    for m in plan.moves:
+        if m.target != target:
+            continue
+        shift = [0, 0, 0]
+        for axis, (of, to) in enumerate(zip(m.of_at[:0:-1], m.to_at[:0:-1], strict=True), start=1):
+            mul[-axis], div[-axis] = of.step or 1, to.step or 1
+            shift[-axis] = div[-axis] * of.start - mul[-axis] * to.start
+        key = (m.to.start, m.to.stop - m.to.start)
+        sums.setdefault(key, []).append((rows[m.source] + m.of.start, tuple(shift), m.sign))
+    ordered = sorted(sums)
+    first, filters = zip(*ordered, strict=True)
+    return first, filters, tuple(tuple(sums[key]) for key in ordered), tuple(mul), tuple(div)
+
+
+def _to_3d(x: Tensor) -> Tensor:
+    """(N, C, *sizes) with axes of size 1 put in front of the spatial ones."""
+    for _ in range(5 - x.ndim):
+        x = x.unsqueeze(2)
+    return x
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-def symmetric_conv(x: Tensor, weight: Tensor, layout: FilterLayout, geometry: Geometry) -> Tensor:
+def symmetric_conv(
+    x: Tensor, weight: Tensor, layout: FilterLayout, geometry: Geometry, tile: tuple[int, int, int] | None = None
+) -> Tensor:
     """conv(x, expand(weight)), or its transposed twin, without ever building expand(weight)."""
     blocks = layout.blocks(geometry.kernel_size)
     if geometry.transposed:  # (C, stored/groups, *k) -> (stored, C/groups, *k)
@@ -309,7 +434,7 @@ def symmetric_conv(x: Tensor, weight: Tensor, layout: FilterLayout, geometry: Ge
     taps_last = weight.flatten(2).unflatten(0, (layout.groups, -1))
     parts = taps_last.split([block.filters for block in blocks], 1)
     rows = stack_weights([part.flatten(0, 1) for part in parts], blocks, layout.groups)
-    return conv(x, rows, blocks, geometry)
+    return conv(x, rows, blocks, geometry, tile)
 
 
 def tied_conv(
@@ -319,10 +444,11 @@ def tied_conv(
     blocks: tuple[Block, ...],
     geometry: Geometry,
     groups: int,
+    tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """conv(x, [expand(weight), free_weight]) without ever building expand(weight); `blocks` from `tied_blocks`."""
     weights = [weight] if weight.shape[0] else []
     if free_weight is not None and free_weight.shape[0]:
         weights.append(free_weight.flatten(2))
     rows = stack_weights(weights, blocks, groups)
-    return conv(x, rows, blocks, geometry)
+    return conv(x, rows, blocks, geometry, tile)
