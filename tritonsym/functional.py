@@ -1,4 +1,4 @@
-"""The layers as functions: check the arguments, apply autocast, call the op.
+"""The layers as functions: check the arguments, call the op.
 
 The convolutions come for one, two and three spatial axes (``symmetric_conv1d``, ``symmetric_conv2d``, ...).
 """
@@ -81,26 +81,22 @@ def _sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[
 
 
 def _check_dtypes(where: str, x: Tensor, **others: Tensor | None) -> None:
+    """All tensors on one device and of one dtype; under autocast, of one dtype once torch has cast them."""
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+    def dtype(t: Tensor) -> torch.dtype:
+        return torch.get_autocast_dtype(kind) if casts and t.is_floating_point() and t.itemsize < 8 else t.dtype
+
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
+        if dtype(tensor) != dtype(x):
             raise TypeError(
                 f"{where}: x is {x.dtype} but {name} is {tensor.dtype}; convert one, or run under torch.autocast"
             )
         if tensor.device != x.device:
             raise ValueError(f"{where}: x is on {x.device} but {name} is on {tensor.device}; move one of them")
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast as torch.autocast casts the arguments of a convolution or matmul: not float64, not complex."""
-    x = tensors[0]
-    assert x is not None
-    kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
 def _batched(where: str, x: Tensor, channels: int, ndim: int) -> Tensor:
@@ -257,7 +253,6 @@ def symmetric_conv(
     _check_bias(where, bias, layout.out_channels, layout.stored_channels)
     stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
-    padded, weight, bias = _autocast(padded, weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, padded, weight=weight, bias=bias)
     y = ops.symmetric_conv(padded, weight, bias, layout.text, stride, pads, dilation, layout.groups, activation)
     return y if batched is x else y[0]
@@ -324,7 +319,6 @@ def symmetric_conv_transpose(
         raise ValueError(
             f"{where}: output_padding={tuple(extra)} must be smaller than stride or dilation on every axis"
         )
-    batched, weight, bias = _autocast(batched, weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, batched, weight=weight, bias=bias)
     y = ops.symmetric_conv_transpose(
         batched, weight, bias, layout.text, stride, pads, extra, dilation, layout.groups, activation
@@ -412,7 +406,6 @@ def tied_conv(
     _check_bias(where, bias, weight.shape[0] + (0 if free_weight is None else free_weight.shape[0]))
     stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
-    padded, weight, free_weight, bias = _autocast(padded, weight, free_weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, padded, weight=weight, free_weight=free_weight, bias=bias)
     y = ops.tied_conv(
         padded,
@@ -503,7 +496,6 @@ def orbit_pool_conv(
     _check_bias(where, bias, weight.shape[0])
     stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
-    padded, weight, bias = _autocast(padded, weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, padded, weight=weight, bias=bias)
     y = ops.orbit_pool_conv(padded, weight, bias, symmetry, reduce, stride, pads, dilation, groups, activation)
     return y if batched is x else y[0]
@@ -548,7 +540,6 @@ def symmetric_linear(
         raise ValueError(f"{where}: x must have shape (..., {n}) for a packed {n} x {n} weight, got {tuple(x.shape)}")
     _check_bias(where, bias, n)
     check_activation(where, activation)
-    x, weight, bias = _autocast(x, weight, bias)  # type: ignore[assignment]
     _check_dtypes(where, x, weight=weight, bias=bias)
     return ops.symmetric_linear(x, weight, bias, activation)
 
@@ -598,9 +589,8 @@ def global_conv1d(
     batched = _batched(where, x, center.shape[1], 1)
     _check_bias(where, bias, center.shape[0])
     check_activation(where, activation)
-    args = _autocast(batched, center, surround, bias)
-    _check_dtypes(where, args[0], center=args[1], surround=args[2], bias=args[3])  # type: ignore[arg-type]
-    y = ops.global_conv1d(*args, activation)
+    _check_dtypes(where, batched, center=center, surround=surround, bias=bias)
+    y = ops.global_conv1d(batched, center, surround, bias, activation)
     return y if batched is x else y[0]
 
 

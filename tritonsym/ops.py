@@ -67,7 +67,7 @@ def _geometry(
 def _finish(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """act(y + b)."""
     if bias is not None:
-        y = y + bias[(...,) + (None,) * (y.ndim - 2)]
+        y = y + bias.to(y.dtype)[(...,) + (None,) * (y.ndim - 2)]  # under autocast the bias is still float32
     return reference.activate(y, activation)
 
 

@@ -241,11 +241,23 @@ def conv(
         [(channels, sizes)] = additions.targets
         zeros = x.new_zeros(x.shape[0], groups * channels, *sizes)
         return zeros + (x[:0].sum() + rows[:0].sum())  # 0 that still depends on both, for autograd
+    as_given = _is_last(x)
+    x = _channels_last(x)
     parts = []
     for n in _chunks(x, additions, groups):
         z = [_CONV[ndim](x[n][g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
         parts += _Add.apply(additions, groups, tile, *z)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if as_given else y.contiguous()
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x with the channels innermost: long runs under one shift, and the GEMMs that round best on the CPU."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _chunks(x: Tensor, additions: Additions, groups: int) -> list[slice]:
@@ -267,7 +279,7 @@ class _Add(torch.autograd.Function):
     def forward(additions: Additions, groups: int, tile: Any, *sources: Tensor) -> tuple[Tensor, ...]:
         if tile is not None:
             return tuple(torch.ops.tritonsym.additions(sources, additions.text, groups, tile))
-        grouped = [source.unflatten(1, (groups, -1)) for source in sources]
+        grouped = [_channels_last(source).unflatten(1, (groups, -1)) for source in sources]
         add = _fused if torch.compiler.is_compiling() and not _has_steps(additions) else _in_place
         return tuple(target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped))
 
@@ -291,16 +303,11 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def _in_place(additions: Additions, sources: Sequence[Tensor]) -> list[Tensor]:
     """Eager mode: one addition into a slice of the target per move."""
     like = sources[0]
-    # strides rather than is_contiguous, which does not know channels-last under vmap
-    last = like.ndim > 4 and like.stride(2) == 1 and like.stride(-1) > 1
-    targets = []
-    for channels, sizes in additions.targets:
-        batch, groups = like.shape[:2]
-        if last:
-            zeros = like.new_zeros(batch, *sizes, groups, channels, dtype=_sum_dtype(like.dtype))
-            targets.append(zeros.movedim((-2, -1), (1, 2)))
-        else:
-            targets.append(like.new_zeros(batch, groups, channels, *sizes, dtype=_sum_dtype(like.dtype)))
+    batch, groups = like.shape[:2]
+    targets = [
+        like.new_zeros(batch, *sizes, groups, channels, dtype=_sum_dtype(like.dtype)).movedim((-2, -1), (1, 2))
+        for channels, sizes in additions.targets
+    ]
     for m in additions.moves:
         targets[m.target][:, :, m.to][m.to_at].add_(sources[m.source][:, :, m.of][m.of_at], alpha=m.sign)
     return targets
@@ -350,7 +357,7 @@ def _additions(sources: Sequence[Tensor], additions: str, groups: int, tile: Seq
     from tritonsym.kernels.tiles import Tile
 
     plan = Additions.from_text(additions)
-    source = _side_by_side(plan, sources, groups).movedim(1, -1).contiguous().movedim(-1, 1)
+    source = _channels_last(_side_by_side(plan, sources, groups))
     targets = []
     for i, (channels, sizes) in enumerate(plan.targets):
         target = source.new_empty(source.shape[0], *sizes, groups * channels).movedim(-1, 1)
@@ -367,10 +374,6 @@ def _additions(sources: Sequence[Tensor], additions: str, groups: int, tile: Seq
 def _(sources: Sequence[Tensor], additions: str, groups: int, tile: Sequence[int]) -> list[Tensor]:
     plan = Additions.from_text(additions)
     return [_like(sources[0], groups * channels, sizes) for channels, sizes in plan.targets]
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
 
 
 def _like(source: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:

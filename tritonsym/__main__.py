@@ -1,0 +1,258 @@
+"""``python -m tritonsym``: what is installed, whether it computes right on this machine, and a demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tritonsym
+from tritonsym import dispatch
+from tritonsym import nn as tnn
+from tritonsym.testing import assert_equivariant, assert_matches_reference, assert_symmetric
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+def info() -> int:
+    """Print versions, devices and the backend in force."""
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    rows = [
+        ("tritonsym", tritonsym.__version__),
+        ("torch", torch.__version__),
+        *((package, installed(package)) for package in ("triton", "numpy")),
+        ("python", platform.python_version()),
+        ("system", platform.platform()),
+        ("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads"),
+    ]
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        rows.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, capability {major}.{minor}"))
+    if not torch.cuda.is_available():
+        rows.append(("cuda", "not available"))
+    rows.append(("backend", dispatch.current_backend()))
+    rows.append(("TRITONSYM_BACKEND", os.environ.get("TRITONSYM_BACKEND", "not set")))
+    for name, value in rows:
+        print(f"{name:<18} {value}")
+    return 0
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *LOW_PRECISION, torch.complex64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and the shape of an input with the batch first."""
+
+    layer: str
+    options: str  # as the table shows them
+    build: Callable[..., nn.Module]
+    shape: tuple[int, ...]
+    is_ordered: bool = False  # compares numbers: not complex, and in low precision nearly equal ones may change places
+
+    def suits(self, dtype: torch.dtype) -> bool:
+        return not (self.is_ordered and (dtype.is_complex or dtype in LOW_PRECISION))
+
+
+def _conv(name: str, ndim: int, symmetry: Any, **options: Any) -> Case:
+    cls = getattr(tnn, f"{name}{ndim}d")
+    options = {"kernel_size": 3, "padding": 1, "symmetry": symmetry, **options}
+    shown = [str(symmetry).translate(str.maketrans("", "", "{}' "))]
+    shown += [str(options[key]) for key in ("parity", "reduce") if key in options]
+    is_ordered = options.get("reduce") in ("max", "min")
+    return Case(cls.__name__, " ".join(shown), partial(cls, 4, 8, **options), (2, 4, *(7, 9, 5)[:ndim]), is_ordered)
+
+
+def _symmetrize(over: str, reduce: str) -> Case:
+    def build(**options: Any) -> nn.Module:
+        return tnn.Symmetrize(nn.Sequential(nn.Linear(4, 6, **options), nn.Tanh()), over=over, reduce=reduce)
+
+    return Case("Symmetrize", f"{over} {reduce}", build, (3, 4), is_ordered=True)
+
+
+def cases() -> Iterator[Case]:
+    """Every layer under several symmetries."""
+    for ndim, symmetry in [(1, "h"), (2, "hv"), (2, "c4"), (2, "d4"), (2, {"h": 2, "hv": 4}), (3, "hvz")]:
+        yield _conv("SymmetricConv", ndim, symmetry, share_bias=True)
+        yield _conv("SymmetricConvTranspose", ndim, symmetry, share_bias=True, stride=2)
+    for ndim, symmetry, parity in [(1, "h", "even"), (2, "d4", "even"), (2, "hv", "odd"), (3, "hvz", "odd")]:
+        yield _conv("TiedConv", ndim, symmetry, parity=parity, free=2, bias=parity == "even")
+    yield _conv("TiedConv", 2, "radial", kernel_size=5, padding=2)
+    for ndim, symmetry, reduce in [(1, "h", "min"), (2, "d4", "max"), (2, "c4", "sum"), (3, "hvz", "mean")]:
+        yield _conv("OrbitPoolConv", ndim, symmetry, reduce=reduce)
+    yield Case("SymmetricLinear", "", partial(tnn.SymmetricLinear, 9, 9), (4, 9))
+    yield Case("GlobalConv1d", "", partial(tnn.GlobalConv1d, 4, 6), (2, 4, 9))
+    yield Case("TopKPool1d", "", lambda **_: tnn.TopKPool1d(2), (2, 4, 9), is_ordered=True)
+    for over, reduce in [("swap", "max"), ("cyclic", "mean"), ("permutations", "logsumexp")]:
+        yield _symmetrize(over, reduce)
+
+
+def _checks(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What to check of a layer, by name: every path that computes it, its weights, and its outputs for moved inputs."""
+
+    def on_path(path: str) -> None:
+        with dispatch.path(path):
+            assert_matches_reference(layer, x)
+
+    has_weights = not isinstance(layer, tnn.TopKPool1d | tnn.Symmetrize)
+    for path in dispatch.PATHS if has_weights else ("reference",):
+        try:
+            with dispatch.path(path):
+                if has_weights:
+                    dispatch.explain(layer, x)
+        except (NotImplementedError, ValueError):
+            continue
+        yield path, partial(on_path, path)
+    if has_weights:
+        yield "symmetric", partial(assert_symmetric, layer)
+    if not isinstance(layer, tnn.SymmetricLinear):
+        yield "equivariant", partial(assert_equivariant, layer, x)
+
+
+def check(devices: Sequence[torch.device]) -> int:
+    """Compare every layer with the reference on these devices, and print a table; 1 if anything is wrong, else 0."""
+    start = time.perf_counter()
+    rows = failures = 0
+    line = "{:<24}  {:<22}  {:<9}  {:<6}  {:<41}  {}"
+    print(line.format("layer", "symmetry", "dtype", "device", "checked", "result"))
+    for device, case, dtype in product(devices, cases(), DTYPES):
+        if not case.suits(dtype) or not _has(device, dtype):
+            continue
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            layer = case.build(device="cpu", dtype=dtype).to(device)
+            x = torch.randn(case.shape, dtype=dtype).to(device)
+        names, wrong = [], []
+        for name, run in _checks(layer, x):
+            names.append(name)
+            try:
+                run()
+            except Exception as error:
+                wrong.append(f"    {name}: {type(error).__name__}: {error}")
+        columns = (case.layer, case.options, str(dtype).removeprefix("torch."), str(device), ", ".join(names))
+        print(line.format(*columns, "FAIL" if wrong else "ok"), *wrong, sep="\n")
+        rows += 1
+        failures += bool(wrong)
+    verdict = f"{failures} of {rows} FAILED" if failures else f"all {rows} ok"
+    print(f"{verdict}, {time.perf_counter() - start:.1f} s")
+    return 1 if failures else 0
+
+
+def _has(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        torch.ones(1, dtype=dtype, device=device).sum()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.ones(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"device {text!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _symmetry(text: str) -> str | dict[str, int | str]:
+    """'hv', or 'h:50%,hv:16'."""
+    if ":" not in text:
+        return text
+    counts = dict(item.strip().partition(":")[::2] for item in text.split(","))
+    return {key: int(count) if count.isdecimal() else count for key, count in counts.items()}
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a .png, .pdf or .svg file in an existing folder, got {text!r}")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tritonsym", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("info", help="versions, devices and the backend in force")
+    text = "compare every layer, several symmetries and dtypes, with the reference on this machine"
+    command = commands.add_parser("check", help=text, description=f"{text}; exit code 1 if anything is wrong")
+    command.add_argument(
+        "--device", type=_device, help="e.g. cpu or cuda:1; without it the CPU, and CUDA if there is any"
+    )
+    text = "train a small CNN and its symmetric twin on handwritten digits and draw both"
+    command = commands.add_parser("demo", help=text, description=f'{text}; needs pip install "tritonsym[demo]"')
+    command.add_argument("--epochs", type=_positive, default=30, help="default: %(default)s")
+    command.add_argument(
+        "--symmetry",
+        type=_symmetry,
+        default="hv",
+        help="of the filters: a name, or counts and percents such as 'h:50%%,hv:25%%' (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--output", type=_picture, default=Path("demo.png"), help="picture (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        return info()
+    if args.command == "check":
+        cuda = ["cuda"] if torch.cuda.is_available() else []
+        return check([args.device] if args.device else list(map(torch.device, ["cpu", *cuda])))
+
+    from tritonsym import demo
+
+    if missing := [name for name in demo.EXTRAS if find_spec(name) is None]:
+        print(f'The demo needs {", ".join(missing)}: pip install "tritonsym[demo]"', file=sys.stderr)
+        return 1
+    try:
+        return demo.run(args.symmetry, args.epochs, args.seed, args.output)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
