@@ -12,9 +12,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
+
+import torch
 
 from tritonsym.shift import Geometry, schedule
 from tritonsym.symmetry import Block
@@ -73,7 +75,9 @@ class Work:
 
     multiply_adds: int
     additions: int
+    passes: int  # of additions: one per image and tap
     filters: int  # of the largest block
+    channels: int  # input channels of one group: the terms that one value of z sums
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Problem:
     dense: int  # multiply-adds of the dense layer it replaces
     expanded: int  # multiply-adds of the reference path
     shift: Work | None = None  # None where the shift path cannot compute the layer
+    training: bool = False  # whether a gradient is needed
 
 
 @dataclass(frozen=True)
@@ -109,17 +114,17 @@ class Plan:
 
 
 def plan(problem: Problem) -> Plan:
-    """Choose the path. Pure but for the switches `backend`, `path` and TRITONSYM_BACKEND.
+    """Choose the path. Pure but for the switches `backend`, `path`, TRITONSYM_BACKEND and `torch.set_num_threads`.
 
     Raises:
         NotImplementedError: the path 'expand' is forced, which this version does not have.
         ValueError: the path 'shift' is forced on a layer it cannot compute.
     """
-    return _plan(problem, current_backend(), _path.get())
+    return _plan(problem, current_backend(), _path.get(), torch.get_num_threads())
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: Problem, backend: str, forced: str | None) -> Plan:
+def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> Plan:
     if forced == "expand":
         raise NotImplementedError("path 'expand' is forced, but this version has no such kernel; remove the switch")
     work = problem.shift
@@ -139,7 +144,7 @@ def _plan(problem: Problem, backend: str, forced: str | None) -> Plan:
             "No measurement yet says that the shift path is faster on a GPU; backend='triton' uses it.",
         )
     else:
-        chosen, why = _cheaper_on_cpu(problem, work)
+        chosen, why = _cheaper_on_cpu(problem, work, threads)
     if chosen == "reference" or work is None:
         return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
     from tritonsym.kernels.tiles import pick
@@ -149,20 +154,31 @@ def _plan(problem: Problem, backend: str, forced: str | None) -> Plan:
     return Plan(problem, "shift", 2 * work.multiply_adds, 2 * problem.dense, why, tile)
 
 
-#: Multiply-adds of the dense convolution that take as long as one of the shift path's additions, on the CPU.
-ADDITION = 60
-#: Dense multiply-adds below which a call costs more than it computes.
-SMALLEST = 50_000_000
+#: What the shift path's work costs on a CPU, in multiply-adds of the dense convolution that take as long: one addition,
+#: and one pass of additions however short. Fitted to perf/results/*-cpu.json (2 threads).
+ADDITION = 100
+PASS = 1_200_000
+#: Estimated speedup below which the reference is taken all the same.
+MARGIN = 1.2
+#: Most channels for which the 1x1 convolution was seen to round at most twice as much as the dense one.
+MOST_CHANNELS = 512
 
 
-def _cheaper_on_cpu(problem: Problem, work: Work) -> tuple[str, str]:
-    """Compare multiply-adds, an addition counted as `ADDITION` of them; in doubt the reference."""
-    cost = work.multiply_adds + ADDITION * work.additions
+def _cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, str]:
+    """Compare multiply-adds, with additions counted as such; in doubt the reference."""
+    cost = work.multiply_adds + ADDITION * work.additions + PASS * work.passes
     ratio = problem.expanded / max(cost, 1)
     words = f"{problem.expanded / max(work.multiply_adds, 1):.3g}x fewer multiply-adds, {work.additions:,} additions"
-    if problem.dtype == "float32" and problem.expanded >= SMALLEST and ratio > 1.15:
-        return "shift", f"{words}: estimated {ratio:.2g}x faster than expanding the weight."
-    return "reference", f"The shift path ({words}) would not be clearly faster (estimated {ratio:.2g}x)."
+    if problem.dtype != "float32":
+        return "reference", f"The shift path ({words}) has been measured in float32 only."
+    if problem.training or work.channels > MOST_CHANNELS:
+        reason = "in training" if problem.training else f"with more than {MOST_CHANNELS} channels"
+        return "reference", f"The shift path ({words}) {reason} may round more than twice as much as torch."
+    if threads == 1:  # torch gives the 1x1 convolutions to a slower GEMM then
+        return "reference", f"The shift path ({words}) is slower on one thread."
+    if ratio < MARGIN:
+        return "reference", f"The shift path ({words}) would not be clearly faster: {ratio:.2g}x (estimate)."
+    return "shift", f"{words}: {ratio:.2g}x faster than expanding the weight (estimate)."
 
 
 @lru_cache(maxsize=4096)
@@ -177,6 +193,7 @@ def conv_problem(
     groups: int,
     geometry: Geometry,
     dense_factor: int = 1,
+    training: bool = False,
 ) -> Problem:
     """The problem of a convolution of x (batch, channels, *sizes), x as padded before the op.
 
@@ -190,14 +207,20 @@ def conv_problem(
         return Problem(layer, target, dtype, dense, expanded)
     _, additions = schedule(blocks, geometry, sizes)
     z = batch * groups * sum(rows * math.prod(class_sizes) for rows, class_sizes in additions.sources)
-    work = Work(
-        z * channels, batch * groups * sum(move.count for move in additions.moves), max(b.filters for b in blocks)
-    )
-    return Problem(layer, target, dtype, dense, expanded, work)
+    count = batch * groups * sum(move.count for move in additions.moves)
+    work = Work(z * channels, count, len(additions.moves), max(block.filters for block in blocks), channels)
+    return Problem(layer, target, dtype, dense, expanded, work, training)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a result of these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
     """The plan for one tritonsym layer on one input; ``print(explain(layer, x))`` says it in words.
+
+    As for a call at the same place: under ``torch.no_grad()`` it is the plan for inference.
 
     Args:
         module: a layer of `tritonsym.nn` with weights.
@@ -216,4 +239,5 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
     if target is not None and target not in ("cpu", "cuda") and not target.startswith(("sm_", "gfx")):
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     where = target or ("cpu" if x.device.type == "meta" else x.device.type)
-    return plan(problem(tuple(x.shape), where, str(x.dtype).removeprefix("torch.")))
+    found = problem(tuple(x.shape), where, str(x.dtype).removeprefix("torch."))
+    return plan(replace(found, training=needs_gradient(x, *module.parameters())))

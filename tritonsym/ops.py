@@ -38,14 +38,24 @@ _layout = cache(FilterLayout.from_string)
 
 
 def _shift_plan(
-    layer: str, x: Tensor, blocks: tuple[Block, ...], groups: int, geometry: Geometry
+    layer: str, tensors: Sequence[Tensor | None], blocks: tuple[Block, ...], groups: int, geometry: Geometry
 ) -> dispatch.Plan | None:
     """The plan for this convolution if it is the shift path. Sizes that a trace keeps symbolic take the reference."""
+    x = tensors[0]
+    assert x is not None
     if any(isinstance(size, torch.SymInt) for size in x.shape):
         return None
-    dtype = str(x.dtype).removeprefix("torch.")
     problem = dispatch.conv_problem(
-        layer, x.device.type, dtype, x.shape[0], x.shape[1] // groups, tuple(x.shape[2:]), blocks, groups, geometry
+        layer,
+        x.device.type,
+        str(x.dtype).removeprefix("torch."),
+        x.shape[0],
+        x.shape[1] // groups,
+        tuple(x.shape[2:]),
+        blocks,
+        groups,
+        geometry,
+        training=dispatch.needs_gradient(*tensors),
     )
     plan = dispatch.plan(problem)
     return plan if plan.path == "shift" else None
@@ -88,7 +98,7 @@ def symmetric_conv(
 ) -> Tensor:
     filters = _layout(layout, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
-    if plan := _shift_plan("SymmetricConv", x, filters.blocks(geometry.kernel_size), groups, geometry):
+    if plan := _shift_plan("SymmetricConv", (x, weight, bias), filters.blocks(geometry.kernel_size), groups, geometry):
         y = shift.symmetric_conv(x, weight, filters, geometry, plan.tile)
         return _finish(y, reference.full_bias(bias, filters), activation)
     return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
@@ -112,7 +122,9 @@ def symmetric_conv_transpose(
 ) -> Tensor:
     filters = _layout(layout, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation, output_padding)
-    if plan := _shift_plan("SymmetricConvTranspose", x, filters.blocks(geometry.kernel_size), groups, geometry):
+    if plan := _shift_plan(
+        "SymmetricConvTranspose", (x, weight, bias), filters.blocks(geometry.kernel_size), groups, geometry
+    ):
         y = shift.symmetric_conv(x, weight, filters, geometry, plan.tile)
         return _finish(y, reference.full_bias(bias, filters), activation)
     return reference.symmetric_conv_transpose(
@@ -143,7 +155,7 @@ def tied_conv(
     blocks = tied_blocks(
         orbits, weight.shape[0] // groups, 0 if free_weight is None else free_weight.shape[0] // groups
     )
-    if plan := _shift_plan("TiedConv", x, blocks, groups, geometry):
+    if plan := _shift_plan("TiedConv", (x, weight, free_weight, bias), blocks, groups, geometry):
         return _finish(shift.tied_conv(x, weight, free_weight, blocks, geometry, groups, plan.tile), bias, activation)
     return reference.tied_conv(
         x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
@@ -172,12 +184,14 @@ def orbit_pool_conv(
     if reduce in ("sum", "mean"):
         orbits = tap_orbits(group, geometry.kernel_size)
         blocks = tied_blocks(orbits, filters, 0)
-        if plan := _shift_plan("OrbitPoolConv", x, blocks, groups, geometry):
+        if plan := _shift_plan("OrbitPoolConv", (x, weight, bias), blocks, groups, geometry):
             tied = reference.orbit_mean(weight, group, reduce)
             return _finish(shift.tied_conv(x, tied, None, blocks, geometry, groups, plan.tile), bias, activation)
     else:
         layout = FilterLayout(((group, filters),), 0, groups)
-        if plan := _shift_plan("OrbitPoolConv", x, layout.blocks(geometry.kernel_size), groups, geometry):
+        if plan := _shift_plan(
+            "OrbitPoolConv", (x, weight, bias), layout.blocks(geometry.kernel_size), groups, geometry
+        ):
             y = shift.symmetric_conv(x, weight, layout, geometry, plan.tile).unflatten(
                 1, (groups, group.order, filters)
             )

@@ -137,7 +137,7 @@ class Gemm:
     """z of one residue class of positions modulo the stride, for the rows of w that some image needs there."""
 
     x_at: tuple[Any, ...]  # starts with an ellipsis
-    rows: tuple[int, ...] | None  # of one group; None for all
+    rows: tuple[int, ...]  # of one group
 
 
 @lru_cache(maxsize=256)
@@ -167,6 +167,7 @@ def schedule(
                         reads.append((b, slot, to, *at, sign))
         if not reads:
             continue
+        x_at = (..., *(slice(r, None, m) for r, m in zip(residue, moduli, strict=True)))
         used = {(b, slot) for b, slot, *_ in reads}
         rows: list[int] = []
         of: dict[tuple[int, int], slice] = {}
@@ -178,9 +179,8 @@ def schedule(
                     rows += range(row, row + block.filters)
                 row += block.filters
         moves += [Move(len(gemms), of[b, slot], z_at, 0, to, y_at, sign) for b, slot, to, z_at, y_at, sign in reads]
+        gemms.append(Gemm(x_at, tuple(rows)))
         sources.append((len(rows), class_sizes))
-        x_at = (..., *(slice(r, None, m) for r, m in zip(residue, moduli, strict=True)))
-        gemms.append(Gemm(x_at, None if len(rows) == row else tuple(rows)))
     channels = sum(block.filters * len(block.images) for block in blocks)
     return tuple(gemms), Additions(tuple(sources), ((channels, out_sizes),), tuple(moves))
 
@@ -234,9 +234,7 @@ def conv(
     """
     ndim, groups = x.ndim - 2, rows.shape[0]
     gemms, additions = schedule(blocks, geometry, tuple(map(int, x.shape[2:])))
-    weights = [
-        (rows if g.rows is None else rows[:, list(g.rows)]).flatten(0, 1)[(...,) + (None,) * ndim] for g in gemms
-    ]
+    weights = [rows[:, _range(g.rows)].flatten(0, 1)[(...,) + (None,) * ndim] for g in gemms]
     if not gemms:  # every tap falls beside the image
         [(channels, sizes)] = additions.targets
         zeros = x.new_zeros(x.shape[0], groups * channels, *sizes)
@@ -249,6 +247,11 @@ def conv(
         parts += _Add.apply(additions, groups, tile, *z)
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y if as_given else y.contiguous()
+
+
+def _range(rows: tuple[int, ...]) -> slice | list[int]:
+    """As a slice where they follow each other: a view."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else list(rows)
 
 
 def _is_last(x: Tensor) -> bool:

@@ -1,0 +1,129 @@
+"""One small layer of every kind, as fixtures, for the tests of what all layers have in common."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tritonsym
+import tritonsym.nn as tnn
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    build: Callable[..., nn.Module]
+    shape: tuple[int, ...]  # of one sample
+    options: dict[str, Any]
+    path: str = "reference"  # forced while the test runs
+
+    def __str__(self) -> str:
+        return self.name
+
+    def but(self, **options: Any) -> "Layer":
+        return dataclasses.replace(self, options={**self.options, **options})
+
+    def make(self, **factory: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build(**self.options, **factory)
+
+    def input(self, batch: int = 3, **options: Any) -> Tensor:
+        torch.manual_seed(1)
+        return torch.randn(batch, *self.shape, **options)
+
+    @property
+    def torch_class(self) -> type[nn.Module]:
+        if self.build is tnn.SymmetricLinear:
+            return nn.Linear
+        return next(c for c in self.build.__mro__ if c.__module__ == "torch.nn.modules.conv")
+
+    def dense(self, module: Any, x: Tensor) -> Tensor:
+        """What the torch layer makes of the expanded weight; differentiable in the stored one."""
+        weights = {"bias": module.expanded_bias()} if module.bias is not None else {}
+        if isinstance(module, tnn.GlobalConv1d):
+            length = x.shape[-1]
+            y = F.conv1d(x, module.expanded_weight(length), padding=length, **weights)
+        else:
+            accepted = inspect.signature(self.torch_class).parameters
+            plain = self.torch_class(**{k: v for k, v in self.options.items() if k in accepted}, device="meta")
+            y = torch.func.functional_call(plain, {"weight": module.expanded_weight(), **weights}, x)
+        if (reduce := self.options.get("reduce")) in ("max", "min"):
+            orbits = y.unflatten(-len(self.shape), (-1, module.symmetry.order))
+            y = getattr(orbits, f"a{reduce}")(-len(self.shape))
+        activation = self.options.get("activation")
+        return y if activation is None else getattr(F, activation)(y)
+
+
+def _conv(name: str, ndim: int, **options: Any) -> Layer:
+    cls = getattr(tnn, f"{name}{ndim}d")
+    options = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, "padding": 1, **options}
+    label = " ".join([cls.__name__, *(str(options[key]) for key in ("symmetry", "parity", "reduce") if key in options)])
+    return Layer(label, cls, (options["in_channels"], *(7, 6, 5)[:ndim]), options)
+
+
+def _symmetrize(over: Any, reduce: str, **factory: Any) -> nn.Module:
+    return tnn.Symmetrize(nn.Sequential(nn.Linear(4, 5, **factory), nn.Tanh()), over=over, reduce=reduce)
+
+
+CONVOLUTIONS = [
+    _conv("SymmetricConv", 1, symmetry="h", stride=2),
+    _conv("SymmetricConv", 2, symmetry={"h": 4, "v": 2}, dilation=2),
+    _conv("SymmetricConv", 2, symmetry="d4", share_bias=True, activation="silu"),
+    _conv("SymmetricConv", 3, symmetry={"hvz": 8}, out_channels=10),
+    _conv("SymmetricConvTranspose", 1, symmetry="h", stride=2, output_padding=1),
+    _conv("SymmetricConvTranspose", 2, symmetry={"c4": 4}, share_bias=True),
+    _conv("SymmetricConvTranspose", 3, symmetry="hv", groups=2, activation="tanh"),
+    _conv("TiedConv", 1, symmetry="h", parity="odd"),
+    _conv("TiedConv", 2, symmetry="hv", parity={"h": "odd"}, free=2, groups=2),
+    _conv("TiedConv", 2, symmetry="radial:0.5", kernel_size=(5, 3), padding=(2, 1), activation="gelu"),
+    _conv("TiedConv", 3, symmetry="hvz", bias=False),
+    _conv("OrbitPoolConv", 1, symmetry="h", reduce="min"),
+    _conv("OrbitPoolConv", 2, symmetry="d4", reduce="max", activation="relu"),
+    _conv("OrbitPoolConv", 2, symmetry="c4", reduce="sum", groups=2),
+    _conv("OrbitPoolConv", 3, symmetry="hz", reduce="mean", stride=2),
+]
+WEIGHTED = [
+    *CONVOLUTIONS,
+    Layer("SymmetricLinear", tnn.SymmetricLinear, (7,), {"in_features": 7, "out_features": 7, "activation": "sigmoid"}),
+    Layer("GlobalConv1d", tnn.GlobalConv1d, (4, 7), {"in_channels": 4, "out_channels": 8, "activation": "relu"}),
+]
+LAYERS = [
+    *WEIGHTED,
+    Layer("Symmetrize swap max", _symmetrize, (4,), {"over": "swap", "reduce": "max"}),
+    Layer("Symmetrize cyclic logsumexp", _symmetrize, (4,), {"over": "cyclic", "reduce": "logsumexp"}),
+    Layer("TopKPool1d", lambda **_: tnn.TopKPool1d(2), (4, 7), {}),
+]
+
+
+def _fixture(name: str, layers: Iterable[Layer]) -> Any:
+    def fixture(request: pytest.FixtureRequest) -> Iterator[Layer]:
+        with tritonsym.path(request.param.path):
+            yield request.param
+
+    return pytest.fixture(fixture, params=list(layers), ids=str, name=name)
+
+
+SHIFTED = [dataclasses.replace(layer, name=f"{layer.name} by shifts", path="shift") for layer in CONVOLUTIONS]
+QUICK = [layer for layer in SHIFTED if "3d" not in layer.name]  # a 3-D kernel has many terms to compile
+
+any_layer = _fixture("any_layer", LAYERS + QUICK)
+weighted_layer = _fixture("weighted_layer", WEIGHTED + QUICK)
+#: Those that complex numbers, which have no order, make sense for.
+linear_layer = _fixture("linear_layer", [c for c in WEIGHTED if c.options.get("reduce") not in ("max", "min")])
+convolution = _fixture("convolution", CONVOLUTIONS + SHIFTED)
+forward_convolution = _fixture("forward_convolution", [c for c in CONVOLUTIONS + SHIFTED if "Transpose" not in c.name])
+transposed_convolution = _fixture(
+    "transposed_convolution", [c for c in CONVOLUTIONS + SHIFTED if "Transpose" in c.name]
+)
+planar_convolution = _fixture("planar_convolution", [c for c in CONVOLUTIONS + SHIFTED if "1d" not in c.name])
+
+
+@pytest.fixture
+def layers() -> list[Layer]:
+    return LAYERS

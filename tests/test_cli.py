@@ -1,0 +1,174 @@
+"""``python -m tritonsym``: exit codes, what it prints, and the picture it draws."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+import tritonsym
+from tritonsym import __main__ as command_line
+from tritonsym import demo, reference
+from tritonsym.__main__ import main
+
+
+def test_info(capsys, monkeypatch):
+    monkeypatch.setenv("TRITONSYM_BACKEND", "reference")
+    assert main(["info"]) == 0
+    rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["tritonsym"] == tritonsym.__version__
+    assert rows["torch"] == torch.__version__
+    assert rows["cpu"].endswith(f", {torch.get_num_threads()} threads")
+    assert rows["backend"] == rows["TRITONSYM_BACKEND"] == "reference"
+    assert {"triton", "numpy", "python"} <= rows.keys()
+
+
+def test_info_without_triton(capsys, monkeypatch):
+    def version(package):
+        raise command_line.PackageNotFoundError(package)
+
+    monkeypatch.setattr(command_line, "version", version)
+    assert main(["info"]) == 0
+    assert re.search(r"^triton +not installed$", capsys.readouterr().out, re.M)
+
+
+def test_as_a_module():
+    """In a process of its own, where neither the package nor its command line imports what only a demo needs."""
+    script = "import sys, runpy; runpy.run_module('tritonsym', run_name='__main__')"
+    loud = f"import atexit, sys; atexit.register(lambda: print(sorted(sys.modules), file=sys.stderr)); {script}"
+    result = subprocess.run([sys.executable, "-c", loud, "info"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "tritonsym" in result.stdout
+    modules = set(re.findall(r"'([^']+)'", result.stderr))
+    assert "tritonsym.testing" in modules
+    assert not modules & {"matplotlib", "sklearn", "triton", "tritonsym.demo"}
+
+
+def test_check_all(capsys):
+    assert main(["check", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.endswith("  ok")]
+    layers = {line.split()[0] for line in table}
+    assert layers == set(tritonsym.nn.__all__)
+    assert {line.split(" cpu ")[0].split()[-1] for line in table} == {str(dtype)[6:] for dtype in command_line.DTYPES}
+    assert len({line.index(" cpu ") for line in table}) == 1
+    assert all("reference" in line for line in table)
+    assert re.search(r"SymmetricConv2d +d4 +float32 +cpu +reference, shift, symmetric, equivariant +ok", out)
+    assert f"all {len(table)} ok" in out.splitlines()[-1]
+
+
+def test_check_reports_what_is_wrong(capsys, monkeypatch):
+    right = reference.tied_conv
+    monkeypatch.setattr(reference, "tied_conv", lambda *args: 1.01 * right(*args))
+    monkeypatch.setattr(command_line, "DTYPES", (torch.float32,))
+    assert main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [i for i, line in enumerate(lines) if line.endswith("FAIL")]
+    assert {lines[i].split()[0] for i in failed} == {"TiedConv1d", "TiedConv2d", "TiedConv3d"}
+    for i in failed:
+        assert "reference: AssertionError: assert_matches_reference: output is wrong" in lines[i + 1]
+    assert lines[-1].startswith(f"{len(failed)} of ")
+
+
+def numbers(text):
+    """All lines but those with times."""
+    return [line for line in text.splitlines() if " ms " not in line]
+
+
+@pytest.mark.parametrize("symmetry, filters", [("hv", "hv:32"), ("h:50%, d4:8", "h:16 d4:8 free:8")])
+def test_demo(tmp_path, capsys, symmetry, filters):
+    picture = tmp_path / "demo.png"
+    command = ["demo", "--epochs", "2", "--seed", "3", "--symmetry", symmetry, "--output", str(picture)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^0 +Conv2d +SymmetricConv2d +{filters} ", out, re.M)
+    accuracy = [float(number) for number in re.search(r"accuracy +(\S+) % +(\S+) %", out).groups()]
+    assert min(accuracy) > 60
+    dense, symmetric, share = re.search(r"convolution parameters +(\S+) +(\S+) +(\S+)%", out).groups()
+    assert dense == "93,184"
+    assert float(share) == pytest.approx(100 * int(symmetric.replace(",", "")) / 93184, abs=0.05)
+    assert re.search(r"executed +[\d,]+ +path of 3 layers: .*reference in \d", out)
+    assert re.search(r"time per training step +[\d.]+ ms +[\d.]+ ms +median", out)
+    assert "against the reference, outputs and all gradients: agrees." in out
+    verdict = accuracy[1] - accuracy[0] >= -2 and float(share) <= 60
+    assert ("\nReached: " in out) == verdict and ("NOT reached on this run" in out) != verdict
+    image = imread(picture)
+    assert image.shape[1] > image.shape[0] > 500
+    assert image[..., :3].std() > 0.1
+    assert main(command) == 0
+    assert numbers(capsys.readouterr().out) == numbers(out)
+
+
+def test_demo_with_a_broken_layer(tmp_path, capsys, monkeypatch):
+    right = demo.train
+
+    def break_after_training(*args):
+        right(*args)
+        monkeypatch.setattr(reference, "image", lambda w, g: w)
+
+    monkeypatch.setattr(demo, "train", break_after_training)
+    assert main(["demo", "--epochs", "1", "--output", str(tmp_path / "demo.png")]) == 1
+    assert "all gradients: DIFFERS: assert_symmetric: SymmetricConv2d 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "accuracy, symmetry, reached",
+    [((97, 95), "h", True), ((97, 94.9), "h", False), ((97, 99), {"h": "50%"}, False)],
+)
+def test_verdict(accuracy, symmetry, reached):
+    plain = demo.plain_cnn()
+    model, _ = tritonsym.replace_layers(plain, conv=symmetry)
+    contestants = [demo.Contestant(name, m, steps=5) for name, m in (("dense", plain), ("symmetric", model))]
+    for contestant, percent in zip(contestants, accuracy, strict=True):
+        contestant.accuracy.append(percent)
+        contestant.seconds += [0.002, 0.001, 5]
+    x = torch.zeros(4, 1, 8, 8)
+    text = demo.summary(*contestants, demo.plans(model, x), len(x))
+    assert ("\nReached: within 2 points" in text) == reached
+    assert ("\nNOT reached on this run: within 2 points" in text) == (not reached)
+    # 8 x 8, 8 x 8 and 4 x 4 positions
+    dense = 64 * 32 * 25 + 64 * 64 * 32 * 9 + 16 * 128 * 64 * 9
+    share = 0.5 if symmetry == "h" else 0.75
+    assert re.search(rf"multiply-adds per image +{dense:,} ", text)
+    assert re.search(rf"stored weights +{int(share * dense):,} +{share:.1%}", text)
+    assert re.search(r"step +2.00 ms +2.00 ms +median", text)
+
+
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm"])
+def test_demo_without_its_extra(tmp_path, capsys, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(demo, "run", lambda *args: pytest.fail("started without its extras"))
+    assert main(["demo", "--output", str(tmp_path / "demo.png")]) == 1
+    assert capsys.readouterr().err == f'The demo needs {missing}: pip install "tritonsym[demo]"\n'
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: command"),
+        (["bench"], "invalid choice: 'bench' (choose from"),
+        (["check", "--device", "abacus"], "device 'abacus' cannot be used: Expected one of cpu"),
+        (["check", "--device", "meta"], "device 'meta' cannot be used"),
+        (["demo", "--epochs", "0"], "expected a positive number, got '0'"),
+        (["demo", "--output", "nowhere/demo.png"], "an existing folder, got 'nowhere/demo.png'"),
+        (["demo", "--output", "demo.txt"], "expected a .png, .pdf or .svg file"),
+        (["demo", "--symmetry", "q7"], "unknown symmetry 'q7'"),
+        (["demo", "--symmetry", "h:3%%"], "'3%%' is not a percentage"),
+    ],
+)
+def test_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_help_lists_what_there_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert re.findall(r"^ {4}(\w+) ", capsys.readouterr().out, re.M) == ["info", "check", "demo"]

@@ -1,0 +1,136 @@
+"""Who may import whom, and what importing the package needs and costs."""
+
+import ast
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tritonsym
+
+SOURCE = Path(tritonsym.__file__).parent
+KERNELS = Path(importlib.import_module("tritonsym.kernels").__file__).parent
+
+#: Every module may import those of the lines above its own, and `nn` its own. `kernels` import nothing of the package.
+ORDER = [
+    {"symmetry", "packing"},
+    {"shift"},
+    {"reference", "dispatch"},
+    {"ops"},
+    {"functional"},
+    {"nn"},
+    {"convert"},
+    {"testing"},
+    {"demo"},
+    {"__init__"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+LAUNCHERS = {"shift", "dispatch", "ops"}  # may import kernels, within functions
+
+
+def modules(folder, prefix=""):
+    return {prefix + ".".join(p.relative_to(folder).with_suffix("").parts): p for p in folder.rglob("*.py")}
+
+
+MODULES = modules(SOURCE) | modules(KERNELS, "kernels.")
+
+
+def imports(path, everywhere=True):
+    """Full names of everything a file imports, not only at its top; not what only type checkers read."""
+    tree = ast.parse(path.read_text())
+    checkers = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    unread = {id(node) for branch in checkers for node in ast.walk(branch)}
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import) and id(node) not in unread:
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and id(node) not in unread:
+            assert node.level == 0, "absolute imports only"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def heads(names):
+    """The modules of this package among the names: 'tritonsym.nn.conv.Init' -> 'nn', 'tritonsym.Plan' -> '__init__'."""
+    parts = [name.split(".")[1:] for name in names if name.split(".")[0] == "tritonsym"]
+    return {p[0] if p and (p[0] in LEVEL or p[0] == "kernels") else "__init__" for p in parts}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_one_way(name):
+    head, names = name.split(".")[0], imports(MODULES[name])
+    assert "kernels" not in {n.split(".")[0] for n in names}, "the folder is installed as tritonsym.kernels"
+    if head == "kernels":
+        assert heads(names) <= {"kernels"}
+        return
+    assert head in LEVEL, "give the new module its line in ORDER"
+    allowed = {other for other, level in LEVEL.items() if level < LEVEL[head]}
+    allowed |= {"nn"} if head == "nn" else {"kernels"} if head in LAUNCHERS else set()
+    assert heads(names) <= allowed
+    assert "kernels" not in heads(imports(MODULES[name], everywhere=False)), "kernels load when the first one runs"
+
+
+def test_symmetry_is_pure_python():
+    assert {name.split(".")[0] for name in imports(MODULES["symmetry"])} <= set(sys.stdlib_module_names)
+
+
+def fresh(code, **environment):
+    """What a fresh interpreter, started where no source lies, prints as JSON."""
+    environment = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_works_without_triton_and_without_a_gpu():
+    code = """
+import sys
+sys.modules["triton"] = None
+import json, torch, tritonsym
+from tritonsym.nn import SymmetricConv2d
+layer, x = SymmetricConv2d(2, 4, 3, symmetry="hv"), torch.randn(1, 2, 5, 5, requires_grad=True)
+layer(x).sum().backward()
+tritonsym.explain(layer, x, target="sm_90")
+print(json.dumps([torch.cuda.is_available(), torch.equal(layer(x), layer.to_dense()(x)), bool(x.grad.any())]))
+"""
+    assert fresh(code, CUDA_VISIBLE_DEVICES="") == [False, True, True]
+
+
+def test_import_is_quick_and_loads_nothing_that_is_optional():
+    code = """
+import json, sys, time, torch
+before = set(sys.modules)
+start = time.perf_counter()
+import tritonsym
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+"""
+    runs = [fresh(code) for _ in range(3)]
+    assert min(seconds for seconds, _ in runs) < 0.15
+    optional = ("triton", "matplotlib", "sklearn", "hypothesis", "tqdm", "pytest", "torch._dynamo", "torch._inductor")
+    assert not [name for name in runs[0][1] if f"{name}.".startswith(tuple(f"{other}." for other in optional))]
+
+
+def test_kernels_are_no_top_level_package():
+    distribution = importlib.metadata.distribution("tritonsym")
+    files = {str(file) for file in distribution.files or ()}  # an editable install lists no modules
+    assert not [file for file in files if file.startswith("kernels")]
+    assert (distribution.read_text("top_level.txt") or "tritonsym").split() == ["tritonsym"]
+    code = "import importlib.util, json; print(json.dumps(importlib.util.find_spec('kernels') is None))"
+    assert fresh(code, PYTHONPATH="")
+
+
+def test_public_names_exist():
+    for package in (tritonsym, tritonsym.nn):
+        assert package.__all__ == sorted(package.__all__)
+        assert all(hasattr(package, name) for name in package.__all__)
+    assert tritonsym.__version__ == importlib.metadata.version("tritonsym")

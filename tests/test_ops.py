@@ -1,0 +1,385 @@
+"""The ops behind the layers under every transform that torch has: autograd, compile, export, functorch, autocast."""
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritonsym
+import tritonsym.functional as T
+import tritonsym.nn as tnn
+from tritonsym.dispatch import current_backend
+
+
+class Recorder(TorchFunctionMode):
+    """Notes every call of an op of this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if str(getattr(function, "_qualified_op_name", "")).startswith("tritonsym::"):
+            self.calls.append((function, args))
+        return function(*args, **kwargs or {})
+
+
+class AtenRecorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def aten_ops(function, *args):
+    with AtenRecorder() as recorder:
+        function(*args)
+    return recorder.names
+
+
+def op_calls(layer, dtype):
+    with Recorder() as recorder, torch.no_grad():
+        layer.make(dtype=dtype)(layer.input(2, dtype=dtype))
+    return [(op, [leaf(a) for a in args]) for op, args in recorder.calls]
+
+
+def leaf(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.is_floating_point())
+
+
+def per_sample(module):
+    """The module as a function of one sample."""
+    return lambda sample: module(sample[None])[0]
+
+
+def gradients(y, module, x):
+    return torch.autograd.grad(y, [x, *module.parameters()])
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_layers_reach_every_op(layers):
+    """But for those that kernels plug into."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tritonsym::")]
+    every = {
+        name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    }
+    assert {op._qualified_op_name for layer in layers for op, _ in op_calls(layer, torch.float32)} == every
+
+
+def test_opcheck(any_layer):
+    for op, args in op_calls(any_layer, torch.float64):
+        torch.library.opcheck(op, args)
+
+
+def test_gradients_of_first_and_second_order(any_layer):
+    for op, args in op_calls(any_layer, torch.float64):
+        gradcheck(op, args, fast_mode=True, check_forward_ad=True)
+        gradgradcheck(op, args, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y: torch.cat([y, 2 * y.square()], 1).square().sum(),
+        lambda y: y.sum(),
+        lambda y: (y.movedim(0, -1) * torch.arange(y.shape[0])).sum(),
+    ],
+    ids=["cat", "expanded", "permuted"],
+)
+def test_upstream_gradients_of_any_strides(any_layer, loss):
+    module, x = any_layer.make(dtype=torch.float64), any_layer.input(dtype=torch.float64, requires_grad=True)
+    y, twin = module(x), module(x)
+    twin.register_hook(lambda upstream: upstream.clone(memory_format=torch.contiguous_format))
+    torch.testing.assert_close(gradients(loss(y), module, x), gradients(loss(twin), module, x))
+
+
+# --- compile and export -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(any_layer, dynamic):
+    torch._dynamo.reset()
+    module = any_layer.make(dtype=torch.float64)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (3, 13) if dynamic else (3,):
+            x = any_layer.input(batch, dtype=torch.float64, requires_grad=True)
+            y, expected = compiled(x), module(x)
+            torch.testing.assert_close(y, expected)
+            torch.testing.assert_close(
+                gradients(y.square().sum(), module, x), gradients(expected.square().sum(), module, x)
+            )
+
+
+def test_inductor():
+    """One compilation of a network of many layers: the default backend generates and runs code for each."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        tnn.SymmetricConv2d(2, 8, 3, padding="same", symmetry={"d4": 8}, activation="relu"),
+        tnn.TiedConv2d(8, 6, 3, padding=1, padding_mode="circular", symmetry="hv", parity={"h": "odd"}, free=2),
+        tnn.OrbitPoolConv2d(6, 4, 3, symmetry="c4", activation="silu"),
+        tnn.SymmetricConvTranspose2d(4, 4, 2, stride=2, symmetry="hv", share_bias=True),
+        nn.Flatten(2),
+        tnn.GlobalConv1d(4, 4, activation="tanh"),
+        tnn.TopKPool1d(4),
+        tnn.Symmetrize(tnn.SymmetricLinear(4, 4), over="cyclic", dim=2, reduce="logsumexp"),
+    )
+    x = torch.randn(3, 2, 6, 6, requires_grad=True)
+    torch._dynamo.reset()
+    y, expected = torch.compile(network, fullgraph=True)(x), network(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        gradients(y.square().sum(), network, x), gradients(expected.square().sum(), network, x), rtol=1e-4, atol=1e-5
+    )
+
+
+X, W = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
+FUNCTIONS = {
+    "symmetric_conv2d": lambda x, w: T.symmetric_conv2d(x, w, symmetry="hv", padding="same"),
+    "symmetric_conv2d counts": lambda x, w: T.symmetric_conv2d(x, w, symmetry={"h": 2, "d4": 8}),
+    "symmetric_conv_transpose2d": lambda x, w: T.symmetric_conv_transpose2d(x, w, symmetry="c4", stride=2),
+    "tied_conv2d": lambda x, w: T.tied_conv2d(x, w[..., :2].flatten(2), symmetry="d4", kernel_size=5),
+    "tied_conv2d radial": lambda x, w: T.tied_conv2d(x, w[..., 0], symmetry="radial", kernel_size=3),
+    "tied_conv2d odd": lambda x, w: T.tied_conv2d(x, w[..., 0, :1], symmetry="hv", parity="odd", kernel_size=3),
+    "orbit_pool_conv2d": lambda x, w: T.orbit_pool_conv2d(x, w, symmetry="d4"),
+    "symmetric_linear": lambda x, w: T.symmetric_linear(x[..., :3], w[0, 0, :, :2]),
+    "symmetric_matmul": lambda x, w: T.symmetric_matmul(w[0, 0, :, :2], x[..., :3, :], left=True),
+    "global_conv1d": lambda x, w: T.global_conv1d(x[..., 0], w[..., 0, 0], w[..., 0, 1]),
+    "topk_pool1d": lambda x, w: T.topk_pool1d(x, 2),
+    "symmetrize": lambda x, w: T.symmetrize(lambda z: z.cumsum(1), x, [[0, 1, 2, 3], [3, 2, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_compile_without_graph_breaks(name, dynamic):
+    torch._dynamo.reset()
+    function = FUNCTIONS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.testing.assert_close(compiled(X, W), function(X, W))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+def test_export(any_layer):
+    """With a dynamic batch, but for the shift path, whose plan needs all sizes."""
+    module, dynamic = any_layer.make(), any_layer.path != "shift"
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    program = torch.export.export(module, (any_layer.input(3),), dynamic_shapes=shapes)
+    core = program.run_decompositions()
+    assert not [node for node in core.graph.nodes if "tritonsym" in str(node.target)]
+    x = any_layer.input(13 if dynamic else 3)
+    for exported in (program, core):
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+def test_fake_and_meta_tensors(any_layer):
+    y = any_layer.make()(any_layer.input())
+    with FakeTensorMode():
+        fake = any_layer.make()(any_layer.input())
+    meta = any_layer.make().to("meta")(any_layer.input(device="meta"))
+    for z in (fake, meta):
+        assert (z.shape, z.dtype, z.stride()) == (y.shape, y.dtype, y.stride())
+
+
+def test_inference_mode(any_layer):
+    module, x = any_layer.make(), any_layer.input()
+    with torch.inference_mode():
+        y = module(x)
+    assert y.is_inference()
+    torch.testing.assert_close(y.clone(), module(x))
+
+
+# --- torch.func -------------------------------------------------------------------------------------------------------
+
+
+def test_functional_call_and_grad(any_layer):
+    module, x = any_layer.make(dtype=torch.float64), any_layer.input(dtype=torch.float64)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+    weights = {name: p.detach() for name, p in other.named_parameters()}
+    torch.testing.assert_close(functional_call(module, weights, x), other(x))
+
+    def loss(weights, x):
+        return functional_call(module, weights, x).square().sum()
+
+    dw, dx = grad(loss, argnums=(0, 1))(weights, x)
+    x.requires_grad_()
+    expected = gradients(other(x).square().sum(), other, x)
+    torch.testing.assert_close([dx, *dw.values()], list(expected))
+
+
+def test_vmap_over_the_batch(any_layer):
+    module, x = any_layer.make(dtype=torch.float64), any_layer.input(dtype=torch.float64)
+    torch.testing.assert_close(vmap(per_sample(module))(x), module(x))
+    assert aten_ops(vmap(per_sample(module)), x) == aten_ops(vmap(per_sample(module)), x[:2])  # no loop
+    torch.testing.assert_close(
+        vmap(module, in_dims=1, out_dims=1)(torch.stack([x, -x], 1)), torch.stack([module(x), module(-x)], 1)
+    )
+
+
+def test_gradients_per_sample(any_layer):
+    module, x = any_layer.make(dtype=torch.float64), any_layer.input(dtype=torch.float64)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(weights, sample):
+        return functional_call(module, weights, sample[None]).square().sum()
+
+    dw, dx = vmap(grad(loss, argnums=(0, 1)), in_dims=(None, 0))(weights, x)
+    for n, sample in enumerate(x):
+        sample = sample[None].requires_grad_()
+        expected = gradients(module(sample).square().sum(), module, sample)
+        torch.testing.assert_close([dx[n, None], *(d[n] for d in dw.values())], list(expected))
+
+
+def test_ensemble_by_vmap_over_stacked_weights(weighted_layer):
+    first, x = weighted_layer.make(dtype=torch.float64), weighted_layer.input(dtype=torch.float64)
+    modules = [first, copy.deepcopy(first), copy.deepcopy(first)]
+    for module in modules[1:]:
+        module.reset_parameters()
+    weights, buffers = stack_module_state(modules)
+    y = vmap(functools.partial(functional_call, first), in_dims=((0, 0), None))((weights, buffers), (x,))
+    torch.testing.assert_close(y, torch.stack([module(x) for module in modules]))
+
+
+def test_jvp(any_layer):
+    module, x = any_layer.make(dtype=torch.float64), any_layer.input(dtype=torch.float64)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    directions = {name: torch.randn_like(p) for name, p in weights.items()}
+    dx = torch.randn_like(x)
+
+    def f(weights, x):
+        return functional_call(module, weights, x)
+
+    y, dy = jvp(f, (weights, x), (directions, dx))
+    step = 1e-6
+
+    def at(t):
+        return f({name: p + t * directions[name] for name, p in weights.items()}, x + t * dx)
+
+    torch.testing.assert_close(y, module(x))
+    torch.testing.assert_close(dy, (at(step) - at(-step)) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_casts_as_torch_does(weighted_layer, dtype):
+    module, x = weighted_layer.make(), weighted_layer.input(dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = module(x), weighted_layer.dense(module, x)
+    assert y.dtype == expected.dtype
+    truth = weighted_layer.dense(copy.deepcopy(module).double(), x.double())
+    error, allowed = (y - truth).abs().max(), (expected - truth).abs().max()
+    assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    y.float().square().sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.any() for p in module.parameters())
+
+
+def test_autocast_leaves_float64_alone_as_torch_does(weighted_layer):
+    module, x = weighted_layer.make(dtype=torch.float64), weighted_layer.input(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        assert nn.Conv1d(4, 4, 3, dtype=torch.float64)(torch.ones(4, 3, dtype=torch.float64)).dtype == y.dtype
+    torch.testing.assert_close(y, module(x))
+
+
+def test_autocast_within_other_modules():
+    wrapped, pool = tnn.Symmetrize(nn.Linear(4, 5)), tnn.TopKPool1d(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wrapped(torch.randn(3, 4)).dtype == torch.bfloat16
+        assert pool(torch.randn(3, 4)).dtype == torch.float32
+
+
+def test_autocast_switched_off_is_full_precision():
+    layer, x = tnn.SymmetricConv2d(2, 4, 3, symmetry="h"), torch.randn(1, 2, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+def test_complex_numbers(linear_layer):
+    layer = linear_layer.but(activation=None)
+    module, x = layer.make(dtype=torch.complex128), layer.input(dtype=torch.complex128, requires_grad=True)
+    y, expected = module(x), layer.dense(module, x)
+    torch.testing.assert_close(y, expected)
+    upstream, inputs = torch.randn_like(y), [x, *module.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
+
+
+# --- switches ---------------------------------------------------------------------------------------------------------
+
+
+LAYER, X2D = tnn.SymmetricConv2d(2, 4, 3, symmetry="h"), torch.randn(1, 2, 5, 5)
+
+
+def test_switches_nest_and_are_restored(monkeypatch):
+    monkeypatch.delenv("TRITONSYM_BACKEND", raising=False)
+    expected = LAYER(X2D)
+    with tritonsym.backend("triton"):
+        assert (current_backend(), tritonsym.explain(LAYER, X2D).path) == ("triton", "shift")
+        with tritonsym.backend("reference"):
+            assert (current_backend(), tritonsym.explain(LAYER, X2D).path) == ("reference", "reference")
+            assert torch.equal(LAYER(X2D), expected)
+        assert current_backend() == "triton"
+    assert current_backend() == "auto"
+    with tritonsym.path("expand"):
+        with pytest.raises(NotImplementedError, match="expand"):
+            LAYER(X2D)
+        with tritonsym.path("shift"):
+            assert tritonsym.explain(LAYER, X2D).path == "shift"
+            torch.testing.assert_close(LAYER(X2D), expected)
+        with pytest.raises(NotImplementedError, match="expand"):
+            tritonsym.explain(LAYER, X2D)
+    assert torch.equal(LAYER(X2D), expected)
+
+
+def test_switches_are_restored_after_an_exception():
+    for switch in (tritonsym.backend("triton"), tritonsym.path("expand")):
+        with pytest.raises(KeyError), switch:
+            raise KeyError
+        assert current_backend() != "triton"
+        LAYER(X2D)
+
+
+def test_environment_variable(monkeypatch):
+    for value, backend in (("triton", "triton"), ("reference", "reference"), ("", "auto")):
+        monkeypatch.setenv("TRITONSYM_BACKEND", value)
+        assert current_backend() == backend
+        with tritonsym.backend("auto"):  # a block overrides the variable
+            assert current_backend() == "auto"
+    assert torch.equal(LAYER(X2D), LAYER.to_dense()(X2D))
+
+
+def test_kernels_on_a_cpu_without_the_interpreter_say_so():
+    code = """
+import torch, tritonsym, tritonsym.nn
+with tritonsym.backend("triton"):
+    tritonsym.nn.SymmetricConv2d(2, 4, 3, symmetry="h")(torch.ones(1, 2, 5, 5))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/", env=environment
+    )
+    assert result.returncode == 1
+    assert "TRITON_INTERPRET=1" in result.stderr.splitlines()[-1]
