@@ -106,9 +106,14 @@ class Plan:
 
     def __str__(self) -> str:
         p = self.problem
-        ratio = f", {self.dense_flops / self.flops:.3g}x fewer than" if 0 < self.flops < self.dense_flops else ", as"
+        if self.flops == self.dense_flops:
+            ratio = "as"
+        elif 0 < self.flops < self.dense_flops:
+            ratio = f"{self.dense_flops / self.flops:.3g}x fewer than"
+        else:
+            ratio = "more than" if self.flops else "fewer than"
         return (
-            f"{p.layer} ({p.dtype} on {p.target}): {self.path} path, {self.flops:,} FLOPs{ratio} "
+            f"{p.layer} ({p.dtype} on {p.target}): {self.path} path, {self.flops:,} FLOPs, {ratio} "
             f"the dense layer ({self.dense_flops:,}). {self.why}"
         )
 
@@ -236,7 +241,9 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
             f"explain: expected a layer of tritonsym.nn with weights, got {type(module).__name__}; "
             "for a whole model call explain on its layers"
         )
-    if target is not None and target not in ("cpu", "cuda") and not target.startswith(("sm_", "gfx")):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"explain: x must be a torch.Tensor, got {type(x).__name__}")
+    if target not in (None, "cpu", "cuda") and not str(target).startswith(("sm_", "gfx")):
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     where = target or ("cpu" if x.device.type == "meta" else x.device.type)
     found = problem(tuple(x.shape), where, str(x.dtype).removeprefix("torch."))

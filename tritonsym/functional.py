@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
+from operator import index
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonsym import ops
-from tritonsym.packing import order_of
+from tritonsym.packing import check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
 from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
 
@@ -55,7 +56,7 @@ def _tie(where: str, symmetry: str, parity: Parity, kernel_size: tuple[int, ...]
     value = Symmetry(symmetry)
     value.check_kernel(kernel_size, where)
     odd = parity_axes(value, parity, where)
-    return value.name, odd, len(tap_orbits(value, kernel_size, odd))
+    return value.name, odd, len(tap_orbits(value, kernel_size, odd, where))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -71,12 +72,21 @@ def check_activation(where: str, activation: object) -> None:
         check_choice(where, "activation", activation, tuple(ACTIVATIONS))
 
 
-def _sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
-    sizes = [value] * ndim if isinstance(value, int) else list(value)
+def is_count(value: object) -> bool:
+    """An integer, or a size that a trace keeps symbolic; not a bool."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
+    """One integer per axis."""
+    sizes = [value] if is_count(value) else list(value) if isinstance(value, tuple | list) else []
+    expected = f"{where}: {name} must be {ndim} integers >= {minimum} (or one for all axes), got {value!r}"
+    if not sizes or not all(map(is_count, sizes)):
+        raise TypeError(expected)
     if len(sizes) == 1:
         sizes = sizes * ndim
     if len(sizes) != ndim or any(size < minimum for size in sizes):
-        raise ValueError(f"{where}: {name} must be {ndim} integers >= {minimum} (or one for all axes), got {value!r}")
+        raise ValueError(expected)
     return sizes
 
 
@@ -99,8 +109,9 @@ def _check_dtypes(where: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{where}: x is on {x.device} but {name} is on {tensor.device}; move one of them")
 
 
-def _batched(where: str, x: Tensor, channels: int, ndim: int) -> Tensor:
+def check_input(where: str, x: Tensor, channels: int, ndim: int) -> Tensor:
     """x with a batch axis, checked."""
+    check_tensor(where, "x", x)
     if x.ndim not in (ndim + 1, ndim + 2):
         raise ValueError(
             f"{where}: x must have shape (N, C_in, {_axes(ndim)}) or (C_in, {_axes(ndim)}), got {tuple(x.shape)}"
@@ -117,17 +128,22 @@ def _axes(ndim: int) -> str:
 
 
 def _check_weight(where: str, name: str, weight: Tensor, ndim: int, shape: str) -> None:
+    check_tensor(where, name, weight)
     if weight.ndim != ndim:
         raise ValueError(f"{where}: {name} must have shape {shape}, got {tuple(weight.shape)}")
 
 
 def _check_groups(where: str, groups: int, filters: int, channels: int = 0, noun: str = "stored filters") -> None:
+    if not is_count(groups):
+        raise TypeError(f"{where}: groups must be an integer, got {groups!r}")
     if groups < 1 or filters % groups or channels % groups:
         counted = f"{filters} {noun}" + (f" and {channels} input channels" if channels else "")
         raise ValueError(f"{where}: groups={groups} must be positive and divide {counted}")
 
 
-def _check_bias(where: str, bias: Tensor | None, *lengths: int) -> None:
+def check_bias(where: str, bias: Tensor | None, *lengths: int) -> None:
+    if bias is not None:
+        check_tensor(where, "bias", bias)
     if bias is not None and (bias.ndim != 1 or bias.shape[0] not in lengths):
         allowed = " or ".join(f"({n},)" for n in dict.fromkeys(lengths))
         raise ValueError(f"{where}: bias must have shape {allowed}, got {tuple(bias.shape)}")
@@ -139,7 +155,7 @@ def resolve_padding(
     """Zero padding of both sides, and what an uneven 'same' adds to the far side, as in torch."""
     ndim = len(kernel_size)
     if not isinstance(padding, str):
-        return _sizes(where, "padding", padding, ndim, 0), [0] * ndim
+        return check_sizes(where, "padding", padding, ndim, 0), [0] * ndim
     if padding == "valid":
         return [0] * ndim, [0] * ndim
     if padding != "same":
@@ -231,7 +247,7 @@ def _symmetric_conv(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(stored filters, C_in / groups, *kernel)")
     _check_groups(where, groups, weight.shape[0])
-    layout = _stored_layout(where, symmetry, int(weight.shape[0]), groups, tuple(map(int, weight.shape[2:])))
+    layout = _stored_layout(where, symmetry, index(weight.shape[0]), groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
     return symmetric_conv(where, x, weight, bias, layout, stride, padding, dilation, activation)
 
@@ -249,9 +265,9 @@ def symmetric_conv(
 ) -> Tensor:
     """What the functions and the modules share once the layout is known to fit the weight."""
     ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
-    batched = _batched(where, x, weight.shape[1] * layout.groups, ndim)
-    _check_bias(where, bias, layout.out_channels, layout.stored_channels)
-    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
+    batched = check_input(where, x, weight.shape[1] * layout.groups, ndim)
+    check_bias(where, bias, layout.out_channels, layout.stored_channels)
+    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
     _check_dtypes(where, padded, weight=weight, bias=bias)
     y = ops.symmetric_conv(padded, weight, bias, layout.text, stride, pads, dilation, layout.groups, activation)
@@ -289,8 +305,8 @@ def _symmetric_conv_transpose(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_in, stored filters / groups, *kernel)")
     _check_groups(where, groups, weight.shape[1] * groups, weight.shape[0])
-    stored = int(weight.shape[1]) * groups
-    layout = _stored_layout(where, symmetry, stored, groups, tuple(map(int, weight.shape[2:])))
+    stored = index(weight.shape[1]) * groups
+    layout = _stored_layout(where, symmetry, stored, groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
     return symmetric_conv_transpose(
         where, x, weight, bias, layout, stride, padding, output_padding, dilation, activation
@@ -311,10 +327,19 @@ def symmetric_conv_transpose(
 ) -> Tensor:
     """What the functions and the modules share once the layout is known to fit the weight."""
     ndim = weight.ndim - 2
-    batched = _batched(where, x, weight.shape[0], ndim)
-    _check_bias(where, bias, layout.out_channels, layout.stored_channels)
-    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
-    pads, extra = _sizes(where, "padding", padding, ndim, 0), _sizes(where, "output_padding", output_padding, ndim, 0)
+    batched = check_input(where, x, weight.shape[0], ndim)
+    check_bias(where, bias, layout.out_channels, layout.stored_channels)
+    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
+    pads, extra = (
+        check_sizes(where, "padding", padding, ndim, 0),
+        check_sizes(where, "output_padding", output_padding, ndim, 0),
+    )
+    out = [
+        (n - 1) * s - 2 * p + d * (k - 1) + 1 + e
+        for n, s, p, d, k, e in zip(batched.shape[2:], stride, pads, dilation, weight.shape[2:], extra, strict=True)
+    ]
+    if any(size < 1 for size in out):
+        raise ValueError(f"{where}: padding={tuple(pads)} leaves an output of size {tuple(out)}; pad less")
     if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
         raise ValueError(
             f"{where}: output_padding={tuple(extra)} must be smaller than stride or dilation on every axis"
@@ -363,7 +388,8 @@ def _tied_conv(
         ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
         TypeError: dtypes differ.
     """
-    size = tuple(_sizes(where, "kernel_size", kernel_size, ndim, 1))
+    check_tensor(where, "weight", weight)
+    size = tuple(check_sizes(where, "kernel_size", kernel_size, ndim, 1))
     name, odd, orbits = _tie(where, symmetry, parity, size)
     if weight.ndim != 3 or weight.shape[2] != orbits:
         raise ValueError(
@@ -372,6 +398,7 @@ def _tied_conv(
         )
     _check_groups(where, groups, weight.shape[0])
     if free_weight is not None:
+        check_tensor(where, "free_weight", free_weight)
         expected = (weight.shape[1], *size)
         if tuple(free_weight.shape[1:]) != expected:
             raise ValueError(
@@ -402,9 +429,9 @@ def tied_conv(
 ) -> Tensor:
     """What the functions and the modules share once the weights are known to fit the symmetry."""
     ndim = len(kernel_size)
-    batched = _batched(where, x, weight.shape[1] * groups, ndim)
-    _check_bias(where, bias, weight.shape[0] + (0 if free_weight is None else free_weight.shape[0]))
-    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
+    batched = check_input(where, x, weight.shape[1] * groups, ndim)
+    check_bias(where, bias, weight.shape[0] + (0 if free_weight is None else free_weight.shape[0]))
+    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
     _check_dtypes(where, padded, weight=weight, free_weight=free_weight, bias=bias)
     y = ops.tied_conv(
@@ -459,7 +486,7 @@ def _orbit_pool_conv(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_out, C_in / groups, *kernel)")
     _check_groups(where, groups, weight.shape[0], noun="filters")
-    name = pool_symmetry(where, symmetry, tuple(map(int, weight.shape[2:])))
+    name = pool_symmetry(where, symmetry, tuple(map(index, weight.shape[2:])))
     check_choice(where, "reduce", reduce, POOL_REDUCTIONS)
     check_activation(where, activation)
     return orbit_pool_conv(where, x, weight, bias, name, reduce, stride, padding, dilation, groups, activation)
@@ -490,11 +517,11 @@ def orbit_pool_conv(
 ) -> Tensor:
     """What the functions and the modules share once the symmetry is known to fit the weight."""
     ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
-    batched = _batched(where, x, weight.shape[1] * groups, ndim)
+    batched = check_input(where, x, weight.shape[1] * groups, ndim)
     if x.is_complex() and reduce in ("max", "min"):
         raise TypeError(f"{where}: reduce={reduce!r} needs real numbers, x is {x.dtype}; use 'sum' or 'mean'")
-    _check_bias(where, bias, weight.shape[0])
-    stride, dilation = _sizes(where, "stride", stride, ndim, 1), _sizes(where, "dilation", dilation, ndim, 1)
+    check_bias(where, bias, weight.shape[0])
+    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
     padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
     _check_dtypes(where, padded, weight=weight, bias=bias)
     y = ops.orbit_pool_conv(padded, weight, bias, symmetry, reduce, stride, pads, dilation, groups, activation)
@@ -536,9 +563,10 @@ def symmetric_linear(
     """
     where = "symmetric_linear"
     n = order_of(weight, where)
+    check_tensor(where, "x", x)
     if x.ndim == 0 or x.shape[-1] != n:
         raise ValueError(f"{where}: x must have shape (..., {n}) for a packed {n} x {n} weight, got {tuple(x.shape)}")
-    _check_bias(where, bias, n)
+    check_bias(where, bias, n)
     check_activation(where, activation)
     _check_dtypes(where, x, weight=weight, bias=bias)
     return ops.symmetric_linear(x, weight, bias, activation)
@@ -546,6 +574,7 @@ def symmetric_linear(
 
 def symmetric_matmul(packed: Tensor, x: Tensor, left: bool = False) -> Tensor:
     """x S, or S x with `left`, for a symmetric matrix S stored packed.  x: (..., n), with `left` (..., n, m)."""
+    check_tensor("symmetric_matmul", "x", x)
     if not left:
         return symmetric_linear(x, packed)
     if x.ndim < 2:
@@ -582,12 +611,13 @@ def global_conv1d(
     """
     where = "global_conv1d"
     _check_weight(where, "center", center, 2, "(C_out, C_in)")
+    check_tensor(where, "surround", surround)
     if surround.shape != center.shape:
         raise ValueError(
             f"{where}: center has shape {tuple(center.shape)} but surround {tuple(surround.shape)}; they must be equal"
         )
-    batched = _batched(where, x, center.shape[1], 1)
-    _check_bias(where, bias, center.shape[0])
+    batched = check_input(where, x, center.shape[1], 1)
+    check_bias(where, bias, center.shape[0])
     check_activation(where, activation)
     _check_dtypes(where, batched, center=center, surround=surround, bias=bias)
     y = ops.global_conv1d(batched, center, surround, bias, activation)
@@ -603,6 +633,7 @@ def topk_pool1d(x: Tensor, k: int) -> Tensor:
     """
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"topk_pool1d: k must be an integer, got {k!r}")
+    check_tensor("topk_pool1d", "x", x)
     if x.is_complex():
         raise TypeError(f"topk_pool1d: complex numbers have no order, x is {x.dtype}")
     if x.ndim == 0 or not 1 <= k <= x.shape[-1]:
@@ -611,6 +642,11 @@ def topk_pool1d(x: Tensor, k: int) -> Tensor:
 
 
 Orders = str | Sequence[Sequence[int]]
+
+
+def order_length(over: object) -> int:
+    """The number of entries that the first of a list of permutations re-orders."""
+    return len(over[0]) if isinstance(over, Sequence) and over and isinstance(over[0], Sequence) else 0
 
 
 @_constant
@@ -632,6 +668,8 @@ def orders_of(over: Orders, n: int, where: str) -> tuple[tuple[int, ...], ...]:
                 f"{where}: {n} entries have {math.factorial(n)} permutations; 7 entries (5040) are the most"
             )
         return tuple(permutations(identity))
+    if not isinstance(over, Sequence) or not all(isinstance(order, Sequence) for order in over):
+        raise TypeError(f"{where}: over must be a name such as 'swap' or a list of permutations, got {over!r}")
     orders = tuple(dict.fromkeys(tuple(order) for order in over))
     for order in orders:
         if sorted(order) != list(identity):
@@ -671,11 +709,17 @@ def symmetrize(
     """
     where = "symmetrize"
     check_choice(where, "reduce", reduce, tuple(REDUCTIONS))
+    check_tensor(where, "x", x)
+    if not callable(inner):
+        raise TypeError(f"{where}: inner must be callable, got {type(inner).__name__}")
+    if x.is_complex() and reduce in ("max", "min"):
+        raise TypeError(f"{where}: reduce={reduce!r} needs real numbers, x is {x.dtype}; use 'sum' or 'mean'")
+    if not is_count(dim):
+        raise TypeError(f"{where}: dim must be an integer, got {dim!r}")
     if not -x.ndim <= dim < x.ndim or dim % x.ndim == 0:
         raise ValueError(f"{where}: dim={dim} must name an axis of x {tuple(x.shape)} other than the batch axis 0")
-    orders = orders_of(over, x.shape[dim], where)
-    flat = [i for order in orders for i in order]
-    y = inner(ops.reorder(x, flat, len(orders), dim % x.ndim))
+    orders = orders_of(over, index(x.shape[dim]), where)
+    y = inner(ops.reorder(x, torch.tensor(orders, device=x.device), dim % x.ndim))
     if not isinstance(y, Tensor) or y.ndim == 0 or y.shape[0] != x.shape[0] * len(orders):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(

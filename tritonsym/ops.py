@@ -40,10 +40,12 @@ _layout = cache(FilterLayout.from_string)
 def _shift_plan(
     layer: str, tensors: Sequence[Tensor | None], blocks: tuple[Block, ...], groups: int, geometry: Geometry
 ) -> dispatch.Plan | None:
-    """The plan for this convolution if it is the shift path. Sizes that a trace keeps symbolic take the reference."""
+    """The plan for this convolution if it is the shift path. Symbolic sizes and `torch.func` take the reference."""
     x = tensors[0]
     assert x is not None
     if any(isinstance(size, torch.SymInt) for size in x.shape):
+        return None
+    if torch._C._are_functorch_transforms_active():  # no autograd.Function inside a composite op there
         return None
     problem = dispatch.conv_problem(
         layer,
@@ -150,15 +152,15 @@ def tied_conv(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    orbits = tap_orbits(Symmetry(symmetry), tuple(kernel_size), odd)
+    orbits = tap_orbits(Symmetry(symmetry), tuple(map(int, kernel_size)), odd)
     geometry = _geometry(kernel_size, stride, padding, dilation)
     blocks = tied_blocks(
-        orbits, weight.shape[0] // groups, 0 if free_weight is None else free_weight.shape[0] // groups
+        orbits, int(weight.shape[0]) // groups, 0 if free_weight is None else int(free_weight.shape[0]) // groups
     )
     if plan := _shift_plan("TiedConv", (x, weight, free_weight, bias), blocks, groups, geometry):
         return _finish(shift.tied_conv(x, weight, free_weight, blocks, geometry, groups, plan.tile), bias, activation)
     return reference.tied_conv(
-        x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
+        x, weight, free_weight, bias, orbits, geometry.kernel_size, stride, padding, dilation, groups, activation
     )
 
 
@@ -180,7 +182,7 @@ def orbit_pool_conv(
 ) -> Tensor:
     group = Symmetry(symmetry)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
-    filters = weight.shape[0] // groups
+    filters = int(weight.shape[0]) // groups
     if reduce in ("sum", "mean"):
         orbits = tap_orbits(group, geometry.kernel_size)
         blocks = tied_blocks(orbits, filters, 0)
@@ -192,11 +194,9 @@ def orbit_pool_conv(
         if plan := _shift_plan(
             "OrbitPoolConv", (x, weight, bias), layout.blocks(geometry.kernel_size), groups, geometry
         ):
-            y = shift.symmetric_conv(x, weight, layout, geometry, plan.tile).unflatten(
-                1, (groups, group.order, filters)
-            )
-            y = y.amax(2) if reduce == "max" else y.amin(2)
-            return _finish(y.flatten(1, 2), bias, activation)
+            y = shift.symmetric_conv(x, weight, layout, geometry, plan.tile)
+            y = reference.reduce_images(y, (groups, group.order, filters), reduce)
+            return _finish(y, bias, activation)
     return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
 
 
@@ -209,11 +209,5 @@ global_conv1d = _op(
 topk_pool1d = _op("topk_pool1d(Tensor x, int k) -> Tensor")(reference.topk_pool1d)
 
 
-@_op("reorder(Tensor x, int[] orders, int count, int dim) -> Tensor")
-def reorder(x: Tensor, orders: Sequence[int], count: int, dim: int) -> Tensor:
-    """`orders` holds `count` re-orderings, one after the other."""
-    n = len(orders) // count
-    return reference.reorder(x, [orders[g * n : (g + 1) * n] for g in range(count)], dim)
-
-
+reorder = _op("reorder(Tensor x, Tensor orders, int dim) -> Tensor")(reference.reorder)
 reduce_orders = _op("reduce_orders(Tensor y, int count, str reduce) -> Tensor")(reference.reduce_orders)

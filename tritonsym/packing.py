@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import index
 from typing import Literal
 
 import torch
@@ -27,13 +28,19 @@ def packed_shape(n: int) -> tuple[int, int]:
     return 2 * (n // 2) + 1, (n + 1) // 2
 
 
+def check_tensor(where: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def order_of(packed: Tensor, where: str = "unpack") -> int:
     """The n for which `packed` has the shape `packed_shape(n)`.
 
     Raises:
         ValueError: no n fits; the message computes the n that the number of values would fit.
     """
-    n = _triangle_order(packed.numel())
+    check_tensor(where, "packed", packed)
+    n = _triangle_order(index(packed.numel()))
     if packed.ndim == 2 and n is not None and tuple(packed.shape) == packed_shape(n):
         return n
     if packed.ndim == 2 and packed.shape[0] == packed.shape[1]:
@@ -67,6 +74,7 @@ def pack(matrix: Tensor, symmetrise: Symmetrise | None = None, *, tolerance: flo
     Raises:
         ValueError: not square, or not symmetric within `tolerance` while `symmetrise` is None.
     """
+    check_tensor("pack", "matrix", matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"pack: expected a square matrix (n, n), got shape {tuple(matrix.shape)}")
     if symmetrise == "average":
@@ -136,6 +144,7 @@ def _triu_index(n: int, device: torch.device) -> Tensor:
 
 
 def _from_vector(vector: Tensor, index: Callable[[int, torch.device], Tensor], where: str) -> Tensor:
+    check_tensor(where, "vector", vector)
     n = _triangle_order(vector.numel()) if vector.ndim == 1 else None
     if n is None:
         below = (math.isqrt(8 * vector.numel() + 1) - 1) // 2

@@ -27,6 +27,11 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
+def table(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """`torch.tensor(values)` without a tensor constant, which `ExportedProgram.run_decompositions` loses."""
+    return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
+
+
 # --- stored weights <-> dense weights ---------------------------------------------------------------------------------
 
 
@@ -84,8 +89,9 @@ def project_orbits(dense: Tensor, layout: FilterLayout, transposed: bool = False
 
 def expand_bias(stored: Tensor, layout: FilterLayout) -> Tensor:
     """One bias per stored filter -> one per output filter."""
-    index = torch.tensor([u for u, _ in layout.filters], device=stored.device)
-    return stored.unflatten(0, (layout.groups, -1)).index_select(1, index).flatten()
+    stored = stored.unflatten(0, (layout.groups, -1))
+    images = [stored.narrow(1, u.start, len(u)) for symmetry, u in layout.bases for _ in symmetry.elements[1:]]
+    return torch.cat([stored, *images], 1).flatten()
 
 
 def project_bias(bias: Tensor, layout: FilterLayout) -> Tensor:
@@ -102,22 +108,22 @@ def expand_ties(stored: Tensor, orbits: TapOrbits, kernel_size: Sequence[int]) -
     slot = [len(orbits) if s < 0 else s for s in orbits.slot]
     if len(orbits) in slot:
         stored = F.pad(stored, (0, 1))
-    dense = stored.index_select(-1, torch.tensor(slot, device=stored.device))
+    dense = stored.index_select(-1, table(slot, stored.device))
     if -1 in orbits.sign:
-        dense = dense * torch.tensor([s or 1 for s in orbits.sign], dtype=stored.dtype, device=stored.device)
+        dense = dense * table([s or 1 for s in orbits.sign], stored.device, stored.dtype)
     return dense.unflatten(-1, tuple(kernel_size))
 
 
 def project_ties(dense: Tensor, orbits: TapOrbits) -> Tensor:
     """The stored values whose expansion is nearest to `dense`: the signed mean over every tap orbit."""
     live = [k for k, s in enumerate(orbits.slot) if s >= 0]
-    sign = torch.tensor([orbits.sign[k] for k in live], dtype=dense.dtype, device=dense.device)
-    slot = torch.tensor([orbits.slot[k] for k in live], device=dense.device)
-    first = torch.tensor([orbits.slot.index(s) for s in range(len(orbits))], device=dense.device)
-    multiplicity = torch.tensor(orbits.multiplicity, device=dense.device)
+    sign = table([orbits.sign[k] for k in live], dense.device, dense.dtype)
+    slot = table([orbits.slot[k] for k in live], dense.device)
+    first = table([orbits.slot.index(s) for s in range(len(orbits))], dense.device)
+    multiplicity = table(orbits.multiplicity, dense.device)
     taps = dense.flatten(2)
     base = taps.index_select(-1, first)
-    taps = taps.index_select(-1, torch.tensor(live, device=dense.device)) * sign
+    taps = taps.index_select(-1, table(live, dense.device)) * sign
     total = torch.zeros_like(base).index_add(-1, slot, taps - base.index_select(-1, slot))
     return base + total / multiplicity
 
@@ -136,13 +142,13 @@ def orbit_images(w: Tensor, symmetry: Symmetry) -> Tensor:
 
 def orbit_mean(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
     """One value per tap orbit of the kernel that 'sum' or 'mean' over the orbit of w amounts to.  (U, C, orbits)"""
-    mean = project_ties(w, tap_orbits(symmetry, tuple(w.shape[2:])))
+    mean = project_ties(w, tap_orbits(symmetry, tuple(map(int, w.shape[2:]))))
     return mean * symmetry.order if reduce == "sum" else mean
 
 
 def symmetrised(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
     """The kernel that reducing over the orbit of w amounts to: sum_g g w, or its mean; symmetric to the bit."""
-    kernel_size = tuple(w.shape[2:])
+    kernel_size = tuple(map(int, w.shape[2:]))
     return expand_ties(orbit_mean(w, symmetry, reduce), tap_orbits(symmetry, kernel_size), kernel_size)
 
 
@@ -230,10 +236,19 @@ def orbit_pool_conv(
         return activate(y, activation)
     if bias is not None:
         bias = bias.repeat_interleave(symmetry.order)
-    y = conv(x, orbit_images(weight, symmetry), bias, stride, padding, dilation, groups).unflatten(
-        1, (-1, symmetry.order)
-    )
-    return activate(y.amax(2) if reduce == "max" else y.amin(2), activation)
+    y = conv(x, orbit_images(weight, symmetry), bias, stride, padding, dilation, groups)
+    return activate(reduce_images(y, (-1, symmetry.order), reduce), activation)
+
+
+def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
+    """Channels of y as `sizes` = (..., images, ...); the maximum or minimum over axis 1 of these."""
+    last = not y.is_contiguous()  # reduce where the channels lie: the memory format stays
+    channels = y.ndim - 1 if last else 1
+    orbits = y.movedim(1, channels).unflatten(channels, sizes)
+    pooled = orbits.amax(channels + 1) if reduce == "max" else orbits.amin(channels + 1)
+    if len(sizes) > 2:
+        pooled = pooled.flatten(channels, channels + 1)
+    return pooled.movedim(channels, 1)
 
 
 def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
@@ -262,14 +277,13 @@ def topk_pool1d(x: Tensor, k: int) -> Tensor:
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def reorder(x: Tensor, orders: Sequence[Sequence[int]], dim: int) -> Tensor:
+def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
     """All re-orderings of x along `dim`, stacked along the batch: (B, ...) -> (G B, ...).
 
     Every sample is first brought to the re-ordering that is smallest in a fixed total order of its bits. Re-ordered
     samples therefore give the very same batch, and whatever deterministic function follows gives bitwise equal
     results, even where a matrix product rounds its rows differently by their place in the batch.
     """
-    order = torch.tensor(orders, device=x.device)  # [G, n]
     count, n = order.shape
     batch = x.shape[0]
     rows = x.movedim(dim, 1)  # [B, n, ...]
@@ -292,9 +306,9 @@ def _smallest(rows: Tensor, order: Tensor) -> Tensor:
     while best.shape[1] > 1:  # a tournament; with an odd number one candidate plays twice
         half = (best.shape[1] + 1) // 2
         a, b = best[:, :half], best[:, -half:]
-        left, right = (images.take_along_dim(c[..., None], 1) for c in (a, b))
+        left, right = (images.gather(1, c[..., None].expand(-1, -1, images.shape[2])) for c in (a, b))
         first = (left != right).to(torch.uint8).argmax(-1, keepdim=True)
-        less = left.take_along_dim(first, -1) <= right.take_along_dim(first, -1)
+        less = left.gather(-1, first) <= right.gather(-1, first)
         best = torch.where(less[..., 0], a, b)
     return best[:, 0]
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -234,7 +235,7 @@ def conv(
     """
     ndim, groups = x.ndim - 2, rows.shape[0]
     gemms, additions = schedule(blocks, geometry, tuple(map(int, x.shape[2:])))
-    weights = [rows[:, _range(g.rows)].flatten(0, 1)[(...,) + (None,) * ndim] for g in gemms]
+    weights = [_pick(rows, g.rows).flatten(0, 1)[(...,) + (None,) * ndim] for g in gemms]
     if not gemms:  # every tap falls beside the image
         [(channels, sizes)] = additions.targets
         zeros = x.new_zeros(x.shape[0], groups * channels, *sizes)
@@ -249,9 +250,14 @@ def conv(
     return y if as_given else y.contiguous()
 
 
-def _range(rows: tuple[int, ...]) -> slice | list[int]:
-    """As a slice where they follow each other: a view."""
-    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else list(rows)
+def _pick(rows: Tensor, picked: tuple[int, ...]) -> Tensor:
+    """rows[:, picked], as slices: an index would be a constant, which `ExportedProgram.run_decompositions` loses."""
+    runs, start = [], 0
+    for end in range(1, len(picked) + 1):
+        if end == len(picked) or picked[end] != picked[end - 1] + 1:
+            runs.append(rows[:, picked[start] : picked[end - 1] + 1])
+            start = end
+    return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
 
 
 def _is_last(x: Tensor) -> bool:
@@ -356,6 +362,11 @@ def _additions(sources: Sequence[Tensor], additions: str, groups: int, tile: Seq
 
     The kernel works channels-last: with channels first its loads would be single values. Other formats are copied.
     """
+    if not sources[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"tritonsym: Triton kernels cannot run on {sources[0].device} tensors; move them to a GPU, set "
+            "TRITON_INTERPRET=1 before Python starts (slow, for tests), or use tritonsym.backend('auto')"
+        )
     from tritonsym.kernels import shift as kernel
     from tritonsym.kernels.tiles import Tile
 

@@ -223,7 +223,7 @@ class TapOrbits:
 
 
 @cache
-def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "") -> TapOrbits:
+def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "", where: str = "tap_orbits") -> TapOrbits:
     """Orbits of the taps of one filter under `symmetry`, numbered by their first tap in row-major order.
 
     `odd` names the axes whose reflection turns the filter into its negative (see `parity_axes`).
@@ -231,12 +231,12 @@ def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "") 
     Raises:
         ValueError: the symmetry does not act on this kernel, or the signs force every tap to zero.
     """
-    symmetry.check_kernel(kernel_size, "tap_orbits")
+    symmetry.check_kernel(kernel_size, where)
     positions = list(taps(kernel_size))
     if symmetry.is_radial:
         if odd:
             raise ValueError(
-                f"tap_orbits: {symmetry.name!r} filters equal their mirror images, so odd parity forces every tap "
+                f"{where}: {symmetry.name!r} filters equal their mirror images, so odd parity forces every tap "
                 "to zero; use parity='even'"
             )
         keys = [_ring(symmetry, tap, kernel_size) for tap in positions]
@@ -255,7 +255,7 @@ def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "") 
         count += not forced_zero
     if count == 0:
         raise ValueError(
-            f"tap_orbits: odd parity of symmetry {symmetry.name!r} forces every tap of a {_by(kernel_size)} kernel to "
+            f"{where}: odd parity of symmetry {symmetry.name!r} forces every tap of a {_by(kernel_size)} kernel to "
             "zero; use a larger kernel or parity='even'"
         )
     return TapOrbits(tuple(slot[tap] for tap in positions), tuple(sign[tap] for tap in positions))
@@ -368,8 +368,13 @@ class FilterLayout:
                 f"{where}: symmetry must be a name such as 'hv', a mapping such as {{'h': 4, 'hv': '50%'}} or None, "
                 f"got {spec!r}"
             )
-        if out_channels % groups:
-            raise ValueError(f"{where}: out_channels={out_channels} must be a multiple of groups={groups}")
+        for name, count in (("out_channels", out_channels), ("groups", groups)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{where}: {name} must be an integer, got {count!r}")
+        if groups < 1 or out_channels % groups:
+            raise ValueError(
+                f"{where}: out_channels={out_channels} must be a multiple of groups={groups}, which must be positive"
+            )
         counts: dict[Symmetry, int] = {}
         for key, value in spec.items():
             symmetry = _filter_symmetry(key, where)
@@ -411,7 +416,7 @@ class FilterLayout:
             raise TypeError(
                 f"{where}: symmetry must be a name, a mapping of counts, a FilterLayout or None, got {spec!r}"
             )
-        out_channels = stored
+        out_channels, bases = stored, 0
         for key, value in (spec or {}).items():
             symmetry = _filter_symmetry(key, where)
             if isinstance(value, str):
@@ -421,12 +426,12 @@ class FilterLayout:
                 )
             count = _count(symmetry, value, None, groups, where)
             out_channels += count - count // symmetry.order
-        layout = cls.parse(spec, out_channels, groups, where)
-        if layout.stored_channels != stored:
+            bases += count // symmetry.order
+        if bases > stored:
             raise ValueError(
-                f"{where}: weight holds {stored} filters, too few for the base filters of symmetry {spec!r}"
+                f"{where}: weight holds {stored} filters, too few for the {bases} base filters of symmetry {spec!r}"
             )
-        return layout
+        return cls.parse(spec, out_channels, groups, where)
 
     @classmethod
     def from_string(cls, text: str, groups: int = 1) -> FilterLayout:

@@ -56,7 +56,18 @@ class _SharedConv(nn.modules.conv._ConvNd):
         # on the meta device: torch checks and stores its arguments, and its dense weight takes no memory
         kwargs["device"] = "meta"
         super().__init__(*args, **kwargs)
-        functional.check_activation(type(self).__name__, activation)
+        where, ndim = type(self).__name__, int(self._dense_class().__name__[-2])
+        for name, minimum in (
+            ("kernel_size", 1),
+            ("stride", 1),
+            ("dilation", 1),
+            ("padding", 0),
+            ("output_padding", 0),
+        ):
+            value = getattr(self, name)
+            if self.transposed or not isinstance(value, str):
+                functional.check_sizes(where, name, value, ndim, minimum)
+        functional.check_activation(where, activation)
         self.activation = activation
 
     def _store(self, weight: Sequence[int], bias: int | None, device: Any, dtype: Any) -> None:
@@ -80,6 +91,7 @@ class _SharedConv(nn.modules.conv._ConvNd):
         """x with every padding but zeros applied, and the zero padding that is left."""
         if self.padding_mode == "zeros":
             return x, self.padding
+        functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
         return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * len(self.kernel_size)
 
     def _dense_shape(self) -> tuple[int, ...]:
@@ -404,6 +416,7 @@ class _SymmetricConvTranspose(_OrbitConv):
         self._setup_orbits(symmetry, share_bias, device, dtype)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
         output_padding = self._output_padding(  # type: ignore[operator]
             x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
@@ -492,7 +505,7 @@ class _TiedConv(_SharedConv):
         self.symmetry.check_kernel(self.kernel_size, where)
         self.odd = parity_axes(self.symmetry, parity, where)
         self.parity = dict(parity) if isinstance(parity, Mapping) else parity
-        self.orbits = tap_orbits(self.symmetry, self.kernel_size, self.odd)
+        self.orbits = tap_orbits(self.symmetry, self.kernel_size, self.odd, where)
         if parity == "odd" and not self.odd:
             warnings.warn(
                 f"{where}: {symmetry!r} has no reflections, so parity='odd' is the same as 'even'", stacklevel=2

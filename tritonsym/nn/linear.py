@@ -130,6 +130,7 @@ class SymmetricLinear(nn.Module):
     def from_packed(cls, packed: Tensor, bias: Tensor | None = None) -> Self:
         """A layer with these values: ``from_packed(pack_tril(v))``, ``from_packed(pack(S, 'average'))``, ..."""
         n = packing.order_of(packed, "SymmetricLinear.from_packed")
+        functional.check_bias("SymmetricLinear.from_packed", bias, n)
         self = cls(n, n, bias is not None, device=packed.device, dtype=packed.dtype)
         with torch.no_grad():
             self.weight.copy_(packed)

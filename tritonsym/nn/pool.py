@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritonsym import dispatch, functional
+from tritonsym.nn.conv import check_loaded
 
 
 class GlobalConv1d(nn.Module):
@@ -57,6 +58,11 @@ class GlobalConv1d(nn.Module):
         bound = 1 / math.sqrt(self.in_channels)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for name, parameter in self.named_parameters():
+            check_loaded(self, name, parameter, state_dict.get(prefix + name), ())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.global_conv1d(x, self.center, self.surround, self.bias, activation=self.activation)

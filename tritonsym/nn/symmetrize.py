@@ -27,7 +27,9 @@ class Symmetrize(nn.Module):
         if isinstance(over, str):
             functional.check_choice("Symmetrize", "over", over, ("swap", "cyclic", "permutations", "flip"))
         else:
-            over = functional.orders_of(over, len(over[0]) if over else 0, "Symmetrize")
+            over = functional.orders_of(over, functional.order_length(over), "Symmetrize")
+        if not functional.is_count(dim):
+            raise TypeError(f"Symmetrize: dim must be an integer, got {dim!r}")
         if dim == 0:
             raise ValueError("Symmetrize: dim=0 is the batch axis; name the axis of the inputs to re-order")
         self.inner = inner
