@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from operator import index
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,9 @@ def is_count(value: object) -> bool:
 
 def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
     """One integer per axis."""
-    sizes = [value] if is_count(value) else list(value) if isinstance(value, tuple | list) else []
+    sizes: list[int] = []
+    if is_count(value) or isinstance(value, tuple | list):
+        sizes = list(value) if isinstance(value, tuple | list) else [value]  # type: ignore[list-item]
     expected = f"{where}: {name} must be {ndim} integers >= {minimum} (or one for all axes), got {value!r}"
     if not sizes or not all(map(is_count, sizes)):
         raise TypeError(expected)
@@ -650,7 +652,7 @@ def order_length(over: object) -> int:
 
 
 @_constant
-def orders_of(over: Orders, n: int, where: str) -> tuple[tuple[int, ...], ...]:
+def orders_of(over: Any, n: int, where: str) -> tuple[tuple[int, ...], ...]:
     """The group of re-orderings of n entries that `over` names: order[i] is the entry that comes to place i."""
     identity = tuple(range(n))
     if isinstance(over, str):
@@ -670,7 +672,7 @@ def orders_of(over: Orders, n: int, where: str) -> tuple[tuple[int, ...], ...]:
         return tuple(permutations(identity))
     if not isinstance(over, Sequence) or not all(isinstance(order, Sequence) for order in over):
         raise TypeError(f"{where}: over must be a name such as 'swap' or a list of permutations, got {over!r}")
-    orders = tuple(dict.fromkeys(tuple(order) for order in over))
+    orders: tuple[tuple[int, ...], ...] = tuple(dict.fromkeys(tuple(order) for order in over))
     for order in orders:
         if sorted(order) != list(identity):
             raise ValueError(f"{where}: {order} is not a permutation of 0..{n - 1}, the entries of the axis")
