@@ -81,6 +81,16 @@ def _measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return samples
 
 
+def _check(layer: nn.Module, x: Tensor) -> None:
+    """The gate: what 'auto' computes, and the output by shifts."""
+    testing.assert_matches_reference(layer, x)
+    with torch.no_grad():
+        with tritonsym.path("reference"):
+            expected = layer(x)
+        with tritonsym.path("shift"):
+            torch.testing.assert_close(layer(x), expected)
+
+
 def _best(samples: dict[str, list[float]], name: str) -> float:
     return min(statistics.median(values) for key, values in samples.items() if key.split()[0] == name)
 
@@ -98,14 +108,14 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'case':32} {'mode':9} {'dense ms':>9} {'reference':>10} {'shift':>7} {'auto':>7}   speedup over dense")
     for case in tqdm(cases, disable=not sys.stderr.isatty()):
         layer, x = case.build(), torch.randn(case.shape)
-        with tritonsym.path("shift"):
-            testing.assert_matches_reference(layer, x[:1])
+        _check(layer, x[:1])
         for backward in (False, True):
             samples = _measure(_steps(case, backward), 3 if args.quick else 9)
             dense = _best(samples, "dense")
             speed = {name: dense / _best(samples, name) for name in ("reference", "shift", "auto")}
             mode = "training" if backward else "forward"
-            plan = tritonsym.explain(layer, x)
+            with torch.set_grad_enabled(backward):
+                plan = tritonsym.explain(layer, x)
             work = plan.problem.shift
             rows.append(
                 {
