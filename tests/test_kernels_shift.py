@@ -151,6 +151,15 @@ def test_one_multiply_add_per_position_and_stored_weight():
         assert tritonsym.explain(tied, x).flops * 3 == plan.dense_flops
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_what_the_kernel_cannot_sum_goes_to_the_reference(dtype):
+    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv", dtype=dtype)
+    with tritonsym.backend("triton"):
+        plan = tritonsym.explain(layer, torch.empty(1, 4, 5, 5, dtype=dtype, device="meta"), target="sm_90")
+        assert (plan.path, plan.tile) == ("reference", None)
+        tritonsym.testing.assert_matches_reference(layer, torch.randn(1, 4, 5, 5, dtype=dtype))
+
+
 def test_every_layer_runs_through_the_kernel():
     """Forward and gradients under backend('triton'), in the interpreter, by the rule of assert_matches_reference."""
     code = """

@@ -133,12 +133,15 @@ def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> P
     if forced == "expand":
         raise NotImplementedError("path 'expand' is forced, but this version has no such kernel; remove the switch")
     work = problem.shift
-    if (forced == "shift" or (backend == "triton" and forced is None)) and work is None:
+    if forced == "shift" and work is None:
         raise ValueError(
             f"path 'shift' is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
         )
+    has_kernel = work is not None and problem.dtype in ("float32", "float16", "bfloat16")
     if forced is not None:
         chosen, why = forced, "Forced by tritonsym.path."
+    elif backend == "triton" and not has_kernel:
+        chosen, why = "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
     elif backend != "auto":
         chosen, why = "shift" if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
     elif work is None:
@@ -154,8 +157,8 @@ def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> P
         return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
     from tritonsym.kernels.tiles import pick
 
-    on_gpu = problem.target != "cpu" and problem.dtype != "float64" and backend != "reference"
-    tile = astuple(pick(work.filters)) if on_gpu or backend == "triton" else None
+    wants_kernel = backend == "triton" or (backend == "auto" and problem.target != "cpu")
+    tile = astuple(pick(work.filters)) if has_kernel and wants_kernel else None
     return Plan(problem, "shift", 2 * work.multiply_adds, 2 * problem.dense, why, tile)
 
 
