@@ -151,6 +151,30 @@ def test_one_multiply_add_per_position_and_stored_weight():
         assert tritonsym.explain(tied, x).flops * 3 == plan.dense_flops
 
 
+def test_auto_takes_shifts_only_where_they_were_measured_to_win(monkeypatch):
+    def planned(channels=256, size=28, dtype=torch.float32):
+        layer = tritonsym.nn.SymmetricConv2d(
+            channels, channels, 3, padding=1, symmetry="hv", device="meta", dtype=dtype
+        )
+        return tritonsym.explain(layer, torch.empty(8, channels, size, size, device="meta", dtype=dtype)).path
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert planned() == "reference"  # in training it rounds too much
+    with torch.no_grad():
+        assert planned() == "shift"
+        assert planned(channels=64) == planned(size=4) == "reference"  # additions or calls cost too much
+        assert planned(channels=1024) == "reference"  # one value of z sums too many terms
+        assert planned(dtype=torch.float64) == planned(dtype=torch.bfloat16) == "reference"
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        assert planned() == "reference"
+
+
+def test_auto_sees_the_dtype_of_autocast():
+    layer, x = tritonsym.nn.SymmetricConv2d(256, 256, 3, symmetry="hv"), torch.empty(8, 256, 28, 28)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert tritonsym.explain(layer, x).problem.dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_what_the_kernel_cannot_sum_goes_to_the_reference(dtype):
     layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv", dtype=dtype)

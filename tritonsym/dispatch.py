@@ -220,6 +220,18 @@ def conv_problem(
     return Problem(layer, target, dtype, dense, expanded, work, training)
 
 
+def computing_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of t, or the one that torch.autocast casts it to: not float64, not complex."""
+    kind = t.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if casts and t.is_floating_point() and t.itemsize < 8 else t.dtype
+
+
+def dtype_name(t: Tensor) -> str:
+    """As in `Problem.dtype`: 'float32', ..."""
+    return str(computing_dtype(t)).removeprefix("torch.")
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether a result of these tensors will be differentiated."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -249,5 +261,5 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
     if target not in (None, "cpu", "cuda") and not str(target).startswith(("sm_", "gfx")):
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     where = target or ("cpu" if x.device.type == "meta" else x.device.type)
-    found = problem(tuple(x.shape), where, str(x.dtype).removeprefix("torch."))
+    found = problem(tuple(x.shape), where, dtype_name(x))
     return plan(replace(found, training=needs_gradient(x, *module.parameters())))

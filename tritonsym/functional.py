@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonsym import ops
+from tritonsym.dispatch import computing_dtype
 from tritonsym.packing import check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
 from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
@@ -94,16 +95,10 @@ def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> 
 
 def _check_dtypes(where: str, x: Tensor, **others: Tensor | None) -> None:
     """All tensors on one device and of one dtype; under autocast, of one dtype once torch has cast them."""
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-    def dtype(t: Tensor) -> torch.dtype:
-        return torch.get_autocast_dtype(kind) if casts and t.is_floating_point() and t.itemsize < 8 else t.dtype
-
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if dtype(tensor) != dtype(x):
+        if computing_dtype(tensor) != computing_dtype(x):
             raise TypeError(
                 f"{where}: x is {x.dtype} but {name} is {tensor.dtype}; convert one, or run under torch.autocast"
             )

@@ -50,7 +50,7 @@ def _shift_plan(
     problem = dispatch.conv_problem(
         layer,
         x.device.type,
-        str(x.dtype).removeprefix("torch."),
+        dispatch.dtype_name(x),
         x.shape[0],
         x.shape[1] // groups,
         tuple(x.shape[2:]),

@@ -152,8 +152,10 @@ class _SharedConv(nn.modules.conv._ConvNd):
         """How many kernels of the dense layer the reference folds into one before it convolves."""
         return 1
 
-    def _dense_class(self) -> type[nn.Module]:
-        return next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.conv")
+    @classmethod
+    def _dense_class(cls) -> Any:
+        """The torch layer this class subclasses."""
+        return next(c for c in cls.__mro__ if c.__module__ == "torch.nn.modules.conv")
 
     def to_dense(self) -> nn.Module:
         """The plain torch layer with equal outputs (followed by the activation's module, if there is one)."""
@@ -162,7 +164,7 @@ class _SharedConv(nn.modules.conv._ConvNd):
     def _dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """The torch layer this class subclasses, with these parameters."""
         options: dict[str, Any] = {"output_padding": self.output_padding} if self.transposed else {}
-        layer = self._dense_class()(
+        layer: nn.Module = self._dense_class()(
             self.in_channels,
             weight.shape[1] * self.groups if self.transposed else weight.shape[0],
             self.kernel_size,
@@ -185,11 +187,9 @@ class _SharedConv(nn.modules.conv._ConvNd):
     def _from_dense(cls, layer: Any, init: Init, options: Mapping[str, Any]) -> Self:
         """A layer of this class with the hyper-parameters of `layer` and, unless init is 'reset', its weights."""
         functional.check_choice(f"{cls.__name__}.from_dense", "init", init, ("project", "keep", "reset"))
-        dense_class: Any = next(c for c in cls.__mro__ if c.__module__ == "torch.nn.modules.conv")
-        if not isinstance(layer, dense_class) or isinstance(layer, _SharedConv):
-            raise TypeError(
-                f"{cls.__name__}.from_dense: expected torch.nn.{dense_class.__name__}, got {type(layer).__name__}"
-            )
+        if not isinstance(layer, cls._dense_class()) or isinstance(layer, _SharedConv):
+            expected = f"torch.nn.{cls._dense_class().__name__}"
+            raise TypeError(f"{cls.__name__}.from_dense: expected {expected}, got {type(layer).__name__}")
         transposed: dict[str, Any] = {"output_padding": layer.output_padding} if layer.transposed else {}
         self = cls(
             layer.in_channels,

@@ -1,0 +1,29 @@
+"""What README.md shows is true: its example runs, its table is generated."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import nn as torch_nn
+
+from tritonsym.perf.table import table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs(capsys):
+    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    model = torch_nn.Sequential(torch_nn.Conv2d(3, 8, 3), torch_nn.ReLU(), torch_nn.Conv2d(8, 10, 3))
+    names = {"model": model, "x": torch.randn(2, 64, 9, 9)}
+    exec(code, names)
+    assert type(names["model"][0]) is torch_nn.Conv2d
+    assert [row.symmetry for row in names["report"]] == ["hv:8", "hv:8 free:2"]
+    assert "SymmetricConv2d" in capsys.readouterr().out
+
+
+def test_table_is_generated():
+    [shown] = re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", README, re.S)
+    [name] = re.findall(r"`(perf/results/[^`]+\.json)`", shown)
+    assert shown == table(json.loads((ROOT / name).read_text()), name)
