@@ -80,17 +80,14 @@ def is_count(value: object) -> bool:
 
 def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
     """One integer per axis."""
-    sizes: list[int] = []
-    if is_count(value) or isinstance(value, tuple | list):
-        sizes = list(value) if isinstance(value, tuple | list) else [value]  # type: ignore[list-item]
-    expected = f"{where}: {name} must be {ndim} integers >= {minimum} (or one for all axes), got {value!r}"
-    if not sizes or not all(map(is_count, sizes)):
-        raise TypeError(expected)
+    sizes: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
     if len(sizes) == 1:
         sizes = sizes * ndim
-    if len(sizes) != ndim or any(size < minimum for size in sizes):
-        raise ValueError(expected)
-    return sizes
+    are_counts = all(map(is_count, sizes))
+    if are_counts and len(sizes) == ndim and all(size >= minimum for size in sizes):
+        return sizes
+    error = ValueError if are_counts else TypeError
+    raise error(f"{where}: {name} must be {ndim} integers >= {minimum} (or one for all axes), got {value!r}")
 
 
 def _check_dtypes(where: str, x: Tensor, **others: Tensor | None) -> None:

@@ -27,9 +27,15 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
-def table(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """`torch.tensor(values)` without a tensor constant, which `ExportedProgram.run_decompositions` loses."""
-    return torch.cat([torch.full((1,), value, dtype=dtype, device=device) for value in values])
+def table(values: Sequence[int], like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """`torch.tensor(values)` on the device of `like`.
+
+    Where a trace stands in for `like` it is built from its values one by one: `ExportedProgram.run_decompositions`
+    loses tensor constants that an op body makes (pytorch pull 185090).
+    """
+    if type(like) in (Tensor, torch.nn.Parameter):
+        return torch.tensor(values, dtype=dtype, device=like.device)
+    return torch.cat([torch.full((1,), value, dtype=dtype, device=like.device) for value in values])
 
 
 # --- stored weights <-> dense weights ---------------------------------------------------------------------------------
@@ -108,22 +114,22 @@ def expand_ties(stored: Tensor, orbits: TapOrbits, kernel_size: Sequence[int]) -
     slot = [len(orbits) if s < 0 else s for s in orbits.slot]
     if len(orbits) in slot:
         stored = F.pad(stored, (0, 1))
-    dense = stored.index_select(-1, table(slot, stored.device))
+    dense = stored.index_select(-1, table(slot, stored))
     if -1 in orbits.sign:
-        dense = dense * table([s or 1 for s in orbits.sign], stored.device, stored.dtype)
+        dense = dense * table([s or 1 for s in orbits.sign], stored, stored.dtype)
     return dense.unflatten(-1, tuple(kernel_size))
 
 
 def project_ties(dense: Tensor, orbits: TapOrbits) -> Tensor:
     """The stored values whose expansion is nearest to `dense`: the signed mean over every tap orbit."""
     live = [k for k, s in enumerate(orbits.slot) if s >= 0]
-    sign = table([orbits.sign[k] for k in live], dense.device, dense.dtype)
-    slot = table([orbits.slot[k] for k in live], dense.device)
-    first = table([orbits.slot.index(s) for s in range(len(orbits))], dense.device)
-    multiplicity = table(orbits.multiplicity, dense.device)
+    sign = table([orbits.sign[k] for k in live], dense, dense.dtype)
+    slot = table([orbits.slot[k] for k in live], dense)
+    first = table([orbits.slot.index(s) for s in range(len(orbits))], dense)
+    multiplicity = table(orbits.multiplicity, dense)
     taps = dense.flatten(2)
     base = taps.index_select(-1, first)
-    taps = taps.index_select(-1, table(live, dense.device)) * sign
+    taps = taps.index_select(-1, table(live, dense)) * sign
     total = torch.zeros_like(base).index_add(-1, slot, taps - base.index_select(-1, slot))
     return base + total / multiplicity
 
