@@ -133,23 +133,22 @@ def main(argv: list[str] | None = None) -> int:
             ratios = f"{speed['reference']:>10.2f} {speed['shift']:>7.2f} {speed['auto']:>7.2f}"
             tqdm.write(f"{case.name:32} {mode:9} {dense * 1e3:9.2f} {ratios}   {plan.path}")
             if args.output:
-                _write(args.output, argv, rows)
+                args.output.write_text(json.dumps({**machine("bench", argv), "rows": rows}, indent=1) + "\n")
     return 0
 
 
-def _write(output: Path, argv: list[str] | None, rows: list[dict[str, object]]) -> None:
+def machine(program: str, argv: list[str] | None) -> dict[str, object]:
+    """What every result file says of where it comes from."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    document = {
-        "command": ["python", "-m", "tritonsym.perf.bench", *(sys.argv[1:] if argv is None else argv)],
+    return {
+        "command": ["python", "-m", f"tritonsym.perf.{program}", *(sys.argv[1:] if argv is None else argv)],
         "device": _cpu(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tritonsym": tritonsym.__version__,
         "commit": commit,
-        "rows": rows,
     }
-    output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _cpu() -> str:
