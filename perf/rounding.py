@@ -3,7 +3,8 @@
     python -m tritonsym.perf.rounding --output perf/results/NAME.json
 
 For one image of every case, in both memory formats: the error against float64 of the output and of the gradients to the
-input and the weight, over that of the dense convolution on the expanded weight, as a maximum and as a root mean square.
+input and the weight, over that of the dense convolution on the expanded weight, as a maximum and as a root mean square,
+and the maximum over what `tritonsym.testing.assert_matches_reference` allows ("rule": twice the dense error, plus eps).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from tqdm import tqdm
 import tritonsym
 from tritonsym.perf.bench import machine
 from tritonsym.perf.cases import CPU, Case
+
+KINDS = ("max", "rms", "rule")
 
 
 def _results(layer: nn.Module, x: Tensor, path: str) -> dict[str, Tensor]:
@@ -46,7 +49,12 @@ def ratios(case: Case, seed: int, last: bool) -> dict[str, dict[str, float]]:
     for name, exact in truth.items():
         error, allowed = ((result[name] - exact).abs() for result in (ours, dense))
         rms = (error.square().mean() / allowed.square().mean()).sqrt()
-        found[name] = {"max": (error.max() / allowed.max()).item(), "rms": rms.item()}
+        rule = 2 * allowed.max() + torch.finfo(x.dtype).eps * exact.abs().max()
+        found[name] = {
+            "max": (error.max() / allowed.max()).item(),
+            "rms": rms.item(),
+            "rule": (error.max() / rule).item(),
+        }
     return found
 
 
@@ -63,10 +71,9 @@ def main(argv: list[str] | None = None) -> int:
                 form = "channels_last" if last else "nchw"
                 rows.append({"case": case.name, "seed": seed, "format": form, "ratios": ratios(case, seed, last)})
     for name in ("output", "dx", "dw"):
-        worst = [max(rows, key=lambda row, kind=kind: row["ratios"][name][kind]) for kind in ("max", "rms")]
+        worst = [max(rows, key=lambda row, kind=kind: row["ratios"][name][kind]) for kind in KINDS]
         shown = [
-            f"{kind} {row['ratios'][name][kind]:.2f} ({row['case']})"
-            for kind, row in zip(("max", "rms"), worst, strict=True)
+            f"{kind} {row['ratios'][name][kind]:.2f} ({row['case']})" for kind, row in zip(KINDS, worst, strict=True)
         ]
         print(f"{name:7} worst over the dense convolution: {', '.join(shown)}")
     if args.output:

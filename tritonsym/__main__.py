@@ -125,7 +125,7 @@ def _checks(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], Non
     def on_path(path: str) -> None:
         tested = layer
         if path == "shift" and x.dtype != torch.float64:
-            # its weight gradients may round up to 4 times as much as torch's, so 'auto' never trains on it
+            # its weight gradients round more than the rule allows, so 'auto' never trains on it
             tested = copy.deepcopy(layer).requires_grad_(False)
         with dispatch.path(path):
             assert_matches_reference(tested, x)
