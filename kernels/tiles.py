@@ -1,8 +1,25 @@
-"""Tiles of the kernels and the heuristic that picks one. Plain Python: imports without triton."""
+"""Tiles of the kernels, the one predicate that says whether a tile fits a device, and the heuristics that pick one.
+
+Plain Python: imports without triton.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+#: Shared memory that one program may use, in bytes, by target. Unknown NVIDIA targets: the least of them.
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_87": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_103": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}
 
 
 @dataclass(frozen=True)
@@ -14,7 +31,39 @@ class Tile:
     warps: int
 
 
-#: Every tile that `pick` may return.
+@dataclass(frozen=True)
+class GemmTile:
+    """Rows x columns of the result that one program of a matrix product computes, the length of one step, its warps
+    and the number of steps whose operands it holds in shared memory."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory for the operands, at most."""
+        return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+    @property
+    def accumulators(self) -> int:
+        """float32 values of the result per thread (of 32 a warp)."""
+        return self.block_m * self.block_n // (32 * self.warps)
+
+
+def fits(tile: Tile | GemmTile, itemsize: int, target: str) -> bool:
+    """Whether the tile can run on this target with operands of so many bytes: the rule of the tuner and of the plan.
+
+    At most half of the 255 registers of a thread hold the result; the operands fit the shared memory of one program.
+    """
+    if isinstance(tile, Tile):
+        return tile.block_p * tile.block_u <= 32 * 32 * tile.warps
+    limit = SHARED.get(target, 64 << 10 if target.startswith("gfx") else 99 << 10)
+    return tile.accumulators <= 128 and tile.shared(itemsize) <= limit
+
+
+#: Every tile of the additions that `pick` may return.
 TILES = (Tile(64, 32, 4), Tile(128, 16, 4))
 
 
