@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonsym.kernels.address import positions, read_at, wide
+from tritonsym.kernels.epilogue import activate
 from tritonsym.kernels.tiles import Tile
 
 
@@ -15,21 +18,26 @@ from tritonsym.kernels.tiles import Tile
 class Table:
     """Constants of one launch: which sums stand in which target channels.
 
-    Sum o fills the target channels first[o] + u, u < filters[o]. Each of its terms (channel, shift, sign) is source
-    channel channel + u at position (mul p + shift) / div of every axis, times sign.
+    Sum o fills the target channels first[o] + u, u < filters[o]. Each of its terms (channel, shift, sign, image) is
+    source channel channel + u at position (mul p + shift) / div of every axis, times sign; `image` counts where the
+    source is the gradient of a pooled orbit. With `pool` the sums are the images of one filter each, and only the
+    largest ('max') or smallest ('min') is stored.
     """
 
     first: tuple[int, ...]
     filters: tuple[int, ...]
-    terms: tuple[tuple[tuple[int, tuple[int, int, int], int], ...], ...]
+    terms: tuple[tuple[tuple[int, tuple[int, int, int], int, int], ...], ...]
     mul: tuple[int, int, int]
     div: tuple[int, int, int]
+    pool: str = ""
 
 
 @triton.jit
 def _add_kernel(
     source_ptr,  # [N, groups * SOURCE_C, SD, SH, SW], any strides
     target_ptr,  # [N, groups * TARGET_C, TD, TH, TW], any strides
+    bias_ptr,  # [groups * TARGET_C] or None
+    winners_ptr,  # bits of the images that won, strides of the pooled tensor; None if not kept or needed
     M,  # N * TD * TH * TW
     TD,
     TH,
@@ -59,63 +67,92 @@ def _add_kernel(
     SHIFT_H: tl.constexpr,
     SHIFT_W: tl.constexpr,
     SIGN: tl.constexpr,
+    IMAGE: tl.constexpr,
     MUL_D: tl.constexpr,
     MUL_H: tl.constexpr,
     MUL_W: tl.constexpr,
     DIV_D: tl.constexpr,
     DIV_H: tl.constexpr,
     DIV_W: tl.constexpr,
+    POOL: tl.constexpr,
+    WON: tl.constexpr,  # the source is the gradient of a pooled orbit: only images that won receive it
+    ACTIVATION: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within an image need 64 bits
     BLOCK_P: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """target[n, FIRST[o] + u, p] = sum_t SIGN[o, t] source[n, CHANNEL[o, t] + u, (MUL p + SHIFT[o, t]) / DIV].
+    """target[n, FIRST[o] + u, p] = act(bias + sum_t SIGN[o, t] source[n, CHANNEL[o, t] + u, at(p, o, t)]).
 
-    0 where the position lies outside the source or DIV does not divide it.
+    at(p, o, t) = (MUL p + SHIFT[o, t]) / DIV; 0 where DIV does not divide it and outside the image. POOL: the extremum
+    over o instead, and winners[n, u, p] = sum of 2^o over the o that attain it. WON: only terms with bit IMAGE[o, t]
+    of the winners at their place count.
     """
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)  # [P]
-    group = tl.program_id(1) // TILES
+    n, d, h, w, live = positions(tl.program_id(0), M, TD, TH, TW, BLOCK_P, WIDE)  # [P]
+    group = (tl.program_id(1) // TILES).to(tl.int64)
     tile = tl.program_id(1) % TILES
-    live = p < M
-    w = p % TW
-    h = (p // TW) % TH
-    d = (p // (TW * TH)) % TD
-    n = p // (TW * TH * TD)
-    source = source_ptr + n * source_n + group.to(tl.int64) * SOURCE_C * source_c  # [P]
-    target = target_ptr + n * target_n + d * target_d + h * target_h + w * target_w
-    target += group.to(tl.int64) * TARGET_C * target_c
+    source = n * source_n + group * SOURCE_C * source_c  # [P]
+    target = n * target_n + group * TARGET_C * target_c  # [P]
+    target += d * target_d + h * target_h + w * target_w
+    best = tl.zeros((BLOCK_P, BLOCK_U), tl.float32)
+    winners = tl.zeros((BLOCK_P, BLOCK_U), tl.int32)
     for o in tl.static_range(len(FIRST)):
         if (tile >= TILE_AT[o]) & (tile * BLOCK_U < TILE_AT[o] * BLOCK_U + FILTERS[o]):
-            u = (tile - TILE_AT[o]).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
+            u = (tile - TILE_AT[o]) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
             has = u < FILTERS[o]
+            if WIDE:
+                u = u.to(tl.int64)
             total = tl.zeros((BLOCK_P, BLOCK_U), tl.float32)
             for t in tl.static_range(TERMS):
                 if SIGN[o * TERMS + t] != 0:
-                    at_d = d * MUL_D + SHIFT_D[o * TERMS + t]
-                    at_h = h * MUL_H + SHIFT_H[o * TERMS + t]
-                    at_w = w * MUL_W + SHIFT_W[o * TERMS + t]
-                    inside = live & (at_d >= 0) & (at_h >= 0) & (at_w >= 0)
-                    if DIV_D * DIV_H * DIV_W > 1:
-                        inside = inside & (at_d % DIV_D == 0) & (at_h % DIV_H == 0) & (at_w % DIV_W == 0)
-                        at_d = at_d // DIV_D
-                        at_h = at_h // DIV_H
-                        at_w = at_w // DIV_W
-                    inside = inside & (at_d < SD) & (at_h < SH) & (at_w < SW)
-                    place = source + at_d * source_d + at_h * source_h + at_w * source_w
-                    channel = (u + CHANNEL[o * TERMS + t]) * source_c
+                    place, inside = read_at(
+                        d, h, w, SHIFT_D[o * TERMS + t], SHIFT_H[o * TERMS + t], SHIFT_W[o * TERMS + t], live,
+                        SD, SH, SW, source_d, source_h, source_w, MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
+                    )  # fmt: skip
+                    place = (source + place)[:, None] + ((u + CHANNEL[o * TERMS + t]) * source_c)[None, :]
                     mask = inside[:, None] & has[None, :]
-                    term = tl.load(place[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)  # [P, U]
+                    term = tl.load(source_ptr + place, mask=mask, other=0.0).to(tl.float32)  # [P, U]
+                    if WON:
+                        won = tl.load(winners_ptr + place, mask=mask, other=0).to(tl.int32)
+                        term = tl.where(((won >> IMAGE[o * TERMS + t]) & 1) != 0, term, 0.0)
                     if SIGN[o * TERMS + t] > 0:
                         total += term
                     else:
                         total -= term
-            tl.store(
-                target[:, None] + ((u + FIRST[o]) * target_c)[None, :],
-                total.to(target_ptr.dtype.element_ty),
-                mask=live[:, None] & has[None, :],
-            )
+            if POOL == "":
+                channel = (u + FIRST[o]) * target_c
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + group * TARGET_C + FIRST[o] + u, mask=has, other=0.0)
+                    total += bias.to(tl.float32)[None, :]
+                total = activate(total, ACTIVATION).to(target_ptr.dtype.element_ty)
+                tl.store(target_ptr + target[:, None] + channel[None, :], total, mask=live[:, None] & has[None, :])
+            else:
+                if o == 0:
+                    better = best == best
+                    equal = best != best
+                elif POOL == "max":
+                    better = (total > best) | ((total != total) & (best == best))  # a NaN wins, as in torch.amax
+                    equal = (total == best) | ((total != total) & (best != best))
+                else:
+                    better = (total < best) | ((total != total) & (best == best))
+                    equal = (total == best) | ((total != total) & (best != best))
+                best = tl.where(better, total, best)
+                winners = tl.where(better, 1 << o, tl.where(equal, winners | (1 << o), winners))
+    if POOL != "":
+        u = tile * BLOCK_U + tl.arange(0, BLOCK_U)
+        has = u < FILTERS[0]
+        if WIDE:
+            u = u.to(tl.int64)
+        place = target[:, None] + (u * target_c)[None, :]
+        mask = live[:, None] & has[None, :]
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + group * TARGET_C + u, mask=has, other=0.0)
+            best += bias.to(tl.float32)[None, :]
+        tl.store(target_ptr + place, activate(best, ACTIVATION).to(target_ptr.dtype.element_ty), mask=mask)
+        if winners_ptr is not None:
+            tl.store(winners_ptr + place, winners.to(tl.uint8), mask=mask)
 
 
-def constants(table: Table, source_channels: int, target_channels: int, tile: Tile) -> dict[str, object]:
+def constants(table: Table, source_channels: int, target_channels: int, tile: Tile, **options: Any) -> dict[str, Any]:
     """The constexpr arguments of the kernel for one table."""
     tile_at: list[int] = []
     end = 0
@@ -126,8 +163,8 @@ def constants(table: Table, source_channels: int, target_channels: int, tile: Ti
             tile_at.append(end)
             end += triton.cdiv(filters, tile.block_u)
     most = max(map(len, table.terms))
-    terms = [term for sum_ in table.terms for term in (*sum_, *[(0, (0, 0, 0), 0)] * (most - len(sum_)))]
-    channel, shift, sign = zip(*terms, strict=True)
+    terms = [term for sum_ in table.terms for term in (*sum_, *[(0, (0, 0, 0), 0, 0)] * (most - len(sum_)))]
+    channel, shift, sign, image = zip(*terms, strict=True)
     shift_d, shift_h, shift_w = zip(*shift, strict=True)
     return {
         "SOURCE_C": source_channels,
@@ -142,25 +179,56 @@ def constants(table: Table, source_channels: int, target_channels: int, tile: Ti
         "SHIFT_H": shift_h,
         "SHIFT_W": shift_w,
         "SIGN": sign,
+        "IMAGE": image,
         **dict(zip(("MUL_D", "MUL_H", "MUL_W"), table.mul, strict=True)),
         **dict(zip(("DIV_D", "DIV_H", "DIV_W"), table.div, strict=True)),
+        "POOL": table.pool,
+        "WON": False,
+        "ACTIVATION": "",
+        "WIDE": False,
         "BLOCK_P": tile.block_p,
         "BLOCK_U": tile.block_u,
+        **options,
     }
 
 
-def add(source: Tensor, table: Table, target: Tensor, groups: int, tile: Tile) -> None:
-    """Fill `target` (N, groups * channels, D, H, W) with the sums of `table` over `source`; both with any strides."""
+def add(
+    source: Tensor,
+    table: Table,
+    target: Tensor,
+    groups: int,
+    tile: Tile,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    kept: Tensor | None = None,
+    won: Tensor | None = None,
+) -> None:
+    """Fill `target` (N, groups * channels, D, H, W) with the sums of `table` over `source`; both with any strides.
+
+    `kept` (strides of the target) receives the winners of a pooled orbit; `won` (strides of the source) are the
+    winners that a gradient goes to.
+    """
     if target.numel() == 0:
         return
     batch, channels, *sizes = target.shape
-    positions = batch * sizes[0] * sizes[1] * sizes[2]
-    fixed = constants(table, source.shape[1] // groups, channels // groups, tile)
-    grid = (triton.cdiv(positions, tile.block_p), groups * fixed["TILES"])
+    count = batch * sizes[0] * sizes[1] * sizes[2]
+    fixed = constants(
+        table,
+        source.shape[1] // groups,
+        channels // groups,
+        tile,
+        WON=won is not None,
+        ACTIVATION=activation or "",
+        WIDE=wide(source, target),
+    )
+    grid = (triton.cdiv(count, tile.block_p), groups * fixed["TILES"])
     _add_kernel[grid](
         source,
         target,
-        positions,
+        bias,
+        kept if won is None else won,
+        count,
         *sizes,
         *source.shape[2:],
         *source.stride(),

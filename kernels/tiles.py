@@ -56,6 +56,7 @@ def fits(tile: Tile | GemmTile, itemsize: int, target: str) -> bool:
     """Whether the tile can run on this target with operands of so many bytes: the rule of the tuner and of the plan.
 
     At most half of the 255 registers of a thread hold the result; the operands fit the shared memory of one program.
+    A convolution's loop over taps and channels is miscompiled with 8 warps (pytorch issue 173068).
     """
     if isinstance(tile, Tile):
         return tile.block_p * tile.block_u <= 32 * 32 * tile.warps
@@ -64,12 +65,37 @@ def fits(tile: Tile | GemmTile, itemsize: int, target: str) -> bool:
 
 
 #: Every tile of the additions that `pick` may return.
-TILES = (Tile(64, 32, 4), Tile(128, 16, 4))
+TILES = (Tile(64, 32, 4), Tile(128, 16, 4), Tile(64, 16, 4))
 
 
-def pick(filters: int) -> Tile:
-    """Tile for sums of `filters` channels (the most of any block): no wider than they need.
+def pick(filters: int, taps: int) -> Tile:
+    """Tile for sums of `filters` channels (the most of any block), no wider than they need, of up to `taps` terms.
 
     A starting point from compiled code (no spills, 128-bit accesses), not from timings.
     """
+    if taps > 9:  # long sums need the registers for addresses
+        return TILES[2]
     return TILES[0] if filters > 16 else TILES[1]
+
+
+#: Every tile of the implicit GEMM that `pick_gemm` may return, widest first.
+CONV_TILES = (
+    GemmTile(128, 128, 32, 4, 3),
+    GemmTile(128, 64, 32, 4, 4),
+    GemmTile(64, 64, 32, 4, 4),
+    GemmTile(128, 32, 32, 4, 4),
+    GemmTile(64, 32, 32, 4, 3),
+    GemmTile(64, 16, 32, 4, 3),
+)
+
+
+#: The tile of the weight gradient. Square, so that both operands have their positions in the same threads.
+WEIGHT_TILE = GemmTile(64, 64, 64, 4, 2)
+
+
+def pick_gemm(columns: int, itemsize: int, target: str) -> GemmTile:
+    """Tile for an implicit GEMM of so many columns that fits the target: the narrowest that holds them all, else the
+    widest. A starting point from compiled code, not from timings."""
+    fitting = [tile for tile in CONV_TILES if fits(tile, itemsize, target)]
+    wide_enough = [tile for tile in fitting if tile.block_n >= columns]
+    return wide_enough[-1] if wide_enough else fitting[0]

@@ -2,8 +2,9 @@
 
     python -m tritonsym.perf.inspect_kernels [--targets sm_90,gfx942]
 
-Columns: registers per thread, spilled bytes, shared memory, machine instructions per (output, term), widest load and
-store in bits. AMD targets only show that the kernel compiles.
+Columns: registers per thread, spilled bytes, shared memory, machine instructions (of the additions: per term of a
+value; of a product: per 1000 multiply-adds of one step), tensor-core instructions, widest load and store in bits. AMD
+targets only show that the kernel compiles.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonsym import shift
-from tritonsym.kernels.shift import Table, _add_kernel, constants
-from tritonsym.kernels.tiles import TILES, Tile
+from tritonsym import launch, shift
+from tritonsym.kernels import conv as conv_kernels
+from tritonsym.kernels import shift as shift_kernels
+from tritonsym.kernels.tiles import CONV_TILES, TILES, WEIGHT_TILE, GemmTile, Tile
 from tritonsym.symmetry import FilterLayout
 
 TARGETS = {
@@ -42,12 +44,14 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel as shipped: a layer's additions with one tile."""
+    """One kernel as shipped: its constants for a layer, with one tile."""
 
     name: str
-    table: Table
-    channels: tuple[int, int]  # per group, of source and target
-    tile: Tile
+    kernel: Any
+    fixed: dict[str, Any]  # constexprs and integers that are known: strides of 1
+    tile: Tile | GemmTile
+    work: float  # per thread: terms of values, or thousands of multiply-adds of one step
+    pointers: dict[str, str] = field(default_factory=dict)  # types other than the layer's
 
 
 @dataclass(frozen=True)
@@ -57,45 +61,88 @@ class Compiled:
     registers: int | None
     spills: int | None
     shared: int
-    instructions_per_term: float | None
+    instructions: float | None
+    tensor_cores: int | None
     load_bits: int | None
     store_bits: int | None
 
 
+def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | None = None) -> shift.Conv:
+    """A convolution with so many stored filters, stride 1."""
+    layout = FilterLayout.parse(symmetry, stored * 2 ** (3 if symmetry in ("d4", "hvz") else len(symmetry)))
+    one = (1,) * len(kernel_size)
+    return shift.Conv(layout.blocks(kernel_size), 1, shift.Geometry(kernel_size, one, one, one), pool)
+
+
 def entries() -> Iterator[Entry]:
-    """The additions of layers with 64 stored filters: both directions, every tile."""
-    cases = [("h", (3, 3)), ("hv", (3, 3)), ("d4", (3, 3)), ("hvz", (3, 3, 3))]
-    for symmetry, kernel_size in cases:
-        layout = FilterLayout.parse(symmetry, 64 * 2 ** (3 if symmetry in ("d4", "hvz") else len(symmetry)))
-        one = (1,) * len(kernel_size)
-        geometry = shift.Geometry(kernel_size, one, one, one)
-        _, additions = shift.schedule(layout.blocks(kernel_size), geometry, (8,) * len(kernel_size))
-        for direction, plan in (("forward", additions), ("adjoint", additions.adjoint)):
-            channels = (plan.sources[0][0], plan.targets[0][0])
-            for tile in TILES:
-                name = f"{symmetry} {direction} {tile.block_p}x{tile.block_u}"
-                yield Entry(name, Table(*shift._table(plan.text, 0)), channels, tile)
+    """The kernels of layers with 64 stored filters: every direction, every tile."""
+    for symmetry, kernel_size in (("h", (3, 3)), ("hv", (3, 3)), ("d4", (3, 3)), ("c4", (5, 5)), ("hvz", (3, 3, 3))):
+        for tile in TILES:
+            if (tile == TILES[2]) == (max(kernel_size) > 3 or len(kernel_size) > 2):  # as `pick` does
+                for adjoint in (False, True):
+                    yield _additions(layer(symmetry, kernel_size, 64), adjoint, tile)
+    for tile in TILES[:2]:
+        for adjoint in (False, True):
+            yield _additions(layer("hv", (3, 3), 64, "max"), adjoint, tile)
+    for tile in CONV_TILES:
+        for gradient in (False, True):
+            more = {"GRADIENT": gradient, "SIGNED": False, "ACTIVATION": "", "source_c": 1, "target_c": 1}
+            more |= {"bias_ptr": None} if gradient else {}
+            yield _product("dx" if gradient else "y", conv_kernels._conv_kernel, tile, more, {"table_ptr": "i32"})
+    more = {"TRANSPOSED": False, "IMAGES": 4, "dy_c": 1, "x_c": 1}
+    pointers = {"images_ptr": "i32", "work_ptr": "fp32"}
+    yield _product("dw", conv_kernels._weight_gradient_kernel, WEIGHT_TILE, more, pointers)
+
+
+def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], pointers: dict[str, str]) -> Entry:
+    grid = launch.grid(layer("hv", (3, 3), 64).geometry, False).constants()
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    fixed = {**grid, **blocks, "PRECISION": "tf32", "WIDE": False, **fixed}
+    work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
+    return Entry(f"expand {name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, pointers)
+
+
+def _additions(conv: shift.Conv, adjoint: bool, tile: Tile) -> Entry:
+    table = shift_kernels.Table(*launch._table(conv, (8,) * len(conv.geometry.kernel_size), adjoint))
+    channels = (conv.rows, conv.out_channels)
+    fixed = shift_kernels.constants(
+        table, *(channels[::-1] if adjoint else channels), tile, WON=adjoint and conv.pool is not None
+    )
+    unused = ("bias_ptr",) if adjoint else ()
+    unused += () if conv.pool else ("winners_ptr",)
+    fixed |= {"source_c": 1, "target_c": 1} | dict.fromkeys(unused)
+    symmetry = f"{len(conv.blocks[0].images)} images{' pooled' if conv.pool else ''} {len(conv.geometry.kernel_size)}-D"
+    name = f"shift {'d' if adjoint else 'y'} {symmetry} {tile.block_p}x{tile.block_u}"
+    work = sum(map(len, table.terms)) * tile.block_p * tile.block_u / (32 * tile.warps)
+    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "u8"})
 
 
 def compile_entry(entry: Entry, target: GPUTarget, dtype: str = "bf16") -> Any:
     """The compiled kernel, for tensors aligned to 16 bytes with channels that are a multiple of 16."""
-    fixed = constants(entry.table, *entry.channels, entry.tile)
-    fixed |= {"source_c": 1, "target_c": 1}  # channels-last
-    names = _add_kernel.arg_names
+    names = entry.kernel.arg_names
     signature = {
-        name: "constexpr" if name in fixed else f"*{dtype}" if name.endswith("_ptr") else "i32" for name in names
+        name: "constexpr"
+        if name in entry.fixed
+        else f"*{entry.pointers.get(name, dtype)}"
+        if name.endswith("_ptr")
+        else "i32"
+        for name in names
     }
-    # sizes of an image are odd more often than not; strides of an aligned tensor are multiples of 16
-    aligned = [n for n in names if n not in fixed and (n.endswith("_ptr") or "_" in n)]
+    # sizes of an image are odd more often than not; channels, and strides of an aligned tensor, are multiples of 16
+    odd = ("M", "STEPS", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
+    aligned = [n for n in names if n not in entry.fixed and n not in odd]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(_add_kernel, signature, {(names.index(n),): v for n, v in fixed.items()}, attributes)
-    return triton.compile(source, target=target, options={"num_warps": entry.tile.warps})
+    source = ASTSource(entry.kernel, signature, {(names.index(n),): v for n, v in entry.fixed.items()}, attributes)
+    options = {"num_warps": entry.tile.warps}
+    if isinstance(entry.tile, GemmTile):
+        options["num_stages"] = entry.tile.stages
+    return triton.compile(source, target=target, options=options)
 
 
-def inspect(kernel: Any, terms: int, tile: Tile) -> Compiled:
+def inspect(kernel: Any, work: float) -> Compiled:
     """Read registers, spills and instructions from the machine code."""
     if "cubin" not in kernel.asm:
-        return Compiled(None, None, kernel.metadata.shared, None, None, None)
+        return Compiled(None, None, kernel.metadata.shared, None, None, None, None)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -104,18 +151,18 @@ def inspect(kernel: Any, terms: int, tile: Tile) -> Compiled:
         code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)((?:\.[A-Z0-9_]+)*)", code, re.M)
     count = Counter(name for name, _ in found)
-    per_thread = tile.block_p * tile.block_u / (32 * tile.warps)
 
-    def widest(operation: str) -> int:
-        return max((_bits(suffix) for name, suffix in found if name == operation), default=0)
+    def widest(operation: tuple[str, ...]) -> int:
+        return max((_bits(suffix) for name, suffix in found if name in operation), default=0)
 
     return Compiled(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
         spills=count["LDL"] + count["STL"],
         shared=kernel.metadata.shared,
-        instructions_per_term=sum(count.values()) / (terms * per_thread),
-        load_bits=widest("LDG"),
-        store_bits=widest("STG"),
+        instructions=sum(count.values()) / work,
+        tensor_cores=sum(n for name, n in count.items() if name in ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")),
+        load_bits=widest(("LDG", "LDGSTS")),
+        store_bits=widest(("STG",)),
     )
 
 
@@ -134,23 +181,15 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown target {unknown[0]!r}; known: {', '.join(TARGETS)}")
     work = [(name, entry) for name in args.targets.split(",") for entry in entries()]
-    print("target   additions                         regs spills  shared instr/term  load store")
+    columns = ("regs", "spills", "shared", "instr", "mma", "load", "store")
+    print(f"{'target':8} {'kernel':32} " + " ".join(f"{name:>6}" for name in columns))
     for name, entry in tqdm(work, disable=not sys.stderr.isatty()):
-        found = inspect(compile_entry(entry, TARGETS[name]), sum(map(len, entry.table.terms)), entry.tile)
+        found = inspect(compile_entry(entry, TARGETS[name]), entry.work)
         shown = [
             "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-            for value in (
-                found.registers,
-                found.spills,
-                found.shared,
-                found.instructions_per_term,
-                found.load_bits,
-                found.store_bits,
-            )
+            for value in astuple(found)
         ]
-        widths = (5, 6, 7, 10, 5, 5)
-        cells = " ".join(f"{text:>{width}}" for text, width in zip(shown, widths, strict=True))
-        tqdm.write(f"{name:8} {entry.name:32} {cells}")
+        tqdm.write(f"{name:8} {entry.name:32} " + " ".join(f"{text:>6}" for text in shown))
     return 0
 
 

@@ -1,8 +1,8 @@
 """Which path computes a layer: one pure function of the problem, and the switches that override it.
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
-``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (a kernel that reads the
-stored weights through the symmetry; not in this version).
+``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one implicit GEMM that
+reads the stored weights through the symmetry: all multiply-adds of the dense layer, no expanded weight).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tritonsym.shift import Geometry, schedule
-from tritonsym.symmetry import Block
+from tritonsym import shift
+from tritonsym.shift import Conv
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,8 +76,22 @@ class Work:
     multiply_adds: int
     additions: int
     passes: int  # of additions: one per image and tap
+    z: int  # values of z
     filters: int  # of the largest block
+    taps: int
     channels: int  # input channels of one group: the terms that one value of z sums
+    outputs: int  # filters of one group, with all images
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Values that a convolution reads and writes however it is computed, and what expanding its weight takes."""
+
+    x: int
+    y: int
+    stored: int  # weights
+    expanded: int  # weights
+    images: int  # slices of the weight that are flipped or turned one by one
 
 
 @dataclass(frozen=True)
@@ -89,8 +103,9 @@ class Problem:
     dtype: str
     dense: int  # multiply-adds of the dense layer it replaces
     expanded: int  # multiply-adds of the reference path
-    shift: Work | None = None  # None where the shift path cannot compute the layer
+    shift: Work | None = None  # None where the kernels and the shift path cannot compute the layer
     training: bool = False  # whether a gradient is needed
+    traffic: Traffic | None = None  # of a convolution
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,11 @@ class Plan:
     flops: int
     dense_flops: int
     why: str
-    tile: tuple[int, int, int] | None = None  # (positions, filters, warps) of the kernel, where the path launches one
+    tiles: tuple[tuple[int, ...], ...] = ()  # of the path's kernels (`kernels.tiles`), if it launches any
+
+    @property
+    def flat_tiles(self) -> tuple[int, ...]:
+        return tuple(number for tile in self.tiles for number in tile)
 
     def __str__(self) -> str:
         p = self.problem
@@ -122,44 +141,131 @@ def plan(problem: Problem) -> Plan:
     """Choose the path. Pure but for the switches `backend`, `path`, TRITONSYM_BACKEND and `torch.set_num_threads`.
 
     Raises:
-        NotImplementedError: the path 'expand' is forced, which this version does not have.
-        ValueError: the path 'shift' is forced on a layer it cannot compute.
+        ValueError: a path is forced on a layer that it cannot compute.
     """
     return _plan(problem, current_backend(), _path.get(), torch.get_num_threads())
 
 
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> Plan:
-    if forced == "expand":
-        raise NotImplementedError("path 'expand' is forced, but this version has no such kernel; remove the switch")
     work = problem.shift
-    if forced == "shift" and work is None:
-        raise ValueError(
-            f"path 'shift' is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
-        )
     has_kernel = work is not None and problem.dtype in ("float32", "float16", "bfloat16")
-    if forced is not None:
+    if (forced == "shift" and work is None) or (forced == "expand" and not has_kernel):
+        raise ValueError(
+            f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
+        )
+    if work is not None and work.multiply_adds == 0:
+        chosen, why = "reference", "There is nothing to multiply."
+    elif forced is not None:
         chosen, why = forced, "Forced by tritonsym.path."
+    elif backend == "reference":
+        chosen, why = "reference", "Forced by the backend 'reference'."
     elif backend == "triton" and not has_kernel:
         chosen, why = "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
-    elif backend != "auto":
-        chosen, why = "shift" if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
+    elif backend == "triton":
+        chosen, why = _fastest_on_gpu(problem, ("shift", "expand"))
+        why = f"A kernel is forced by the backend 'triton'. {why}"
     elif work is None:
         chosen, why = "reference", "The shift path does not know this layer or dtype."
-    elif problem.target != "cpu":
-        chosen, why = (
-            "reference",
-            "No measurement yet says that the shift path is faster on a GPU; backend='triton' uses it.",
-        )
-    else:
+    elif problem.target == "cpu":
         chosen, why = _cheaper_on_cpu(problem, work, threads)
+    elif not has_kernel:
+        chosen, why = "reference", f"No Triton kernel computes {problem.dtype}."
+    else:
+        chosen, why = _fastest_on_gpu(problem, ("reference", "shift"))
     if chosen == "reference" or work is None:
         return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
-    from tritonsym.kernels.tiles import pick
+    tiles: tuple[tuple[int, ...], ...] = ()
+    if has_kernel and (chosen == "expand" or backend == "triton" or (backend == "auto" and problem.target != "cpu")):
+        tiles = _tiles(problem, work, chosen)
+    multiply_adds = work.multiply_adds if chosen == "shift" else problem.expanded
+    return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles)
 
-    wants_kernel = backend == "triton" or (backend == "auto" and problem.target != "cpu")
-    tile = astuple(pick(work.filters)) if has_kernel and wants_kernel else None
-    return Plan(problem, "shift", 2 * work.multiply_adds, 2 * problem.dense, why, tile)
+
+def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ...]:
+    """Tiles of the path's kernels: forward and backward additions, or forward, input and weight gradient."""
+    from tritonsym.kernels import tiles
+
+    if path == "shift":
+        tile = astuple(tiles.pick(work.filters, work.taps))
+        return (tile, tile)
+    itemsize, target = 4 if problem.dtype == "float32" else 2, architecture(problem.target)
+    both = (tiles.pick_gemm(columns, itemsize, target) for columns in (work.outputs, work.channels))
+    return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))
+
+
+def architecture(target: str) -> str:
+    """'sm_90' for the current GPU of 'cuda'; without one, the most demanding to fit."""
+    if target != "cuda":
+        return target
+    if not torch.cuda.is_available():
+        return "sm_86"
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU is assumed to reach: datasheet numbers times an efficiency; never measured here."""
+
+    gemm: float  # 16-bit multiply-adds x 2 per second of the vendor's GEMM
+    conv: float  # of its dense convolution
+    memory: float  # bytes per second
+    l1: float
+    launch: float = 4e-6  # seconds
+
+
+#: By compute capability: A100, H200, B200.
+RATES = {
+    80: Rates(250e12, 230e12, 1.7e12, 13e12),
+    90: Rates(700e12, 650e12, 4.3e12, 20e12),
+    100: Rates(1500e12, 1400e12, 7e12, 24e12),
+}
+#: A dense convolution of float32 takes so many times as long as one of 16 bits (tf32).
+FLOAT32 = 2
+#: What an implicit GEMM in Triton is assumed to reach of the vendor's convolution.
+TRITON = 0.6
+
+
+def estimated_seconds(problem: Problem) -> dict[str, float]:
+    """Forward time of every path on a GPU, by a roofline model.
+
+    Each step takes its arithmetic or its traffic, whichever is longer, and a launch. z is written to memory and read
+    back once; every term of a sum is a load from L1.
+    """
+    work, traffic = problem.shift, problem.traffic
+    assert work is not None and traffic is not None
+    capability = int(architecture(problem.target).removeprefix("sm_") or 80)
+    rates = RATES[max((c for c in RATES if c <= capability), default=80)]
+    itemsize, slower = (4, FLOAT32) if problem.dtype == "float32" else (2, 1)
+
+    def seconds(values: float, multiply_adds: float = 0, rate: float = rates.conv, terms: float = 0) -> float:
+        arithmetic = 2 * multiply_adds * slower / rate
+        return max(values * itemsize / rates.memory, arithmetic, terms * itemsize / rates.l1) + rates.launch
+
+    expanding = seconds(2 * traffic.expanded) + traffic.images * rates.launch
+    dense = seconds(traffic.x + traffic.y + traffic.expanded, problem.expanded)
+    rows = seconds(2 * traffic.stored)
+    passes = -(-work.z * itemsize // shift.SCRATCH_BYTES)  # every chunk has its launches
+    gemm = seconds(traffic.x + work.z + traffic.stored, work.multiply_adds, rates.gemm)
+    additions = seconds(work.z + traffic.y, terms=work.additions)
+    return {
+        "reference": expanding + dense,
+        "shift": rows + gemm + additions + 2 * (passes - 1) * rates.launch,
+        "expand": rows + seconds(traffic.x + traffic.y + traffic.stored, problem.expanded, TRITON * rates.conv),
+    }
+
+
+def _fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]:
+    """The path of least estimated time; the first one unless another is clearly faster."""
+    if architecture(problem.target).startswith("gfx"):
+        return paths[0], "No estimate for this GPU."
+    seconds = {path: s for path, s in estimated_seconds(problem).items() if path in paths}
+    best = min(seconds, key=lambda path: seconds[path])
+    words = ", ".join(f"{path} {1e6 * s:.3g} us" for path, s in seconds.items())
+    if seconds[paths[0]] < MARGIN * seconds[best]:
+        best = paths[0]
+    return best, f"Not measured; by estimate {words}."
 
 
 #: What the shift path's work costs on a CPU, in multiply-adds of the dense convolution that take as long: one addition,
@@ -198,27 +304,42 @@ def conv_problem(
     batch: int,
     channels: int,
     sizes: tuple[int, ...],
-    blocks: tuple[Block, ...],
-    groups: int,
-    geometry: Geometry,
+    conv: Conv,
     dense_factor: int = 1,
     training: bool = False,
 ) -> Problem:
-    """The problem of a convolution of x (batch, channels, *sizes), x as padded before the op.
+    """The problem of a convolution of x (batch, groups * channels, *sizes), x as padded before the op.
 
-    `dense_factor`: the dense layer has so many times the kernels of `blocks` (orbit 'sum': all images of a filter).
+    `dense_factor`: the dense layer has so many times the kernels of `conv` (orbit 'sum': all images of a filter).
     """
-    positions = sizes if geometry.transposed else geometry.out_sizes(sizes)
-    kernel = math.prod(geometry.kernel_size) * batch * math.prod(positions) * channels
-    expanded = kernel * groups * sum(block.filters * len(block.images) for block in blocks)
+    groups, geometry = conv.groups, conv.geometry
+    out_sizes = geometry.out_sizes(sizes)
+    kernel = math.prod(geometry.kernel_size) * batch * math.prod(sizes if geometry.transposed else out_sizes) * channels
+    expanded = kernel * groups * len(conv.table)
     dense = expanded * dense_factor
     if "complex" in dtype:
         return Problem(layer, target, dtype, dense, expanded)
-    _, additions = schedule(blocks, geometry, sizes)
+    _, additions = shift.schedule(conv, sizes)
     z = batch * groups * sum(rows * math.prod(class_sizes) for rows, class_sizes in additions.sources)
     count = batch * groups * sum(move.count for move in additions.moves)
-    work = Work(z * channels, count, len(additions.moves), max(block.filters for block in blocks), channels)
-    return Problem(layer, target, dtype, dense, expanded, work, training)
+    work = Work(
+        z * channels,
+        count,
+        len(additions.moves),
+        z,
+        max(block.filters for block in conv.blocks),
+        math.prod(geometry.kernel_size),
+        channels,
+        len(conv.table),
+    )
+    traffic = Traffic(
+        batch * groups * channels * math.prod(sizes),
+        batch * conv.out_channels * math.prod(out_sizes),
+        groups * conv.rows * channels,
+        groups * len(conv.table) * math.prod(geometry.kernel_size) * channels,
+        sum(len(block.images) for block in conv.blocks),
+    )
+    return Problem(layer, target, dtype, dense, expanded, work, training, traffic)
 
 
 def computing_dtype(t: Tensor) -> torch.dtype:

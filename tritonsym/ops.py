@@ -9,14 +9,15 @@ Ops take batched inputs and checked arguments; the public functions are in `trit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from tritonsym import dispatch, reference, shift
-from tritonsym.shift import Geometry
-from tritonsym.symmetry import Block, FilterLayout, Symmetry, tap_orbits, tied_blocks
+from tritonsym import convolution, dispatch, reference
+from tritonsym.shift import Conv, Geometry
+from tritonsym.symmetry import FilterLayout, Symmetry, tap_orbits, tied_blocks
 
 _library = torch.library.Library("tritonsym", "DEF")
 
@@ -35,32 +36,29 @@ def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 _layout = cache(FilterLayout.from_string)
+_conv = lru_cache(maxsize=4096)(Conv)  # one object of equal ones: it keeps its text and table
 
 
-def _shift_plan(
-    layer: str, tensors: Sequence[Tensor | None], blocks: tuple[Block, ...], groups: int, geometry: Geometry
-) -> dispatch.Plan | None:
-    """The plan for this convolution if it is the shift path. Symbolic sizes and `torch.func` take the reference."""
+def _plan(layer: str, tensors: Sequence[Tensor | None], conv: Conv) -> dispatch.Plan | None:
+    """The plan for this convolution, or None for the reference: also for symbolic sizes and under `torch.func`."""
     x = tensors[0]
     assert x is not None
     if any(isinstance(size, torch.SymInt) for size in x.shape):
         return None
-    if torch._C._are_functorch_transforms_active():  # no autograd.Function inside a composite op there
-        return None
+    if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
+        return None  # no autograd.Function inside a composite op there
     problem = dispatch.conv_problem(
         layer,
         x.device.type,
         dispatch.dtype_name(x),
         x.shape[0],
-        x.shape[1] // groups,
+        x.shape[1] // conv.groups,
         tuple(x.shape[2:]),
-        blocks,
-        groups,
-        geometry,
+        conv,
         training=dispatch.needs_gradient(*tensors),
     )
     plan = dispatch.plan(problem)
-    return plan if plan.path == "shift" else None
+    return None if plan.path == "reference" else plan
 
 
 def _geometry(
@@ -74,13 +72,6 @@ def _geometry(
     if output_padding is None:
         return Geometry(kernel, strides, pads, dilations)
     return Geometry(kernel, strides, pads, dilations, True, tuple(map(int, output_padding)))
-
-
-def _finish(y: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """act(y + b)."""
-    if bias is not None:
-        y = y + bias.to(y.dtype)[(...,) + (None,) * (y.ndim - 2)]  # under autocast the bias is still float32
-    return reference.activate(y, activation)
 
 
 @_op(
@@ -100,9 +91,10 @@ def symmetric_conv(
 ) -> Tensor:
     filters = _layout(layout, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
-    if plan := _shift_plan("SymmetricConv", (x, weight, bias), filters.blocks(geometry.kernel_size), groups, geometry):
-        y = shift.symmetric_conv(x, weight, filters, geometry, plan.tile)
-        return _finish(y, reference.full_bias(bias, filters), activation)
+    conv = _conv(filters.blocks(geometry.kernel_size), groups, geometry)
+    if plan := _plan("SymmetricConv", (x, weight, bias), conv):
+        rows = convolution.orbit_rows(weight, filters, conv.blocks, False)
+        return convolution.conv(x, rows, reference.full_bias(bias, filters), conv, plan, activation)
     return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
 
 
@@ -124,11 +116,10 @@ def symmetric_conv_transpose(
 ) -> Tensor:
     filters = _layout(layout, groups)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation, output_padding)
-    if plan := _shift_plan(
-        "SymmetricConvTranspose", (x, weight, bias), filters.blocks(geometry.kernel_size), groups, geometry
-    ):
-        y = shift.symmetric_conv(x, weight, filters, geometry, plan.tile)
-        return _finish(y, reference.full_bias(bias, filters), activation)
+    conv = _conv(filters.blocks(geometry.kernel_size), groups, geometry)
+    if plan := _plan("SymmetricConvTranspose", (x, weight, bias), conv):
+        rows = convolution.orbit_rows(weight, filters, conv.blocks, True)
+        return convolution.conv(x, rows, reference.full_bias(bias, filters), conv, plan, activation)
     return reference.symmetric_conv_transpose(
         x, weight, bias, filters, stride, padding, output_padding, dilation, activation
     )
@@ -157,8 +148,10 @@ def tied_conv(
     blocks = tied_blocks(
         orbits, int(weight.shape[0]) // groups, 0 if free_weight is None else int(free_weight.shape[0]) // groups
     )
-    if plan := _shift_plan("TiedConv", (x, weight, free_weight, bias), blocks, groups, geometry):
-        return _finish(shift.tied_conv(x, weight, free_weight, blocks, geometry, groups, plan.tile), bias, activation)
+    conv = _conv(blocks, groups, geometry)
+    if plan := _plan("TiedConv", (x, weight, free_weight, bias), conv):
+        rows = convolution.tied_rows(weight, free_weight, groups)
+        return convolution.conv(x, rows, bias, conv, plan, activation)
     return reference.tied_conv(
         x, weight, free_weight, bias, orbits, geometry.kernel_size, stride, padding, dilation, groups, activation
     )
@@ -184,19 +177,16 @@ def orbit_pool_conv(
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
     filters = int(weight.shape[0]) // groups
     if reduce in ("sum", "mean"):
-        orbits = tap_orbits(group, geometry.kernel_size)
-        blocks = tied_blocks(orbits, filters, 0)
-        if plan := _shift_plan("OrbitPoolConv", (x, weight, bias), blocks, groups, geometry):
-            tied = reference.orbit_mean(weight, group, reduce)
-            return _finish(shift.tied_conv(x, tied, None, blocks, geometry, groups, plan.tile), bias, activation)
+        conv = _conv(tied_blocks(tap_orbits(group, geometry.kernel_size), filters, 0), groups, geometry)
+        if plan := _plan("OrbitPoolConv", (x, weight, bias), conv):
+            rows = convolution.tied_rows(reference.orbit_mean(weight, group, reduce), None, groups)
+            return convolution.conv(x, rows, bias, conv, plan, activation)
     else:
         layout = FilterLayout(((group, filters),), 0, groups)
-        if plan := _shift_plan(
-            "OrbitPoolConv", (x, weight, bias), layout.blocks(geometry.kernel_size), groups, geometry
-        ):
-            y = shift.symmetric_conv(x, weight, layout, geometry, plan.tile)
-            y = reference.reduce_images(y, (groups, group.order, filters), reduce)
-            return _finish(y, bias, activation)
+        conv = _conv(layout.blocks(geometry.kernel_size), groups, geometry, reduce)
+        if plan := _plan("OrbitPoolConv", (x, weight, bias), conv):
+            rows = convolution.orbit_rows(weight, layout, conv.blocks, False)
+            return convolution.conv(x, rows, bias, conv, plan, activation)
     return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
 
 

@@ -11,31 +11,30 @@ and, with d[q, s, u] = sum of sign[g][k] dy[p, g, u] over all (p, g, k) that rea
     dx[q, c] = sum_{s, u} d[q, s, u] w[u, c, s]         dw[u, c, s] = sum_q d[q, s, u] x[q, c].
 
 GEMM plus shifted additions is kn2row (Anderson, Vasudevan, Keane, Gregg 2017, arXiv 1709.03395); sharing z between the
-images of a filter makes it the algorithm of a symmetric layer. The additions are linear: they keep nothing for the
-backward pass, their derivative is their adjoint, and autograd finds d once for both gradients. Everything here is torch
-ops: any device, and Inductor fuses the additions.
+images of a filter makes it the algorithm of a symmetric layer. The additions are linear, so their derivative is their
+adjoint. Everything here is torch ops: any device, and Inductor fuses the additions; `launch` is the same with kernels.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, product
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonsym.symmetry import Block, FilterLayout, taps
+from tritonsym.symmetry import Block, taps
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-#: Most bytes that z may take at a time; it is computed for as many images as fit, at least one.
+#: Most bytes that z and other temporary tensors may take at a time: the batch is computed in chunks of as many images
+#: as fit, at least one. ``tritonsym.shift.SCRATCH_BYTES = ...`` changes it.
 SCRATCH_BYTES = 64 << 20
 
 
@@ -60,6 +59,63 @@ class Geometry:
             return tuple((n - 1) * s - 2 * p + r + 1 + extra for n, s, p, r, extra in axes)
         axes4 = zip(sizes, self.stride, self.padding, reach, strict=True)
         return tuple((n + 2 * p - r - 1) // s + 1 for n, s, p, r in axes4)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Everything about a convolution over stored weights but its tensors.
+
+    The rows of a group are its stored weights: block by block, slot by slot, filter by filter. With `pool`, 'max' or
+    'min', the only block's images are reduced to one.
+    """
+
+    blocks: tuple[Block, ...]  # of one group
+    groups: int
+    geometry: Geometry
+    pool: str | None = None
+
+    @cached_property
+    def text(self) -> str:
+        """As a string, for an op that takes no objects; `from_text` is the inverse."""
+        blocks = [(b.filters, b.slots, b.images) for b in self.blocks]
+        return json.dumps([blocks, self.groups, astuple(self.geometry), self.pool], separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def from_text(text: str) -> Conv:
+        blocks, groups, geometry, pool = json.loads(text)
+
+        def freeze(value: Any) -> Any:
+            return tuple(map(freeze, value)) if isinstance(value, list) else value
+
+        return Conv(tuple(Block(*freeze(block)) for block in blocks), groups, Geometry(*freeze(geometry)), pool)
+
+    @cached_property
+    def rows(self) -> int:
+        """Stored rows of a group."""
+        return sum(block.filters * block.slots for block in self.blocks)
+
+    @cached_property
+    def table(self) -> tuple[tuple[int, ...], ...]:
+        """Of every filter of a group and tap: sign * (row + 1), and 0 where the sign forces zero."""
+        taps_of: dict[int, tuple[int, ...]] = {}
+        row = 1
+        for block in self.blocks:
+            for first, slots, signs in block.images:
+                for u in range(block.filters):
+                    taps_of[first + u] = tuple(
+                        sign * (row + slot * block.filters + u) for slot, sign in zip(slots, signs, strict=True)
+                    )
+            row += block.filters * block.slots
+        return tuple(taps_of[o] for o in sorted(taps_of))
+
+    @property
+    def out_channels(self) -> int:
+        return self.groups * (self.blocks[0].filters if self.pool else len(self.table))
+
+    def out_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of y."""
+        return (x.shape[0], self.out_channels, *self.geometry.out_sizes(x.shape[2:]))
 
 
 @dataclass(frozen=True)
@@ -102,36 +158,6 @@ class Additions:
         adjoint.__dict__["adjoint"] = self
         return adjoint
 
-    @cached_property
-    def text(self) -> str:
-        """As a string, for an op that takes no objects; `from_text` is the inverse."""
-
-        def places(at: tuple[Any, ...]) -> list[list[int]]:
-            return [[s.start, s.stop, s.step or 1] for s in at[1:]]
-
-        moves = [
-            [m.source, m.of.start, m.of.stop, places(m.of_at), m.target, m.to.start, m.to.stop, places(m.to_at), m.sign]
-            for m in self.moves
-        ]
-        return json.dumps([self.sources, self.targets, moves], separators=(",", ":"))
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def from_text(text: str) -> Additions:
-        sources, targets, moves = json.loads(text)
-
-        def places(at: list[list[int]]) -> tuple[Any, ...]:
-            return (..., *(slice(*s) for s in at))
-
-        return Additions(
-            tuple((channels, tuple(sizes)) for channels, sizes in sources),
-            tuple((channels, tuple(sizes)) for channels, sizes in targets),
-            tuple(
-                Move(source, slice(of, of_end), places(of_at), target, slice(to, to_end), places(to_at), sign)
-                for source, of, of_end, of_at, target, to, to_end, to_at, sign in moves
-            ),
-        )
-
 
 @dataclass(frozen=True)
 class Gemm:
@@ -142,15 +168,14 @@ class Gemm:
 
 
 @lru_cache(maxsize=256)
-def schedule(
-    blocks: tuple[Block, ...], geometry: Geometry, sizes: tuple[int, ...]
-) -> tuple[tuple[Gemm, ...], Additions]:
-    """The GEMMs of a layer on inputs of these spatial sizes, and the additions from their results to y.
+def schedule(conv: Conv, sizes: tuple[int, ...]) -> tuple[tuple[Gemm, ...], Additions]:
+    """The GEMMs of a convolution of inputs of these spatial sizes, and the additions from their results to y.
 
-    The rows of w are ordered block by block, slot by slot, filter by filter. With a stride, tap k reads residue
+    Without pooling: y holds all images. With a stride, tap k reads residue
     (dilation k - pad) mod stride: every residue class is a GEMM over 1/stride of the positions along each axis with the
     rows that some image needs there.
     """
+    blocks, geometry = conv.blocks, conv.geometry
     out_sizes = geometry.out_sizes(sizes)
     moduli = (1,) * len(sizes) if geometry.transposed else geometry.stride
     gemms: list[Gemm] = []
@@ -217,106 +242,162 @@ def _overlap(
     return tuple(z_at), tuple(y_at)
 
 
-def stack_weights(weights: Sequence[Tensor], blocks: tuple[Block, ...], groups: int) -> Tensor:
-    """Stored weights, one (groups * filters, C, slots) per block, as the rows of the GEMM: (groups, rows, C)."""
-    rows = [
-        w.unflatten(0, (groups, block.filters)).permute(0, 3, 1, 2).flatten(1, 2)
-        for w, block in zip(weights, blocks, strict=True)
-    ]
-    return torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
+# --- the path in torch ops --------------------------------------------------------------------------------------------
 
 
-def conv(
-    x: Tensor, rows: Tensor, blocks: tuple[Block, ...], geometry: Geometry, tile: tuple[int, int, int] | None
+def forward(x: Tensor, rows: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
+    """y = conv(x) + bias for x (N, groups C, *sizes), rows (groups, R, C) and a bias of every filter; no pooling."""
+    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])))
+    weights = [as_1x1(rows, g, x.ndim - 2) for g in gemms]
+
+    def images(n: slice) -> Tensor:
+        return add(additions, multiply(channels_last(x[n]), gemms, weights, conv.groups), conv.groups, bias)[0]
+
+    return over_images(chunks(x, additions, conv.groups), images, is_last(x))
+
+
+def backward(
+    dy: Tensor, x: Tensor, rows: Tensor, conv: Conv, need_x: bool, need_rows: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `forward` with respect to x and rows; d is computed once for both."""
+    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])))
+    weights = [as_1x1(rows, g, x.ndim - 2) for g in gemms]
+    drows = torch.zeros_like(rows, dtype=sum_dtype(rows.dtype))
+
+    def images(n: slice) -> Tensor:
+        d = add(additions.adjoint, [dy[n]], conv.groups) if gemms else []
+        return multiply_backward(
+            d, channels_last(x[n]), gemms, weights, conv.groups, need_x, drows if need_rows else None
+        )
+
+    dx = over_images(chunks(x, additions, conv.groups), images, is_last(x))
+    return dx if need_x else None, drows.to(rows.dtype) if need_rows else None
+
+
+def as_1x1(rows: Tensor, gemm: Gemm, ndim: int) -> Tensor:
+    """The rows of a GEMM as the weight of a 1x1 convolution."""
+    return pick(rows, gemm.rows).flatten(0, 1)[(...,) + (None,) * ndim]
+
+
+def multiply(x: Tensor, gemms: Sequence[Gemm], weights: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """z of every GEMM, by 1x1 convolutions: torch's switches for the precision of a convolution hold."""
+    return [_CONV[x.ndim - 2](x[g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
+
+
+def multiply_backward(
+    d: Sequence[Tensor],
+    x: Tensor,
+    gemms: Sequence[Gemm],
+    weights: Sequence[Tensor],
+    groups: int,
+    need_x: bool,
+    drows: Tensor | None,
 ) -> Tensor:
-    """y of the module docstring, without bias.  x (N, groups C, *sizes), rows (groups, rows, C).
-
-    The additions are a Triton kernel if it is given a tile, else torch ops.
-    """
-    ndim, groups = x.ndim - 2, rows.shape[0]
-    gemms, additions = schedule(blocks, geometry, tuple(map(int, x.shape[2:])))
-    weights = [_pick(rows, g.rows).flatten(0, 1)[(...,) + (None,) * ndim] for g in gemms]
-    if not gemms:  # every tap falls beside the image
-        [(channels, sizes)] = additions.targets
-        zeros = x.new_zeros(x.shape[0], groups * channels, *sizes)
-        return zeros + (x[:0].sum() + rows[:0].sum())  # 0 that still depends on both, for autograd
-    as_given = _is_last(x)
-    x = _channels_last(x)
-    parts = []
-    for n in _chunks(x, additions, groups):
-        z = [_CONV[ndim](x[n][g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
-        parts += _Add.apply(additions, groups, tile, *z)
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y if as_given else y.contiguous()
+    """dx of `multiply` (without channels if not needed); the gradients of the rows are added to `drows`."""
+    ndim = x.ndim - 2
+    one, zero = [1] * ndim, [0] * ndim
+    whole = len(gemms) == 1 and all(at.step == 1 for at in gemms[0].x_at[1:])
+    dx = torch.zeros_like(x) if need_x and not whole else x[:, :0]
+    for d_g, g, w in zip(d, gemms, weights, strict=True):
+        dx_g, dw, _ = torch.ops.aten.convolution_backward(
+            d_g, x[g.x_at], w, None, one, zero, one, False, zero, groups, [need_x, drows is not None, False]
+        )
+        if drows is not None:
+            add_rows(drows, dw.flatten(1).unflatten(0, (groups, -1)), g.rows)
+        if whole and need_x:
+            dx = dx_g
+        elif need_x:
+            dx[g.x_at] = dx_g
+    return dx
 
 
-def _pick(rows: Tensor, picked: tuple[int, ...]) -> Tensor:
-    """rows[:, picked], as slices: an index would be a constant, which `ExportedProgram.run_decompositions` loses."""
+def corner(sizes: Sequence[int]) -> tuple[Any, ...]:
+    """The first so many places of every spatial axis."""
+    return (..., *map(slice, sizes))
+
+
+def over_images(slices: Sequence[slice], images: Callable[[slice], Tensor], last: bool) -> Tensor:
+    """images(n) for all slices of the batch, one after the other; channels-last or not."""
+    first = images(slices[0])
+    if len(slices) == 1 or torch.compiler.is_compiling():
+        whole = torch.cat([first, *map(images, slices[1:])]) if len(slices) > 1 else first
+        return whole if last else whole.contiguous()
+    shape = (slices[-1].stop, *first.shape[1:])
+    whole = like(first, shape) if last else first.new_empty(shape)
+    whole[slices[0]] = first
+    for n in slices[1:]:  # no second copy of the whole
+        whole[n] = images(n)
+    return whole
+
+
+def _runs(picked: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Maximal runs [first, end) of consecutive numbers."""
     runs, start = [], 0
     for end in range(1, len(picked) + 1):
         if end == len(picked) or picked[end] != picked[end - 1] + 1:
-            runs.append(rows[:, picked[start] : picked[end - 1] + 1])
+            runs.append((picked[start], picked[end - 1] + 1))
             start = end
+    return runs
+
+
+def pick(rows: Tensor, picked: tuple[int, ...]) -> Tensor:
+    """rows[:, picked], as slices: an index would be a constant, which `ExportedProgram.run_decompositions` loses."""
+    runs = [rows[:, first:end] for first, end in _runs(picked)]
     return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
 
 
-def _is_last(x: Tensor) -> bool:
+def add_rows(drows: Tensor, part: Tensor, picked: tuple[int, ...]) -> None:
+    """drows[:, picked] += part."""
+    done = 0
+    for first, end in _runs(picked):
+        drows[:, first:end] += part[:, done : done + end - first]
+        done += end - first
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether x is channels-last."""
     return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """x with the channels innermost: long runs under one shift, and the GEMMs that round best on the CPU."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _chunks(x: Tensor, additions: Additions, groups: int) -> list[slice]:
-    """Slices of the batch whose z fits the scratch."""
+def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty channels-last tensor (N, C, *sizes)."""
+    return x.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def chunks(x: Tensor, additions: Additions, groups: int) -> list[slice]:
+    """Slices of the batch whose z, and copies of x and y in another memory format, fit the scratch."""
     batch = x.shape[0]
-    if isinstance(batch, torch.SymInt):  # traced with a dynamic batch: one chunk
-        return [slice(0, batch)]
-    image = sum(channels * math.prod(sizes) for channels, sizes in additions.sources) * groups * x.element_size()
+    values = sum(channels * math.prod(sizes) for channels, sizes in (*additions.sources, *additions.targets)) * groups
+    image = (values + math.prod(x.shape[1:])) * x.element_size()
     count = max(1, min(batch, SCRATCH_BYTES // max(image, 1)))
     return [slice(n, min(n + count, batch)) for n in range(0, max(batch, 1), count)]
 
 
-class _Add(torch.autograd.Function):
-    """The additions; linear, so that every derivative is the additions or their adjoint again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(additions: Additions, groups: int, tile: Any, *sources: Tensor) -> tuple[Tensor, ...]:
-        if tile is not None:
-            return tuple(torch.ops.tritonsym.additions(sources, additions.text, groups, tile))
-        grouped = [_channels_last(source).unflatten(1, (groups, -1)) for source in sources]
-        add = _fused if torch.compiler.is_compiling() and not _has_steps(additions) else _in_place
-        return tuple(target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.additions, *ctx.options = inputs[:3]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, None, *_Add.apply(ctx.additions.adjoint, *ctx.options, *gradients)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Add.apply(ctx.additions, *ctx.options, *tangents[3:])
+def add(additions: Additions, sources: Sequence[Tensor], groups: int, bias: Tensor | None = None) -> list[Tensor]:
+    """The targets of the additions, plus the bias of every channel."""
+    grouped = [channels_last(source).unflatten(1, (groups, -1)) for source in sources]
+    add = _fused if torch.compiler.is_compiling() and not _has_steps(additions) else _in_place
+    return [target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped, bias)]
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _in_place(additions: Additions, sources: Sequence[Tensor]) -> list[Tensor]:
+def _in_place(additions: Additions, sources: Sequence[Tensor], bias: Tensor | None = None) -> list[Tensor]:
     """Eager mode: one addition into a slice of the target per move."""
-    like = sources[0]
-    batch, groups = like.shape[:2]
-    targets = [
-        like.new_zeros(batch, *sizes, groups, channels, dtype=_sum_dtype(like.dtype)).movedim((-2, -1), (1, 2))
-        for channels, sizes in additions.targets
-    ]
+    batch, groups = sources[0].shape[:2]
+    dtype = sum_dtype(sources[0].dtype)
+    targets = []
+    for channels, sizes in additions.targets:
+        target = sources[0].new_empty(batch, *sizes, groups, channels, dtype=dtype)
+        target = target.zero_() if bias is None else target.copy_(bias.view(groups, channels))
+        targets.append(target.movedim((-2, -1), (1, 2)))
     for m in additions.moves:
         targets[m.target][:, :, m.to][m.to_at].add_(sources[m.source][:, :, m.of][m.of_at], alpha=m.sign)
     return targets
@@ -327,13 +408,13 @@ def _has_steps(additions: Additions) -> bool:
     return any(at.step not in (None, 1) for m in additions.moves for at in (*m.of_at[1:], *m.to_at[1:]))
 
 
-def _fused(additions: Additions, sources: Sequence[Tensor]) -> list[Tensor]:
+def _fused(additions: Additions, sources: Sequence[Tensor], bias: Tensor | None = None) -> list[Tensor]:
     """The same as sums of padded tensors: what Inductor fuses into one pass, unlike additions to slices."""
     sums: list[dict[int, Tensor]] = [{} for _ in additions.targets]  # per target: first channel -> sum
     for m in additions.moves:
         sizes = additions.targets[m.target][1]
         sides = [side for at, n in zip(m.to_at[:0:-1], sizes[::-1], strict=True) for side in (at.start, n - at.stop)]
-        piece = F.pad(sources[m.source][:, :, m.of][m.of_at].to(_sum_dtype(sources[0].dtype)), sides)
+        piece = F.pad(sources[m.source][:, :, m.of][m.of_at].to(sum_dtype(sources[0].dtype)), sides)
         found = sums[m.target].get(m.to.start)
         if found is None:
             sums[m.target][m.to.start] = piece if m.sign > 0 else -piece
@@ -349,123 +430,8 @@ def _fused(additions: Additions, sources: Sequence[Tensor]) -> list[Tensor]:
             if start in parts:
                 filled.append(parts[start])
                 done = start + parts[start].shape[2]
-        targets.append(torch.cat(filled, 2))
+        target = torch.cat(filled, 2)
+        if bias is not None:
+            target = target + bias.view(*target.shape[1:3], *[1] * len(sizes))
+        targets.append(target)
     return targets
-
-
-# --- the additions as a Triton kernel ---------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("tritonsym::additions", mutates_args=())
-def _additions(sources: Sequence[Tensor], additions: str, groups: int, tile: Sequence[int]) -> list[Tensor]:
-    """`Additions` by the kernel, for tensors on a GPU or in Triton's interpreter.
-
-    The kernel works channels-last: with channels first its loads would be single values. Other formats are copied.
-    """
-    if not sources[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            f"tritonsym: Triton kernels cannot run on {sources[0].device} tensors; move them to a GPU, set "
-            "TRITON_INTERPRET=1 before Python starts (slow, for tests), or use tritonsym.backend('auto')"
-        )
-    from tritonsym.kernels import shift as kernel
-    from tritonsym.kernels.tiles import Tile
-
-    plan = Additions.from_text(additions)
-    source = _channels_last(_side_by_side(plan, sources, groups))
-    targets = []
-    for i, (channels, sizes) in enumerate(plan.targets):
-        target = source.new_empty(source.shape[0], *sizes, groups * channels).movedim(-1, 1)
-        table = kernel.Table(*_table(additions, i))
-        if sum(table.filters) < channels:
-            target.zero_()
-        with torch.cuda.device_of(source):  # the launch follows the tensor
-            kernel.add(_to_3d(source), table, _to_3d(target), groups, Tile(*tile))
-        targets.append(target if _is_last(sources[0]) else target.contiguous())
-    return targets
-
-
-@_additions.register_fake
-def _(sources: Sequence[Tensor], additions: str, groups: int, tile: Sequence[int]) -> list[Tensor]:
-    plan = Additions.from_text(additions)
-    return [_like(sources[0], groups * channels, sizes) for channels, sizes in plan.targets]
-
-
-def _like(source: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
-    """An empty tensor (N, channels, *sizes), channels-last if the source is."""
-    if _is_last(source):
-        return source.new_empty(source.shape[0], *sizes, channels).movedim(-1, 1)
-    return source.new_empty(source.shape[0], channels, *sizes)
-
-
-def _side_by_side(plan: Additions, sources: Sequence[Tensor], groups: int) -> Tensor:
-    """All sources in one tensor, their channels one after the other in every group, 0 beyond the smaller ones."""
-    if len(sources) == 1:
-        return sources[0]
-    most = [max(sizes) for sizes in zip(*(sizes for _, sizes in plan.sources), strict=True)]
-    joined = _like(sources[0], groups * sum(channels for channels, _ in plan.sources), most).zero_()
-    parts = joined.unflatten(1, (groups, -1)).split([channels for channels, _ in plan.sources], 2)
-    for part, source in zip(parts, sources, strict=True):
-        inside = (..., *map(slice, source.shape[2:]))
-        part[inside] = source.unflatten(1, (groups, -1))
-    return joined
-
-
-@lru_cache(maxsize=1024)
-def _table(additions: str, target: int) -> tuple[Any, ...]:
-    """The fields of the kernel's `Table` for one target: position p of an axis reads (mul p + shift) / div."""
-    plan = Additions.from_text(additions)
-    rows = [0, *accumulate(channels for channels, _ in plan.sources)]
-    mul, div = [1, 1, 1], [1, 1, 1]
-    sums: dict[tuple[int, int], list[Any]] = {}
-    for m in plan.moves:
-        if m.target != target:
-            continue
-        shift = [0, 0, 0]
-        for axis, (of, to) in enumerate(zip(m.of_at[:0:-1], m.to_at[:0:-1], strict=True), start=1):
-            mul[-axis], div[-axis] = of.step or 1, to.step or 1
-            shift[-axis] = div[-axis] * of.start - mul[-axis] * to.start
-        key = (m.to.start, m.to.stop - m.to.start)
-        sums.setdefault(key, []).append((rows[m.source] + m.of.start, tuple(shift), m.sign))
-    ordered = sorted(sums)
-    first, filters = zip(*ordered, strict=True)
-    return first, filters, tuple(tuple(sums[key]) for key in ordered), tuple(mul), tuple(div)
-
-
-def _to_3d(x: Tensor) -> Tensor:
-    """(N, C, *sizes) with axes of size 1 put in front of the spatial ones."""
-    for _ in range(5 - x.ndim):
-        x = x.unsqueeze(2)
-    return x
-
-
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
-def symmetric_conv(
-    x: Tensor, weight: Tensor, layout: FilterLayout, geometry: Geometry, tile: tuple[int, int, int] | None = None
-) -> Tensor:
-    """conv(x, expand(weight)), or its transposed twin, without ever building expand(weight)."""
-    blocks = layout.blocks(geometry.kernel_size)
-    if geometry.transposed:  # (C, stored/groups, *k) -> (stored, C/groups, *k)
-        weight = weight.unflatten(0, (layout.groups, -1)).transpose(1, 2).flatten(0, 1)
-    taps_last = weight.flatten(2).unflatten(0, (layout.groups, -1))
-    parts = taps_last.split([block.filters for block in blocks], 1)
-    rows = stack_weights([part.flatten(0, 1) for part in parts], blocks, layout.groups)
-    return conv(x, rows, blocks, geometry, tile)
-
-
-def tied_conv(
-    x: Tensor,
-    weight: Tensor,
-    free_weight: Tensor | None,
-    blocks: tuple[Block, ...],
-    geometry: Geometry,
-    groups: int,
-    tile: tuple[int, int, int] | None = None,
-) -> Tensor:
-    """conv(x, [expand(weight), free_weight]) without ever building expand(weight); `blocks` from `tied_blocks`."""
-    weights = [weight] if weight.shape[0] else []
-    if free_weight is not None and free_weight.shape[0]:
-        weights.append(free_weight.flatten(2))
-    rows = stack_weights(weights, blocks, groups)
-    return conv(x, rows, blocks, geometry, tile)

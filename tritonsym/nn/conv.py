@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonsym import dispatch, functional, reference
-from tritonsym.shift import Geometry
+from tritonsym.shift import Conv, Geometry
 from tritonsym.symmetry import Block, FilterLayout, Symmetry, parity_axes, tap_orbits, tied_blocks
 
 if TYPE_CHECKING:
@@ -139,14 +139,16 @@ class _SharedConv(nn.modules.conv._ConvNd):
         sizes = tuple(n + e for n, e in zip(shape[-ndim:], extra, strict=True))
         batch = shape[0] if len(shape) == ndim + 2 else 1
         channels = self.in_channels // self.groups
-        blocks = self._blocks()
-        return dispatch.conv_problem(
-            where, target, dtype, batch, channels, sizes, blocks, self.groups, geometry, self._dense_factor()
-        )
+        conv = Conv(self._blocks(), self.groups, geometry, self._pool())
+        return dispatch.conv_problem(where, target, dtype, batch, channels, sizes, conv, self._dense_factor())
 
     def _blocks(self) -> tuple[Block, ...]:
         """The slot table of one group."""
         raise NotImplementedError
+
+    def _pool(self) -> str | None:
+        """'max' or 'min' where the images of a filter are reduced to one."""
+        return None
 
     def _dense_factor(self) -> int:
         """How many kernels of the dense layer the reference folds into one before it convolves."""
@@ -691,6 +693,9 @@ class _OrbitPoolConv(_SharedConv):
         if self.reduce in ("sum", "mean"):
             return tied_blocks(tap_orbits(self.symmetry, self.kernel_size), filters, 0)
         return FilterLayout(((self.symmetry, filters),), 0, self.groups).blocks(self.kernel_size)
+
+    def _pool(self) -> str | None:
+        return self.reduce if self.reduce in ("max", "min") else None
 
     def _dense_factor(self) -> int:
         return self.symmetry.order if self.reduce in ("sum", "mean") else 1

@@ -1,0 +1,364 @@
+"""Implicit GEMM over stored weights: a table says which stored row stands at every tap of every filter.
+
+    y[p, o]  = act(b[o] + sum_{k, c} sign[o, k] rows[row[o, k], c] x[at(p, k), c])
+    dx[q, c] = sum_{k, o} sign[o, k] rows[row[o, k], c] dy[at'(q, k), o]
+    dw[r, c] = sum_{p} sum_{(o, k): row[o, k] = r} sign[o, k] dy[p, o] x[at(p, k), c]
+
+The first two are one kernel; no expanded weight exists in memory. The last adds the images of a stored row in a fixed
+order and splits the positions over programs, whose partial results are added afterwards in a fixed order too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonsym.kernels.address import positions, read_at, wide
+from tritonsym.kernels.epilogue import activate
+from tritonsym.kernels.tiles import GemmTile
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How positions of the result map to positions of the source: (mul p + step k + shift) / div per axis, where div
+    divides it, for tap k of a kernel of these sizes."""
+
+    kernel: tuple[int, int, int]
+    mul: tuple[int, int, int]
+    step: tuple[int, int, int]
+    shift: tuple[int, int, int]
+    div: tuple[int, int, int]
+
+    def constants(self) -> dict[str, int]:
+        names = {"K": self.kernel, "MUL_": self.mul, "STEP_": self.step, "SHIFT_": self.shift, "DIV_": self.div}
+        return {f"{name}{axis}": v for name, values in names.items() for axis, v in zip("DHW", values, strict=True)}
+
+
+@triton.jit
+def _conv_kernel(
+    source_ptr,  # [N, groups * SOURCE_C, SD, SH, SW], any strides
+    rows_ptr,  # [groups, R, C]
+    table_ptr,  # [O, TAPS]: sign * (row + 1), 0 where no weight stands
+    bias_ptr,  # [groups * TARGET_C] or None
+    target_ptr,  # [N, groups * TARGET_C, TD, TH, TW], any strides
+    M,  # N * TD * TH * TW
+    TD,
+    TH,
+    TW,
+    SD,
+    SH,
+    SW,
+    SOURCE_C,
+    TARGET_C,
+    R,
+    C,
+    source_n,
+    source_c,
+    source_d,
+    source_h,
+    source_w,
+    target_n,
+    target_c,
+    target_d,
+    target_h,
+    target_w,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    MUL_D: tl.constexpr,
+    MUL_H: tl.constexpr,
+    MUL_W: tl.constexpr,
+    STEP_D: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    SHIFT_D: tl.constexpr,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
+    DIV_D: tl.constexpr,
+    DIV_H: tl.constexpr,
+    DIV_W: tl.constexpr,
+    GRADIENT: tl.constexpr,  # the source channels are filters, the target channels those of the weight
+    SIGNED: tl.constexpr,  # some sign is negative
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32: 'tf32' or 'ieee'
+    WIDE: tl.constexpr,  # offsets within an image need 64 bits
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """target[p, j] = act(bias[j] + sum_{k, i} source[at(p, k), i] W[k, i, j]).
+
+    at(p, k) = (MUL p + STEP k + SHIFT) / DIV; the source is 0 where DIV does not divide it and outside the image.
+    W[k, i, j] = sign[j, k] rows[row[j, k], i], and with GRADIENT sign[i, k] rows[row[i, k], j].
+    """
+    TAPS: tl.constexpr = KD * KH * KW
+    tiles_n = tl.cdiv(TARGET_C, BLOCK_N)
+    group = tl.program_id(1).to(tl.int64)
+    n, d, h, w, live = positions(tl.program_id(0) // tiles_n, M, TD, TH, TW, BLOCK_M, WIDE)  # [M]
+    j = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    has = j < TARGET_C
+    if WIDE:
+        j = j.to(tl.int64)
+    source = source_ptr + group * SOURCE_C * source_c + n * source_n  # [M]
+    rows_ptr += group * R * C
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    blocks = tl.cdiv(SOURCE_C, BLOCK_K)
+    for step in range(TAPS * blocks):  # at most 4 warps: pytorch issue 173068
+        k = step // blocks
+        i = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)  # [K]
+        i_has = i < SOURCE_C
+        if WIDE:
+            i = i.to(tl.int64)
+        shift_d = k // (KH * KW) * STEP_D + SHIFT_D
+        shift_h = k // KW % KH * STEP_H + SHIFT_H
+        shift_w = k % KW * STEP_W + SHIFT_W
+        place, inside = read_at(
+            d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, source_d, source_h, source_w,
+            MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
+        )  # fmt: skip
+        x = tl.load(
+            source[:, None] + (place[:, None] + (i * source_c)[None, :]),
+            mask=inside[:, None] & i_has[None, :],
+            other=0.0,
+        )  # [M, K]
+        if GRADIENT:
+            entry = tl.load(table_ptr + i * TAPS + k, mask=i_has, other=0)  # [K]
+            row = (tl.abs(entry) - 1).to(tl.int64) * C
+            weight = tl.load(
+                rows_ptr + row[:, None] + j[None, :], mask=(entry != 0)[:, None] & has[None, :], other=0.0
+            )  # [K, N]
+            if SIGNED:
+                weight = tl.where((entry < 0)[:, None], -weight, weight)
+        else:
+            entry = tl.load(table_ptr + j * TAPS + k, mask=has, other=0)  # [N]
+            row = (tl.abs(entry) - 1).to(tl.int64) * C
+            weight = tl.load(
+                rows_ptr + i[:, None] + row[None, :], mask=i_has[:, None] & (entry != 0)[None, :], other=0.0
+            )  # [K, N]
+            if SIGNED:
+                weight = tl.where((entry < 0)[None, :], -weight, weight)
+        total = tl.dot(x, weight, total, input_precision=PRECISION)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + group * TARGET_C + j, mask=has, other=0.0).to(tl.float32)[None, :]
+    total = activate(total, ACTIVATION)
+    target = target_ptr + group * TARGET_C * target_c + n * target_n  # [M]
+    place = d * target_d + h * target_h + w * target_w
+    tl.store(
+        target[:, None] + (place[:, None] + (j * target_c)[None, :]),
+        total.to(target_ptr.dtype.element_ty),
+        mask=live[:, None] & has[None, :],
+    )
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    dy_ptr,  # [N, groups * O, YD, YH, YW], any strides
+    x_ptr,  # [N, groups * C, XD, XH, XW], any strides
+    images_ptr,  # [row tiles, 2 + 3 IMAGES]: first row, rows, then per image first filter, tap, sign (0: none)
+    work_ptr,  # [splits, groups, R, C]
+    M,  # positions of the tensor that is read in place, with the batch
+    STEPS,  # blocks of positions of one split
+    PD,
+    PH,
+    PW,
+    SD,
+    SH,
+    SW,
+    O,
+    C,
+    R,
+    GROUPS,
+    dy_n,
+    dy_c,
+    dy_d,
+    dy_h,
+    dy_w,
+    x_n,
+    x_c,
+    x_d,
+    x_h,
+    x_w,
+    KD: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    MUL_D: tl.constexpr,
+    MUL_H: tl.constexpr,
+    MUL_W: tl.constexpr,
+    STEP_D: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    SHIFT_D: tl.constexpr,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
+    DIV_D: tl.constexpr,
+    DIV_H: tl.constexpr,
+    DIV_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # x is read at p and dy at at(p, k), not the other way round
+    IMAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """work[split, group, r, c] = sum of sign dy[p, o] x[at(p, k), c] over images (o, k, sign) of row r, p in the split.
+
+    at(p, k) as in `_conv_kernel`.
+    """
+    tiles_c = tl.cdiv(C, BLOCK_N)
+    tile = tl.program_id(0) // tiles_c
+    c = tl.program_id(0) % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    c_has = c < C
+    group = (tl.program_id(1) % GROUPS).to(tl.int64)
+    split = tl.program_id(1) // GROUPS
+    images_ptr += tile * (2 + 3 * IMAGES)
+    first = tl.load(images_ptr)
+    count = tl.load(images_ptr + 1)
+    r = tl.arange(0, BLOCK_M)  # [M]
+    r_has = r < count
+    dy_ptr += group * O * dy_c
+    x_ptr += group * C * x_c
+    if WIDE:
+        c = c.to(tl.int64)
+        r = r.to(tl.int64)
+    low = split * STEPS
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for image in range(IMAGES):
+        o = tl.load(images_ptr + 2 + 3 * image)
+        k = tl.load(images_ptr + 3 + 3 * image)
+        sign = tl.load(images_ptr + 4 + 3 * image)
+        shift_d = k // (KH * KW) * STEP_D + SHIFT_D
+        shift_h = k // KW % KH * STEP_H + SHIFT_H
+        shift_w = k % KW * STEP_W + SHIFT_W
+        filters = (o + r) * dy_c  # [M]
+        total *= tl.where(sign < 0, -1.0, 1.0)  # total + sign * products = sign * (sign * total + products)
+        for step in range(low, tl.where(sign == 0, low, low + STEPS)):
+            n, d, h, w, live = positions(step, M, PD, PH, PW, BLOCK_K, WIDE)  # [K]
+            if TRANSPOSED:
+                x_at = d * x_d + h * x_h + w * x_w
+                dy_at, there = read_at(
+                    d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, dy_d, dy_h, dy_w,
+                    MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
+                )  # fmt: skip
+            else:
+                dy_at = d * dy_d + h * dy_h + w * dy_w
+                x_at, there = read_at(
+                    d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, x_d, x_h, x_w,
+                    MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
+                )  # fmt: skip
+            dy = tl.load(
+                (dy_ptr + n * dy_n)[:, None] + (dy_at[:, None] + filters[None, :]),
+                mask=there[:, None] & r_has[None, :],
+                other=0.0,
+            )  # [K, M]
+            x = tl.load(
+                (x_ptr + n * x_n)[:, None] + (x_at[:, None] + (c * x_c)[None, :]),
+                mask=there[:, None] & c_has[None, :],
+                other=0.0,
+            )  # [K, N]
+            total = tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
+        total *= tl.where(sign < 0, -1.0, 1.0)
+    place = ((split.to(tl.int64) * GROUPS + group) * R + first + r) * C  # [M]
+    tl.store(work_ptr + place[:, None] + c[None, :], total, mask=r_has[:, None] & c_has[None, :])
+
+
+def conv(
+    source: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    target: Tensor,
+    grid: Grid,
+    tile: GemmTile,
+    *,
+    gradient: bool,
+    signed: bool,
+    precision: str,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> None:
+    """Fill target (N, groups * J, D, H, W) from source (N, groups * I, D, H, W) and rows (groups, R, C), contiguous."""
+    if target.numel() == 0:
+        return
+    groups, stored, channels = rows.shape
+    batch, target_c, *sizes = target.shape
+    count = batch * sizes[0] * sizes[1] * sizes[2]
+    target_c //= groups
+    programs = triton.cdiv(count, tile.block_m) * triton.cdiv(target_c, tile.block_n)
+    _conv_kernel[(programs, groups)](
+        source,
+        rows,
+        table,
+        bias,
+        target,
+        count,
+        *sizes,
+        *source.shape[2:],
+        source.shape[1] // groups,
+        target_c,
+        stored,
+        channels,
+        *source.stride(),
+        *target.stride(),
+        **grid.constants(),
+        GRADIENT=gradient,
+        SIGNED=signed,
+        ACTIVATION=activation or "",
+        PRECISION=precision,
+        WIDE=wide(source, target),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    images: Tensor,
+    work: Tensor,
+    grid: Grid,
+    tile: GemmTile,
+    *,
+    transposed: bool,
+    precision: str,
+) -> None:
+    """Fill work (splits, groups, R, C), float32, with partial gradients of the stored rows; their sum is the gradient.
+
+    `images` comes from a table of the row tiles of `tile.block_m`; rows that no image uses are left as they are.
+    """
+    splits, groups, stored, channels = work.shape
+    read, mapped = (x, dy) if transposed else (dy, x)
+    count = read.shape[0] * read.shape[2] * read.shape[3] * read.shape[4]
+    steps = triton.cdiv(triton.cdiv(count, tile.block_k), splits)
+    programs = images.shape[0] * triton.cdiv(channels, tile.block_n)
+    _weight_gradient_kernel[(programs, groups * splits)](
+        dy,
+        x,
+        images,
+        work,
+        count,
+        steps,
+        *read.shape[2:],
+        *mapped.shape[2:],
+        dy.shape[1] // groups,
+        channels,
+        stored,
+        groups,
+        *dy.stride(),
+        *x.stride(),
+        **grid.constants(),
+        TRANSPOSED=transposed,
+        IMAGES=(images.shape[1] - 2) // 3,
+        PRECISION=precision,
+        WIDE=wide(dy, x),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -1,0 +1,131 @@
+"""The convolution kernels: in Triton's interpreter against float64, and compiled ahead of time for GPUs."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from interpret import CASES, Interpreter
+
+import tritonsym
+
+pytest.importorskip("triton")  # Linux only
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
+
+
+VARIANTS = [("float32", "first"), ("float16", "last"), ("float32", "sliced"), ("float16", "first")]
+TILES = {"shift": [[32, 16, 4] * 2, [64, 32, 4] * 2], "expand": [[32, 16, 32, 4, 2] * 3, [64, 32, 16, 4, 2] * 3]}
+
+
+@pytest.mark.parametrize("path", ["shift", "expand"])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_exact(interpreter, name, path):
+    conv, batch, channels, sizes = CASES[name]
+    if conv.get("pool") and path == "expand":
+        conv = {**conv, "pool": None}
+    number = list(CASES).index(name) + (path == "expand")
+    for dtype, layout in (VARIANTS[number % 4], VARIANTS[(number + 1) % 4]):
+        tiles = TILES[path][number // 4 % 2]
+        assert interpreter(
+            "convolution",
+            conv=conv,
+            batch=batch,
+            channels=channels,
+            sizes=sizes,
+            path=path,
+            tiles=tiles,
+            dtype=dtype,
+            layout=layout,
+        )
+
+
+@pytest.mark.parametrize("path", ["shift", "expand"])
+def test_offsets_beyond_31_bits(interpreter, path):
+    conv, tiles = {"orbits": "h", "filters": 2}, TILES[path][0]
+    arguments = {"conv": conv, "path": path, "tiles": tiles, "dtype": "float16", "layout": "far"}
+    assert interpreter("convolution", batch=2, channels=2, sizes=[4, 5], **arguments)
+
+
+@pytest.mark.parametrize("path", ["shift", "expand"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "sigmoid", "tanh"])
+def test_activations_of_the_epilogue(interpreter, activation, path):
+    conv, tiles = {"orbits": "h", "filters": 4}, TILES[path][0]
+    arguments = {"conv": conv, "path": path, "tiles": tiles, "dtype": "float32", "layout": "last"}
+    assert interpreter("convolution", batch=1, channels=2, sizes=[4, 5], activation=activation, **arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("path", ["shift", "expand"])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("SymmetricConv2d", {"symmetry": {"h": 4, "v": 4}, "groups": 2, "out_channels": 12}),
+        ("SymmetricConv2d", {"symmetry": "hv", "stride": 2, "activation": "gelu"}),
+        ("SymmetricConvTranspose2d", {"symmetry": "c4", "kernel_size": 2, "stride": 2, "share_bias": True}),
+        ("TiedConv2d", {"symmetry": "radial", "free": 2, "activation": "relu"}),
+        ("OrbitPoolConv2d", {"symmetry": "hv", "out_channels": 4, "activation": "silu"}),
+    ],
+)
+def test_layers_round_as_torch_does(interpreter, kind, options, path, dtype):
+    options = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, **options}
+    assert interpreter("layer", kind=kind, options=options, shape=[2, 4, 6, 5], dtype=dtype, path=path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_what_kernels_cannot_compute_goes_to_the_reference(dtype):
+    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv", dtype=dtype)
+    with tritonsym.backend("triton"):
+        plan = tritonsym.explain(layer, torch.empty(1, 4, 5, 5, dtype=dtype, device="meta"), target="sm_90")
+        assert (plan.path, plan.tiles) == ("reference", ())
+        tritonsym.testing.assert_matches_reference(layer, torch.randn(1, 4, 5, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "size, dtype, path", [(64, "bfloat16", "reference"), (512, "bfloat16", "shift"), (512, "float64", "reference")]
+)
+def test_auto_estimates_gpus(size, dtype, path):
+    layer = tritonsym.nn.SymmetricConv2d(size, size, 3, padding=1, symmetry="hv", device="meta")
+    x = torch.empty(64, size, 14, 14, device="meta", dtype=getattr(torch, dtype))
+    plan = tritonsym.explain(layer, x, target="sm_90")
+    assert plan.path == path and (dtype == "float64" or "estimate" in plan.why)
+    assert bool(plan.tiles) == (path != "reference")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_shipped_tiles_compile(target):
+    """Ahead of time, no GPU needed: no spills, wide loads and stores, tensor cores, shared memory as `fits` assumes."""
+    from tritonsym.kernels.tiles import GemmTile, fits
+    from tritonsym.perf import inspect_kernels
+
+    for entry in inspect_kernels.entries():
+        kernel = inspect_kernels.compile_entry(entry, inspect_kernels.TARGETS[target])
+        found = inspect_kernels.inspect(kernel, entry.work)
+        assert fits(entry.tile, 2, target), entry.name
+        product = isinstance(entry.tile, GemmTile)
+        # what is not an operand: table entries in flight, barriers, and where layouts are exchanged
+        assert found.shared <= (entry.tile.shared(2) if product else 0) + (8 << 10), entry.name
+        if target == "gfx942":
+            continue
+        assert found.spills == 0, entry.name
+        assert bool(found.tensor_cores) == product, entry.name
+        assert found.load_bits == found.store_bits == 128, entry.name
+
+
+def test_no_operand_of_a_hopper_product_is_computed_in_registers():
+    """Registers that feed a wgmma must not change before it is done, which Triton has got wrong (its issue 9433)."""
+    from tritonsym.kernels.tiles import GemmTile
+    from tritonsym.perf import inspect_kernels
+
+    for entry in inspect_kernels.entries():
+        if isinstance(entry.tile, GemmTile):
+            for signed in (False, True) if "SIGNED" in entry.fixed else (None,):
+                fixed = entry.fixed if signed is None else {**entry.fixed, "SIGNED": signed}
+                kernel = inspect_kernels.compile_entry(replace(entry, fixed=fixed), inspect_kernels.TARGETS["sm_90"])
+                products = re.findall(r"warp_group_dot %.*? : (\S+?)<.*? \* (\S+?)<", kernel.asm["ttgir"])
+                assert products and set(products) == {("!ttg.memdesc", "!ttg.memdesc")}, entry.name
