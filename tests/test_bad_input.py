@@ -2,9 +2,11 @@
 
 import ast
 import copy
+import os
 import re
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import FilterLayout, Symmetry
+from tritonsym import FilterLayout, Symmetry, launch
 from tritonsym.dispatch import current_backend
 from tritonsym.symmetry import tap_orbits
 
@@ -76,6 +78,11 @@ def with_environment(value):
 def forced(context, function):
     with context:
         function()
+
+
+def failing_kernel():
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch._launching(X, W, "expand", [1, 2]):
+        raise TypeError("broken")
 
 
 def missing(words, message):
@@ -579,7 +586,19 @@ CASES = [
     ("backend: none", lambda: enter(tritonsym.backend(None)), ValueError, "backend None 'auto'"),
     ("path", lambda: enter(tritonsym.path("fast")), ValueError, "path 'fast' 'reference', 'expand', 'shift'"),
     ("environment", lambda: with_environment("gpu"), ValueError, "TRITONSYM_BACKEND='gpu' auto, reference, triton"),
-    ("no such kernel", lambda: forced(tritonsym.path("expand"), conv), NotImplementedError, "'expand' forced remove"),
+    ("kernels on a CPU", lambda: forced(tritonsym.path("expand"), conv), RuntimeError, "cpu TRITON_INTERPRET=1 auto"),
+    (
+        "expand in float64",
+        lambda: forced(tritonsym.path("expand"), lambda: conv(X.double(), W.double())),
+        ValueError,
+        "'expand' forced SymmetricConv float64 remove",
+    ),
+    (
+        "a kernel that fails",
+        failing_kernel,
+        RuntimeError,
+        "'expand' [1, 2] (2, 4, 6, 6) float32 cpu broken 'reference'",
+    ),
     (
         "shifts of complex numbers",
         lambda: forced(tritonsym.path("shift"), lambda: conv(X.to(torch.complex64), W.to(torch.complex64))),
@@ -708,6 +727,7 @@ def raises(path):
 def test_every_message_has_a_case():
     source = Path(tritonsym.__file__).parent
     files = [source / f"{name}.py" for name in ("symmetry", "packing", "functional", "dispatch")]
+    files += [source / "launch.py"]
     files += sorted((source / "nn").glob("*.py"))
     reached = set()
     calls = [case[1] for case in CASES] + [

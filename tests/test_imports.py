@@ -20,7 +20,8 @@ KERNELS = Path(importlib.import_module("tritonsym.kernels").__file__).parent
 ORDER = [
     {"symmetry", "packing"},
     {"shift"},
-    {"reference", "dispatch"},
+    {"reference", "dispatch", "launch"},
+    {"convolution"},
     {"ops"},
     {"functional"},
     {"nn"},
@@ -31,7 +32,7 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"shift", "dispatch", "ops"}  # may import kernels, within functions
+LAUNCHERS = {"launch", "dispatch", "ops"}  # may import kernels, within functions
 
 
 def modules(folder, prefix=""):

@@ -337,20 +337,18 @@ def test_switches_nest_and_are_restored(monkeypatch):
     monkeypatch.delenv("TRITONSYM_BACKEND", raising=False)
     expected = LAYER(X2D)
     with tritonsym.backend("triton"):
-        assert (current_backend(), tritonsym.explain(LAYER, X2D).path) == ("triton", "shift")
+        assert current_backend() == "triton" and tritonsym.explain(LAYER, X2D).tiles
         with tritonsym.backend("reference"):
             assert (current_backend(), tritonsym.explain(LAYER, X2D).path) == ("reference", "reference")
             assert torch.equal(LAYER(X2D), expected)
         assert current_backend() == "triton"
     assert current_backend() == "auto"
     with tritonsym.path("expand"):
-        with pytest.raises(NotImplementedError, match="expand"):
-            LAYER(X2D)
+        assert tritonsym.explain(LAYER, X2D).path == "expand"
         with tritonsym.path("shift"):
             assert tritonsym.explain(LAYER, X2D).path == "shift"
             torch.testing.assert_close(LAYER(X2D), expected)
-        with pytest.raises(NotImplementedError, match="expand"):
-            tritonsym.explain(LAYER, X2D)
+        assert tritonsym.explain(LAYER, X2D).path == "expand"
     assert torch.equal(LAYER(X2D), expected)
 
 

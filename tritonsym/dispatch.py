@@ -85,13 +85,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Values that a convolution reads and writes however it is computed, and what expanding its weight takes."""
+    """Values that a convolution reads and writes however it is computed."""
 
     x: int
     y: int
     stored: int  # weights
     expanded: int  # weights
-    images: int  # slices of the weight that are flipped or turned one by one
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,8 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
     """
     work, traffic = problem.shift, problem.traffic
     assert work is not None and traffic is not None
-    capability = int(architecture(problem.target).removeprefix("sm_") or 80)
+    name = architecture(problem.target)
+    capability = int(name[3:]) if name.startswith("sm_") else 90  # the interpreter stands in for an H200
     rates = RATES[max((c for c in RATES if c <= capability), default=80)]
     itemsize, slower = (4, FLOAT32) if problem.dtype == "float32" else (2, 1)
 
@@ -243,7 +243,7 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
         arithmetic = 2 * multiply_adds * slower / rate
         return max(values * itemsize / rates.memory, arithmetic, terms * itemsize / rates.l1) + rates.launch
 
-    expanding = seconds(2 * traffic.expanded) + traffic.images * rates.launch
+    expanding = seconds(2 * traffic.expanded)
     dense = seconds(traffic.x + traffic.y + traffic.expanded, problem.expanded)
     rows = seconds(2 * traffic.stored)
     passes = -(-work.z * itemsize // shift.SCRATCH_BYTES)  # every chunk has its launches
@@ -337,7 +337,6 @@ def conv_problem(
         batch * conv.out_channels * math.prod(out_sizes),
         groups * conv.rows * channels,
         groups * len(conv.table) * math.prod(geometry.kernel_size) * channels,
-        sum(len(block.images) for block in conv.blocks),
     )
     return Problem(layer, target, dtype, dense, expanded, work, training, traffic)
 

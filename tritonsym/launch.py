@@ -8,7 +8,8 @@ rows through `Conv.table`. Both save nothing but x and the rows (and one byte pe
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -20,12 +21,31 @@ from tritonsym import shift
 from tritonsym.shift import Additions, Conv, Gemm, channels_last, is_last
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels run on tensors of this device."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _check_device(x: Tensor) -> None:
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not runs_on(x.device):
         raise RuntimeError(
             f"tritonsym: Triton kernels cannot run on {x.device} tensors; move them to a GPU, set "
             "TRITON_INTERPRET=1 before Python starts (slow, for tests), or use tritonsym.backend('auto')"
         )
+
+
+@contextmanager
+def _launching(x: Tensor, rows: Tensor, path: str, tiles: Sequence[int]) -> Iterator[None]:
+    """Launch on the device of x, and say what was launched if that fails."""
+    _check_device(x)
+    try:
+        with torch.cuda.device_of(x):
+            yield
+    except Exception as error:
+        raise RuntimeError(
+            f"tritonsym: the kernels of path {path!r} with tiles {list(tiles)} failed for x {tuple(x.shape)} {x.dtype} "
+            f"and stored rows {tuple(rows.shape)} on {x.device}: {error}; tritonsym.backend('reference') does without"
+        ) from error
 
 
 @torch.library.custom_op("tritonsym::conv_forward", mutates_args=())
@@ -43,11 +63,10 @@ def forward(
 
     `tiles`: those of the path's kernels one after the other (`Plan.tiles`).
     """
-    _check_device(x)
     layer = Conv.from_text(conv)
     y = _like(x, layer.out_shape(x))
     winners = torch.empty_like(y, dtype=torch.uint8) if keep else y.new_empty(0, dtype=torch.uint8)
-    with torch.cuda.device_of(x):  # the launch follows the tensor
+    with _launching(x, rows, path, tiles):
         run = _shift_forward if path == "shift" else _expand_forward
         run(x, rows, bias, layer, tiles, activation, y, winners if keep else None)
     return y, winners
@@ -81,11 +100,10 @@ def backward(
     need_rows: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients with respect to x and rows; empty where not needed."""
-    _check_device(x)
     layer = Conv.from_text(conv)
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     drows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
-    with torch.cuda.device_of(x):
+    with _launching(x, rows, path, tiles):
         run = _shift_backward if path == "shift" else _expand_backward
         run(
             dy,
@@ -141,7 +159,7 @@ def _shift_forward(
     y: Tensor,
     winners: Tensor | None,
 ) -> None:
-    from tritonsym.kernels import shift as kernel
+    import tritonsym.kernels.shift as kernel
     from tritonsym.kernels.tiles import Tile
 
     gemms, additions = shift.schedule(conv, tuple(x.shape[2:]))
@@ -170,7 +188,7 @@ def _shift_backward(
     dx: Tensor | None,
     drows: Tensor | None,
 ) -> None:
-    from tritonsym.kernels import shift as kernel
+    import tritonsym.kernels.shift as kernel
     from tritonsym.kernels.tiles import Tile
 
     gemms, additions = shift.schedule(conv, tuple(x.shape[2:]))
@@ -329,7 +347,7 @@ def _expand_forward(
     y: Tensor,
     winners: Tensor | None,
 ) -> None:
-    from tritonsym.kernels import conv as kernel
+    import tritonsym.kernels.conv as kernel
     from tritonsym.kernels.tiles import GemmTile
 
     table, signed = _device_table(conv, x.device)
@@ -358,7 +376,7 @@ def _expand_backward(
     dx: Tensor | None,
     drows: Tensor | None,
 ) -> None:
-    from tritonsym.kernels import conv as kernel
+    import tritonsym.kernels.conv as kernel
     from tritonsym.kernels.tiles import GemmTile
 
     transposed = conv.geometry.transposed
@@ -402,7 +420,7 @@ def _splits(programs: int, positions: int, block: int) -> int:
 
 def _precision() -> str:
     """Of float32 products: torch's switch for convolutions."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 @lru_cache(maxsize=1024)
