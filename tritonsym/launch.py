@@ -420,7 +420,8 @@ def _splits(programs: int, positions: int, block: int) -> int:
 
 def _precision() -> str:
     """Of float32 products: torch's switch for convolutions."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if switch == "tf32" else "ieee"
 
 
 @lru_cache(maxsize=1024)
