@@ -14,8 +14,11 @@ from functools import cache, lru_cache
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonsym import convolution, dispatch, reference
+from tritonsym.dispatch import needs_gradient
 from tritonsym.shift import Conv, Geometry
 from tritonsym.symmetry import FilterLayout, Symmetry, tap_orbits, tied_blocks
 
@@ -61,6 +64,34 @@ def _plan(layer: str, tensors: Sequence[Tensor | None], conv: Conv) -> dispatch.
     return None if plan.path == "reference" else plan
 
 
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> (what of it, stored values, dense weight)
+
+
+def _dense(what: object, make: Callable[[], Tensor], *weights: Tensor | None) -> Tensor | None:
+    """The expanded weight, kept for inference on the CPU; None where it is not kept.
+
+    It is used again only while the stored values are bitwise those it was made of, which costs a fraction of expanding
+    them: no change of the parameters, however it comes about, can be missed. Training drops it.
+    """
+    weight = weights[0]
+    stored = [w for w in weights if w is not None]
+    if not isinstance(weight, Parameter) or weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if needs_gradient(*stored) or weight.is_inference() or torch._C._are_functorch_transforms_active():
+        _kept.pop(weight, None)
+        return None
+    known, values, dense = _kept.get(weight, (None, [], None))
+    if known != what or not all(map(_same, stored, values)):
+        with torch.inference_mode(False), torch.no_grad():
+            dense = make()
+            _kept[weight] = (what, [w.detach().clone() for w in stored], dense)
+    return dense
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
 def _geometry(
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -95,7 +126,8 @@ def symmetric_conv(
     if plan := _plan("SymmetricConv", (x, weight, bias), conv):
         rows = convolution.orbit_rows(weight, filters, conv.blocks, False)
         return convolution.conv(x, rows, reference.full_bias(bias, filters), conv, plan, activation)
-    return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
+    dense = _dense(filters, lambda: reference.expand_orbits(weight, filters), weight)
+    return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation, dense)
 
 
 @_op(
@@ -120,8 +152,9 @@ def symmetric_conv_transpose(
     if plan := _plan("SymmetricConvTranspose", (x, weight, bias), conv):
         rows = convolution.orbit_rows(weight, filters, conv.blocks, True)
         return convolution.conv(x, rows, reference.full_bias(bias, filters), conv, plan, activation)
+    dense = _dense(filters, lambda: reference.expand_orbits(weight, filters, transposed=True), weight)
     return reference.symmetric_conv_transpose(
-        x, weight, bias, filters, stride, padding, output_padding, dilation, activation
+        x, weight, bias, filters, stride, padding, output_padding, dilation, activation, dense
     )
 
 
@@ -152,8 +185,13 @@ def tied_conv(
     if plan := _plan("TiedConv", (x, weight, free_weight, bias), conv):
         rows = convolution.tied_rows(weight, free_weight, groups)
         return convolution.conv(x, rows, bias, conv, plan, activation)
+
+    def expand() -> Tensor:
+        return reference.beside_free(reference.expand_ties(weight, orbits, geometry.kernel_size), free_weight, groups)
+
+    dense = _dense((orbits, groups), expand, weight, free_weight)
     return reference.tied_conv(
-        x, weight, free_weight, bias, orbits, geometry.kernel_size, stride, padding, dilation, groups, activation
+        x, weight, free_weight, bias, orbits, geometry.kernel_size, stride, padding, dilation, groups, activation, dense
     )
 
 
@@ -187,7 +225,10 @@ def orbit_pool_conv(
         if plan := _plan("OrbitPoolConv", (x, weight, bias), conv):
             rows = convolution.orbit_rows(weight, layout, conv.blocks, False)
             return convolution.conv(x, rows, bias, conv, plan, activation)
-    return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
+    dense = _dense((group, reduce), lambda: reference.expand_pool(weight, group, reduce), weight)
+    return reference.orbit_pool_conv(
+        x, weight, bias, group, reduce, stride, padding, dilation, groups, activation, dense
+    )
 
 
 symmetric_linear = _op("symmetric_linear(Tensor x, Tensor packed, Tensor? bias, str? activation=None) -> Tensor")(

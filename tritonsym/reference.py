@@ -173,9 +173,13 @@ def symmetric_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str | None = None,
+    dense: Tensor | None = None,
 ) -> Tensor:
-    """y = act(conv(x, expand(weight)) + b).  A bias of one value per stored filter is shared by its images."""
-    dense = expand_orbits(weight, layout)
+    """y = act(conv(x, expand(weight)) + b).  A bias of one value per stored filter is shared by its images.
+
+    Here and below `dense` is the expanded weight, if it is known.
+    """
+    dense = expand_orbits(weight, layout) if dense is None else dense
     y = _CONV[x.ndim - 2](x, dense, full_bias(bias, layout), stride, padding, dilation, layout.groups)
     return activate(y, activation)
 
@@ -190,9 +194,10 @@ def symmetric_conv_transpose(
     output_padding: Sequence[int],
     dilation: Sequence[int],
     activation: str | None = None,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """y = act(conv_transpose(x, expand(weight)) + b)."""
-    dense = expand_orbits(weight, layout, transposed=True)
+    dense = expand_orbits(weight, layout, transposed=True) if dense is None else dense
     conv = _CONV_TRANSPOSE[x.ndim - 2]
     y = conv(x, dense, full_bias(bias, layout), stride, padding, output_padding, layout.groups, dilation)
     return activate(y, activation)
@@ -217,9 +222,11 @@ def tied_conv(
     dilation: Sequence[int],
     groups: int,
     activation: str | None = None,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """y = act(conv(x, [expand(weight), free_weight]) + b)."""
-    dense = beside_free(expand_ties(weight, orbits, kernel_size), free_weight, groups)
+    if dense is None:
+        dense = beside_free(expand_ties(weight, orbits, kernel_size), free_weight, groups)
     return activate(_CONV[x.ndim - 2](x, dense, bias, stride, padding, dilation, groups), activation)
 
 
@@ -234,16 +241,20 @@ def orbit_pool_conv(
     dilation: Sequence[int],
     groups: int,
     activation: str | None = None,
+    dense: Tensor | None = None,
 ) -> Tensor:
     """y = act(reduce_g conv(x, g weight) + b).  'sum' and 'mean' are one convolution with the symmetrised kernel."""
-    conv = _CONV[x.ndim - 2]
-    if reduce in ("sum", "mean"):
-        y = conv(x, symmetrised(weight, symmetry, reduce), bias, stride, padding, dilation, groups)
-        return activate(y, activation)
-    if bias is not None:
+    dense = expand_pool(weight, symmetry, reduce) if dense is None else dense
+    pooled = reduce in ("max", "min")
+    if bias is not None and pooled:
         bias = bias.repeat_interleave(symmetry.order)
-    y = conv(x, orbit_images(weight, symmetry), bias, stride, padding, dilation, groups)
-    return activate(reduce_images(y, (-1, symmetry.order), reduce), activation)
+    y = _CONV[x.ndim - 2](x, dense, bias, stride, padding, dilation, groups)
+    return activate(reduce_images(y, (-1, symmetry.order), reduce) if pooled else y, activation)
+
+
+def expand_pool(weight: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
+    """The kernels that an orbit pool convolves with: all images of every filter, or one that stands for them."""
+    return orbit_images(weight, symmetry) if reduce in ("max", "min") else symmetrised(weight, symmetry, reduce)
 
 
 def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:

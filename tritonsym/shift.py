@@ -37,6 +37,11 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 #: as fit, at least one. ``tritonsym.shift.SCRATCH_BYTES = ...`` changes it.
 SCRATCH_BYTES = 64 << 20
 
+#: On the CPU the GEMMs add their terms one after the other, which in float32 rounds more than torch's convolutions do.
+#: Sums of about so many terms, added up, keep twice the error of torch's convolution of the same memory format
+#: (perf/results/*-rounding.json): rows in dx and channels in z if x is channels-first, positions in dw if it is last.
+MOST_ROWS, MOST_CHANNELS, MOST_POSITIONS = 256, 512, 128
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -168,12 +173,12 @@ class Gemm:
 
 
 @lru_cache(maxsize=256)
-def schedule(conv: Conv, sizes: tuple[int, ...]) -> tuple[tuple[Gemm, ...], Additions]:
+def schedule(conv: Conv, sizes: tuple[int, ...], most_rows: int | None = None) -> tuple[tuple[Gemm, ...], Additions]:
     """The GEMMs of a convolution of inputs of these spatial sizes, and the additions from their results to y.
 
-    Without pooling: y holds all images. With a stride, tap k reads residue
-    (dilation k - pad) mod stride: every residue class is a GEMM over 1/stride of the positions along each axis with the
-    rows that some image needs there.
+    Without pooling: y holds all images. With a stride, tap k reads residue (dilation k - pad) mod stride: every residue
+    class has its own GEMMs over 1/stride of the positions along each axis, with the rows that some image needs there.
+    With `most_rows` they have about so many at most.
     """
     blocks, geometry = conv.blocks, conv.geometry
     out_sizes = geometry.out_sizes(sizes)
@@ -195,18 +200,28 @@ def schedule(conv: Conv, sizes: tuple[int, ...]) -> tuple[tuple[Gemm, ...], Addi
             continue
         x_at = (..., *(slice(r, None, m) for r, m in zip(residue, moduli, strict=True)))
         used = {(b, slot) for b, slot, *_ in reads}
-        rows: list[int] = []
-        of: dict[tuple[int, int], slice] = {}
+        parts: list[list[int]] = [[]]  # rows of every GEMM
+        of: dict[tuple[int, int], list[tuple[int, slice, int]]] = {}  # GEMM, its rows, first filter
+        count = sum(blocks[b].filters for b, _ in used)
+        enough = -(-count // -(-count // (most_rows or count)))  # of equal parts
         row = 0
         for b, block in enumerate(blocks):
+            width = min(block.filters, enough)
             for slot in range(block.slots):
-                if (b, slot) in used:
-                    of[b, slot] = slice(len(rows), len(rows) + block.filters)
-                    rows += range(row, row + block.filters)
+                for u in range(0, block.filters, width) if (b, slot) in used else ():
+                    count = min(width, block.filters - u)
+                    if len(parts[-1]) >= enough:
+                        parts.append([])
+                    at_rows = slice(len(parts[-1]), len(parts[-1]) + count)
+                    of.setdefault((b, slot), []).append((len(gemms) + len(parts) - 1, at_rows, u))
+                    parts[-1] += range(row + u, row + u + count)
                 row += block.filters
-        moves += [Move(len(gemms), of[b, slot], z_at, 0, to, y_at, sign) for b, slot, to, z_at, y_at, sign in reads]
-        gemms.append(Gemm(x_at, tuple(rows)))
-        sources.append((len(rows), class_sizes))
+        for b, slot, to, z_at, y_at, sign in reads:
+            for gemm, at_rows, u in of[b, slot]:
+                to_u = slice(to.start + u, to.start + u + at_rows.stop - at_rows.start)
+                moves.append(Move(gemm, at_rows, z_at, 0, to_u, y_at, sign))
+        gemms += [Gemm(x_at, tuple(rows)) for rows in parts]
+        sources += [(len(rows), class_sizes) for rows in parts]
     channels = sum(block.filters * len(block.images) for block in blocks)
     return tuple(gemms), Additions(tuple(sources), ((channels, out_sizes),), tuple(moves))
 
@@ -247,11 +262,13 @@ def _overlap(
 
 def forward(x: Tensor, rows: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
     """y = conv(x) + bias for x (N, groups C, *sizes), rows (groups, R, C) and a bias of every filter; no pooling."""
-    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])))
+    most_rows, most_channels, _ = _limits(x)
+    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])), most_rows)
     weights = [as_1x1(rows, g, x.ndim - 2) for g in gemms]
 
     def images(n: slice) -> Tensor:
-        return add(additions, multiply(channels_last(x[n]), gemms, weights, conv.groups), conv.groups, bias)[0]
+        z = multiply(channels_last(x[n]), gemms, weights, conv.groups, most_channels)
+        return add(additions, z, conv.groups, bias)[0]
 
     return over_images(chunks(x, additions, conv.groups), images, is_last(x))
 
@@ -260,18 +277,25 @@ def backward(
     dy: Tensor, x: Tensor, rows: Tensor, conv: Conv, need_x: bool, need_rows: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of `forward` with respect to x and rows; d is computed once for both."""
-    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])))
+    most_rows, _, most_positions = _limits(x)
+    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])), most_rows)
     weights = [as_1x1(rows, g, x.ndim - 2) for g in gemms]
-    drows = torch.zeros_like(rows, dtype=sum_dtype(rows.dtype))
+    drows = torch.zeros_like(rows, dtype=sum_dtype(rows.dtype)) if need_rows else None
 
     def images(n: slice) -> Tensor:
-        d = add(additions.adjoint, [dy[n]], conv.groups) if gemms else []
-        return multiply_backward(
-            d, channels_last(x[n]), gemms, weights, conv.groups, need_x, drows if need_rows else None
-        )
+        d = add(additions.adjoint, [dy[n]], conv.groups)
+        x_n = channels_last(x[n])
+        return multiply_backward(d, x_n, gemms, weights, conv.groups, need_x, drows, most_positions)
 
     dx = over_images(chunks(x, additions, conv.groups), images, is_last(x))
-    return dx if need_x else None, drows.to(rows.dtype) if need_rows else None
+    return dx if need_x else None, None if drows is None else drows.to(rows.dtype)
+
+
+def _limits(x: Tensor) -> tuple[int | None, int | None, int | None]:
+    """MOST_ROWS, MOST_CHANNELS and MOST_POSITIONS where they matter."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return None, None, None
+    return (None, None, MOST_POSITIONS) if is_last(x) else (MOST_ROWS, MOST_CHANNELS, None)
 
 
 def as_1x1(rows: Tensor, gemm: Gemm, ndim: int) -> Tensor:
@@ -279,9 +303,22 @@ def as_1x1(rows: Tensor, gemm: Gemm, ndim: int) -> Tensor:
     return pick(rows, gemm.rows).flatten(0, 1)[(...,) + (None,) * ndim]
 
 
-def multiply(x: Tensor, gemms: Sequence[Gemm], weights: Sequence[Tensor], groups: int) -> list[Tensor]:
-    """z of every GEMM, by 1x1 convolutions: torch's switches for the precision of a convolution hold."""
-    return [_CONV[x.ndim - 2](x[g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
+def multiply(
+    x: Tensor, gemms: Sequence[Gemm], weights: Sequence[Tensor], groups: int, most_channels: int | None = None
+) -> list[Tensor]:
+    """z of every GEMM, by 1x1 convolutions: torch's switches for the precision of a convolution hold.
+
+    With `most_channels` (and one group) they are sums of sums over so many channels.
+    """
+    conv = _CONV[x.ndim - 2]
+    if most_channels is None or groups > 1 or x.shape[1] <= most_channels:
+        return [conv(x[g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
+    z: list[Tensor] = []
+    for at in range(0, x.shape[1], most_channels):
+        part = slice(at, at + most_channels)
+        found = multiply(channels_last(x[:, part]), gemms, [w[:, part] for w in weights], 1)
+        z = [total.add_(more) for total, more in zip(z, found, strict=True)] if z else found
+    return z
 
 
 def multiply_backward(
@@ -292,23 +329,50 @@ def multiply_backward(
     groups: int,
     need_x: bool,
     drows: Tensor | None,
+    most_positions: int | None = None,
 ) -> Tensor:
-    """dx of `multiply` (without channels if not needed); the gradients of the rows are added to `drows`."""
+    """dx of `multiply` (without channels if not needed); the gradients of the rows are added to `drows`.
+
+    With `most_positions`, these are sums of sums over about so many positions.
+    """
     ndim = x.ndim - 2
     one, zero = [1] * ndim, [0] * ndim
-    whole = len(gemms) == 1 and all(at.step == 1 for at in gemms[0].x_at[1:])
+    whole = all(at.step == 1 for g in gemms for at in g.x_at[1:])
     dx = torch.zeros_like(x) if need_x and not whole else x[:, :0]
+
+    def gradients(d: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
+        needs = [need_x, need_w, False]
+        found = torch.ops.aten.convolution_backward(d, x, w, None, one, zero, one, False, zero, groups, needs)
+        return found[0], found[1]
+
     for d_g, g, w in zip(d, gemms, weights, strict=True):
-        dx_g, dw, _ = torch.ops.aten.convolution_backward(
-            d_g, x[g.x_at], w, None, one, zero, one, False, zero, groups, [need_x, drows is not None, False]
-        )
+        x_g = x[g.x_at]
+        pieces = _pieces(x_g, most_positions)
+        dx_g, dw = gradients(d_g, x_g, w, need_x, drows is not None and len(pieces) == 1)
         if drows is not None:
-            add_rows(drows, dw.flatten(1).unflatten(0, (groups, -1)), g.rows)
-        if whole and need_x:
-            dx = dx_g
+            for at in pieces:
+                if len(pieces) > 1:
+                    _, dw = gradients(d_g[at], x_g[at], w, False, True)
+                add_rows(drows, dw.flatten(1).unflatten(0, (groups, -1)), g.rows)
+        if need_x and whole:
+            dx = dx_g if g is gemms[0] else dx.add_(dx_g)
         elif need_x:
-            dx[g.x_at] = dx_g
+            dx[g.x_at] += dx_g
     return dx
+
+
+def _pieces(x: Tensor, most_positions: int | None) -> list[tuple[slice, ...]]:
+    """x in pieces of about so many positions."""
+    batch, positions = x.shape[0], math.prod(x.shape[2:])
+    if not most_positions or batch * positions <= most_positions:
+        return [(slice(None),)]
+    images = max(1, most_positions // max(positions, 1))
+    step = -(-x.shape[2] // -(-positions // most_positions))
+    return [
+        (slice(n, n + images), slice(None), slice(at, at + step))
+        for n in range(0, batch, images)
+        for at in range(0, x.shape[2], step)
+    ]
 
 
 def corner(sizes: Sequence[int]) -> tuple[Any, ...]:
