@@ -70,7 +70,7 @@ def _product_kernel(
     total = accumulate(total, x_half, base + j[None, :], k_from, k_to, x_k, K, live, inside, BLOCK_K, PRECISION)
     k_from, k_to = tl.where(is_left, 0, after), tl.where(is_left, first, end)
     total = accumulate(total, x_half, base + row, k_from, k_to, x_k, 1, live, inside, BLOCK_K, PRECISION)
-    for k_first in range(first, tl.minimum(after, end), BLOCK_K):
+    for k_first in tl.range(first, tl.minimum(after, end), BLOCK_K, num_stages=1):
         k = k_first + tl.arange(0, BLOCK_K)
         x_k_ptr = x_half + k.to(tl.int64)[None, :] * x_k
         a = tl.load(x_k_ptr, mask=live & (k < end)[None, :], other=0.0)
@@ -113,7 +113,7 @@ def _strip(
 
     One load of every entry for both.
     """
-    for first in range(begin, end, BLOCK_C):
+    for first in tl.range(begin, end, BLOCK_C, num_stages=1 if DIAGONAL else None):
         c = first + tl.arange(0, BLOCK_C)
         inside = (c < columns)[:, None]
         stored = base + r.to(tl.int64)[:, None] * K + c[None, :]

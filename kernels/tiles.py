@@ -98,7 +98,12 @@ SEGMENT_STEPS = 8
 
 #: Tiles of that: rows of S x rows of x x columns of S in one step.
 STRIP_TILES = {
-    2: (GemmTile(128, 16, 64, 4, 4), GemmTile(128, 32, 64, 4, 4), GemmTile(128, 64, 64, 4, 3), GemmTile(64, 64, 64, 4, 2)),
+    2: (
+        GemmTile(128, 16, 64, 8, 4),
+        GemmTile(128, 32, 64, 8, 3),
+        GemmTile(128, 64, 64, 8, 3),
+        GemmTile(128, 64, 64, 8, 2),
+    ),
     4: (GemmTile(64, 16, 32, 4, 3), GemmTile(64, 32, 32, 4, 3), GemmTile(64, 64, 32, 4, 2)),
 }
 

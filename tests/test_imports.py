@@ -19,7 +19,7 @@ KERNELS = Path(importlib.import_module("tritonsym.kernels").__file__).parent
 #: Every module may import those of the lines above its own, and `nn` its own. `kernels` import nothing of the package.
 ORDER = [
     {"symmetry", "packing"},
-    {"shift"},
+    {"shift", "symm"},
     {"reference", "dispatch"},
     {"ops"},
     {"functional"},
@@ -31,7 +31,7 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"shift", "dispatch", "ops"}  # may import kernels, within functions
+LAUNCHERS = {"shift", "symm", "dispatch", "ops"}  # may import kernels, within functions
 
 
 def modules(folder, prefix=""):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, replace
@@ -125,6 +125,8 @@ def plan(problem: Problem) -> Plan:
         NotImplementedError: the path 'expand' is forced, which this version does not have.
         ValueError: the path 'shift' is forced on a layer it cannot compute.
     """
+    if isinstance(problem, LinearProblem):
+        return linear_plan(problem)
     return _plan(problem, current_backend(), _path.get(), torch.get_num_threads())
 
 
@@ -219,6 +221,192 @@ def conv_problem(
     count = batch * groups * sum(move.count for move in additions.moves)
     work = Work(z * channels, count, len(additions.moves), max(block.filters for block in blocks), channels)
     return Problem(layer, target, dtype, dense, expanded, work, training)
+
+
+# --- symmetric matrices -----------------------------------------------------------------------------------------------
+
+#: Bytes of an operand, for the dtypes that the kernels know.
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+#: What the estimates assume: an H200's memory and second-level cache in bytes/s and 16-bit matrix products in FLOP/s,
+#: the seconds of a launch, and how fast our kernels multiply, as a part of the vendor library's speed.
+MEMORY, CACHE, GEMM, LAUNCH = 4.3e12, 6e12, 790e12, 2.5e-6
+TILES_EFFICIENCY, STRIPS_EFFICIENCY, GRAM_EFFICIENCY = 0.85, 0.5, 0.75
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+#: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
+SMALL_N = 2048
+
+
+@dataclass(frozen=True)
+class LinearProblem(Problem):
+    """x S with a packed n x n matrix S, for so many rows of x."""
+
+    n: int = 0
+    rows: int = 0
+    never_unpack: bool = False
+
+    def seconds(self) -> tuple[float, float, float]:
+        """Of the kernel, of unpacking and the vendor library's product, and of the product alone (16-bit, estimates).
+
+        Unpacking is 8 launches that move 5.5 n^2 values.
+        """
+        from tritonsym.kernels.tiles import STRIP_ROWS, pick_product
+
+        n, rows, tile = self.n, self.rows, pick_product(self.rows, 2, self.target)
+        flops, moved = 2 * rows * n * n, n * n + 4 * rows * n
+        product = LAUNCH + max((moved + n * n) / MEMORY, flops / GEMM)
+        if rows > STRIP_ROWS:
+            kernel = LAUNCH + max(moved / MEMORY, 2 * n * n / CACHE, flops / (TILES_EFFICIENCY * GEMM))
+        else:
+            partial = 4 * rows * n * (n / (2 * tile.block_m) + 0.75 * n / (16 * tile.block_k))
+            flops = 2 * tile.block_n * n * n
+            kernel = 2 * LAUNCH + partial / CACHE
+            kernel += max(moved / MEMORY, (moved + partial) / CACHE, flops / (STRIPS_EFFICIENCY * GEMM))
+        return kernel, product + 8 * LAUNCH + 11 * n * n / MEMORY, product
+
+    def compare(self) -> tuple[bool, str]:
+        """Whether the kernel is faster than the reference, and a reason."""
+        kernel, unpacked, product = self.seconds()
+        if self.n <= SMALL_N:
+            return False, f"Up to n = {SMALL_N} the vendor library multiplies, by the unpacked matrix"
+        if self.n % 16:
+            return False, f"n = {self.n} is not a multiple of 16, so the packed rows are not aligned"
+        words = f"{unpacked / kernel:.2g}x the speed of unpacking first, {product / kernel:.2g}x that of a dense layer"
+        return unpacked > MARGIN * kernel, f"The packed kernel would have {words}"
+
+
+@dataclass(frozen=True)
+class GramProblem(Problem):
+    """X X^T for so many matrices X (n, k)."""
+
+    n: int = 0
+    k: int = 0
+    batch: int = 0
+
+    def seconds(self) -> tuple[float, float]:
+        """Of the kernel, and of the vendor library's product (16-bit, estimates)."""
+        from tritonsym.kernels.tiles import pick_square
+
+        tile = pick_square(2, self.target)
+        edge = -(-self.n // tile.block_m)
+        processors = MULTIPROCESSORS.get(self.target, 132)
+        waves = -(-self.batch * edge * (edge + 1) // 2 // processors)
+        one = 2 * tile.block_m * tile.block_n * self.k * processors / (GRAM_EFFICIENCY * GEMM)
+        return LAUNCH + waves * one, LAUNCH + 2 * self.dense / GEMM
+
+    def compare(self) -> tuple[bool, str]:
+        """Whether the kernel is faster than the reference, and a reason."""
+        kernel, product = self.seconds()
+        return product > MARGIN * kernel, f"The kernel for half of it would have {product / kernel:.2g}x the speed"
+
+
+def _architecture(target: str) -> str:
+    """'cuda' as the architecture of the current GPU, if there is one."""
+    if target != "cuda" or not torch.cuda.is_available():
+        return target
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip:
+        return device.gcnArchName.partition(":")[0]
+    return f"sm_{device.major}{device.minor}"
+
+
+def linear_problem(shape: Sequence[int], target: str, dtype: str, never_unpack: bool = False) -> LinearProblem:
+    """The problem of x S with x of this shape."""
+    n, rows = shape[-1], math.prod(shape[:-1])
+    dense = rows * n * n
+    target = _architecture(target)
+    return LinearProblem("SymmetricLinear", target, dtype, dense, dense, n=n, rows=rows, never_unpack=never_unpack)
+
+
+def gram_problem(shape: Sequence[int], target: str, dtype: str) -> GramProblem:
+    """The problem of X X^T with X of this shape."""
+    *batch, n, k = shape
+    dense = math.prod(batch) * n * n * k
+    return GramProblem("gram", _architecture(target), dtype, dense, dense, n=n, k=k, batch=math.prod(batch))
+
+
+def cannot_stay_packed(what: str) -> NotImplementedError:
+    """The error for never_unpack where only the reference, which unpacks, can compute the layer."""
+    return NotImplementedError(
+        f"SymmetricLinear: never_unpack=True needs a Triton kernel, which {what} do not have; use float32, float16 or "
+        "bfloat16 on a GPU without switches to the reference, or never_unpack=False"
+    )
+
+
+@dataclass(frozen=True)
+class MatrixPlan(Plan):
+    """A plan with the tiles of the kernels (fields of `kernels.tiles.GemmTile`): of the product, and of its gradient.
+
+    None where the reference is taken.
+    """
+
+    tiles: tuple[tuple[int, ...], ...] | None = None
+
+
+def linear_plan(problem: LinearProblem) -> MatrixPlan:
+    """The path of x S: 'reference' unpacks S, 'expand' reads it packed. Pure but for the switches.
+
+    Raises:
+        ValueError: a path is forced that cannot compute the layer.
+        NotImplementedError: the layer must never unpack, but has to.
+    """
+    return _linear_plan(problem, current_backend(), _path.get())
+
+
+@lru_cache(maxsize=4096)
+def _linear_plan(problem: LinearProblem, backend: str, forced: str | None) -> MatrixPlan:
+    if forced == "shift" or (forced == "expand" and (problem.target == "cpu" or problem.dtype not in ITEMSIZE)):
+        raise ValueError(
+            f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype} on {problem.target}; "
+            "remove the switch (tritonsym.backend('triton') runs kernels in Triton's interpreter)"
+        )
+    if forced is not None:
+        chosen, why = forced, "Forced by tritonsym.path."
+    elif backend == "auto" and problem.never_unpack and problem.target != "cpu" and problem.dtype in ITEMSIZE:
+        chosen, why = "expand", "Never unpacked: half of the memory, at any speed."
+    else:
+        chosen, why = _choose(problem, backend, "expand")
+    flops = 2 * problem.dense
+    if chosen == "reference":
+        if problem.never_unpack:
+            raise cannot_stay_packed(f"{problem.dtype} tensors on {problem.target} under these switches")
+        return MatrixPlan(problem, chosen, flops, flops, why)
+    from tritonsym.kernels.tiles import pick_product, pick_square
+
+    itemsize = ITEMSIZE[problem.dtype]
+    picked = pick_product(problem.rows, itemsize, problem.target), pick_square(itemsize, problem.target)
+    return MatrixPlan(problem, chosen, flops, flops, why, tiles=tuple(map(astuple, picked)))
+
+
+def gram_plan(problem: GramProblem) -> MatrixPlan:
+    """The path of X X^T: 'reference' computes all of it, 'half' one triangle. Pure but for the switches."""
+    return _gram_plan(problem, current_backend())
+
+
+@lru_cache(maxsize=4096)
+def _gram_plan(problem: GramProblem, backend: str) -> MatrixPlan:
+    chosen, why = _choose(problem, backend, "half")
+    if chosen == "reference":
+        return MatrixPlan(problem, chosen, 2 * problem.dense, 2 * problem.dense, why)
+    from tritonsym.kernels.tiles import pick_square
+
+    tile = pick_square(ITEMSIZE[problem.dtype], problem.target)
+    flops = problem.batch * problem.n * (problem.n + 1) * problem.k
+    return MatrixPlan(problem, chosen, flops, 2 * problem.dense, why, tiles=(astuple(tile),))
+
+
+def _choose(problem: LinearProblem | GramProblem, backend: str, kernel: str) -> tuple[str, str]:
+    """The path `kernel` or the reference, and why."""
+    if problem.dtype not in ITEMSIZE:
+        return "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+    if backend != "auto":
+        return kernel if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
+    if problem.target == "cpu":
+        return "reference", "The Triton kernels are for GPUs."
+    if ITEMSIZE[problem.dtype] != 2:
+        return "reference", "The estimates know 16-bit dtypes only; backend='triton' uses the kernel."
+    is_faster, why = problem.compare()
+    return kernel if is_faster else "reference", f"{why} (estimate)."
 
 
 def computing_dtype(t: Tensor) -> torch.dtype:

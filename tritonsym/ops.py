@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tritonsym import dispatch, reference, shift
+from tritonsym import dispatch, reference, shift, symm
 from tritonsym.shift import Geometry
 from tritonsym.symmetry import Block, FilterLayout, Symmetry, tap_orbits, tied_blocks
 
@@ -200,9 +200,42 @@ def orbit_pool_conv(
     return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
 
 
-symmetric_linear = _op("symmetric_linear(Tensor x, Tensor packed, Tensor? bias, str? activation=None) -> Tensor")(
-    reference.symmetric_linear
-)
+def _cast(t: Tensor) -> Tensor:
+    """As torch.autocast does."""
+    return t.to(dispatch.computing_dtype(t))
+
+
+def _takes_reference(*tensors: Tensor | None) -> bool:
+    """Whether no plan can be made: sizes are symbolic, or `torch.func` is at work."""
+    is_symbolic = any(isinstance(size, torch.SymInt) for t in tensors if t is not None for size in t.shape)
+    return is_symbolic or torch._C._are_functorch_transforms_active()
+
+
+@_op("symmetric_linear(Tensor x, Tensor packed, Tensor? bias, str? activation=None, bool never_unpack=False) -> Tensor")
+def symmetric_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, never_unpack: bool = False
+) -> Tensor:
+    if not _takes_reference(x, packed):
+        problem = dispatch.linear_problem(x.shape, x.device.type, dispatch.dtype_name(x), never_unpack)
+        plan = dispatch.linear_plan(problem)
+        if plan.tiles is not None:
+            fused = None if dispatch.needs_gradient(x, packed, bias) else activation
+            y = symm.linear(_cast(x), _cast(packed), None if bias is None else _cast(bias), fused, *plan.tiles)
+            return y if fused else reference.activate(y, activation)
+    elif never_unpack:
+        raise dispatch.cannot_stay_packed("symbolic sizes or torch.func transforms")
+    return reference.symmetric_linear(x, packed, bias, activation)
+
+
+@_op("gram(Tensor x, Tensor? a, float alpha, float beta) -> Tensor")
+def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
+    if not _takes_reference(x, a):
+        plan = dispatch.gram_plan(dispatch.gram_problem(x.shape, x.device.type, dispatch.dtype_name(x)))
+        if plan.tiles is not None:
+            return symm.gram(_cast(x), None if a is None else _cast(a), alpha, beta, *plan.tiles)
+    return reference.gram(x, a, alpha, beta)
+
+
 global_conv1d = _op(
     "global_conv1d(Tensor x, Tensor center, Tensor surround, Tensor? bias, str? activation=None) -> Tensor"
 )(reference.global_conv1d)

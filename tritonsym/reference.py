@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonsym.packing import unpack
+from tritonsym.packing import mirror, unpack
 from tritonsym.symmetry import AXES, Element, FilterLayout, Symmetry, TapOrbits, tap_orbits
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -260,6 +260,17 @@ def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
 def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """y = act(x S + b)."""
     return activate(F.linear(x, unpack(packed), bias), activation)
+
+
+def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """The lower triangle of beta a + alpha x x^T, mirrored.  x (..., m, k), a (..., m, m) or None."""
+    if a is None:
+        c = x @ x.mT
+        return mirror(c if alpha == 1 else alpha * c)
+    *batch, m, k = x.shape
+    rows = x.reshape(-1, m, k)
+    c = torch.baddbmm(a.reshape(-1, m, m), rows, rows.mT, beta=beta, alpha=alpha)
+    return mirror(c.reshape(*batch, m, m))
 
 
 def global_conv1d(
