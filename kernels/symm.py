@@ -276,15 +276,15 @@ def _gradient_kernel(
     x_i, dy_i, x_j, dy_j = x_ptr + i * x_k, dy_ptr + i * dy_k, x_ptr + j * x_k, dy_ptr + j * dy_k
     total = accumulate(total, x_i, dy_j, 0, B, x_b, dy_b, rows, columns, BLOCK_K, PRECISION)
     total = accumulate(total, dy_i, x_j, 0, B, dy_b, x_b, rows, columns, BLOCK_K, PRECISION)
-    place = d_ptr + tl.where(is_left, EVEN * K, 1 - EVEN) + r.to(tl.int64)[:, None] * K + c[None, :]
-    mask = rows & columns
+    base = d_ptr + tl.where(is_left, EVEN * K, 1 - EVEN)
+    place = base + r.to(tl.int64)[:, None] * K + c[None, :]
     if tile_r == tile_c:
-        is_diagonal = r[:, None] == c[None, :]
-        mask = mask & (((r[:, None] > c[None, :]) == is_left) | is_diagonal)
-        total = tl.where(is_diagonal, total * 0.5, total)
-        tl.store(place, total.to(d_ptr.dtype.element_ty), mask=mask)
+        d = tl.where(r[:, None] == c[None, :], total * 0.5, total).to(d_ptr.dtype.element_ty)
+        sign = tl.where(is_left, 1, -1)
+        is_stored = (sign * r)[:, None] >= (sign * c)[None, :]
+        tl.store(place, d, mask=rows & columns & is_stored)
     else:
-        tl.store(place, total.to(d_ptr.dtype.element_ty), mask=mask)
+        tl.store(place, total.to(d_ptr.dtype.element_ty), mask=rows & columns)
 
 
 def product_by_tiles(

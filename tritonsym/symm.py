@@ -82,7 +82,7 @@ def _(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Ten
 
 
 class _Product(torch.autograd.Function):
-    """act(x U(packed) + bias); with an activation it does not differentiate."""
+    """act(x U(packed) + bias); where it is differentiated there is no activation."""
 
     @staticmethod
     def forward(
@@ -92,8 +92,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, packed, _, activation, *ctx.tiles = inputs
-        assert activation is None or not any(ctx.needs_input_grad)
+        x, packed, _, _, *ctx.tiles = inputs
         ctx.save_for_backward(x, packed)
         ctx.save_for_forward(x, packed)
 
