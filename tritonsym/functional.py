@@ -678,7 +678,7 @@ def newton_schulz(
     for name, value in (("coefficients", a), ("coefficients", b), ("coefficients", c), ("eps", eps)):
         _check_number(where, name, value)
     x = gradient.mT if gradient.shape[-2] > gradient.shape[-1] else gradient
-    x = x.reshape(-1, *x.shape[-2:])
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         x = torch.baddbmm(x, symmetric_mm(gram(x), c, b), x, beta=a)

@@ -5,6 +5,7 @@ Works on any device and for every dtype the torch convolution or matmul has; eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -267,10 +268,9 @@ def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
     if a is None:
         c = x @ x.mT
         return mirror(c if alpha == 1 else alpha * c)
-    *batch, m, k = x.shape
-    rows = x.reshape(-1, m, k)
-    c = torch.baddbmm(a.reshape(-1, m, m), rows, rows.mT, beta=beta, alpha=alpha)
-    return mirror(c.reshape(*batch, m, m))
+    rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    c = torch.baddbmm(a.reshape(rows.shape[0], *a.shape[-2:]), rows, rows.mT, beta=beta, alpha=alpha)
+    return mirror(c.reshape(a.shape))
 
 
 def global_conv1d(

@@ -10,6 +10,7 @@ adjoint and P packed,
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -151,12 +152,13 @@ def linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile, gradient_tile: Tile
 ) -> Tensor:
     """act(x U(packed) + bias) for x (..., n); the activation only where nothing is differentiated."""
-    y = _Product.apply(x.reshape(-1, x.shape[-1]), packed, bias, activation, tile, gradient_tile)
-    return y.view(x.shape)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _Product.apply(rows, packed, bias, activation, tile, gradient_tile).view(x.shape)
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
     """L(beta a + alpha x x^T) for x (..., m, k) and a (..., m, m) or None."""
-    batch, (m, k) = x.shape[:-2], x.shape[-2:]
-    c = _Gram.apply(x.reshape(-1, m, k), None if a is None else a.reshape(-1, m, m), alpha, beta, tile)
-    return c.view(*batch, m, m)
+    *batch, m, k = x.shape
+    flat = math.prod(batch)
+    a = None if a is None else a.reshape(flat, m, m)
+    return _Gram.apply(x.reshape(flat, m, k), a, alpha, beta, tile).view(*batch, m, m)
