@@ -63,7 +63,7 @@ def _product_kernel(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # S[j, k], k < K <= j: the left triangle's rows below
-    below = packed_ptr + (K + EVEN).to(tl.int64) * K + row
+    below = packed_ptr + tl.cast(K + EVEN, tl.int64) * K + row
     total = accumulate(total, x, below, 0, tl.where(is_left, 0, K), x_k, 1, live, inside, BLOCK_K, PRECISION)
     # S[k, j] and S[j, k] on either side of the diagonal: as stored, and transposed
     k_from, k_to = tl.where(is_left, after, 0), tl.where(is_left, end, first)
@@ -77,8 +77,7 @@ def _product_kernel(
         stored = base + k.to(tl.int64)[:, None] * K + j[None, :]
         s = tl.load(stored, mask=(k < end)[:, None] & inside, other=0.0)
         mirrored = tl.load(base + row + k[:, None], mask=(k < size)[:, None] & inside, other=0.0)
-        is_stored = (k[:, None] >= j[None, :]) == is_left
-        s = tl.where(is_stored | (k[:, None] == j[None, :]), s, mirrored)
+        s = tl.where((k[:, None] >= j[None, :]) == is_left, s, mirrored)
         total = tl.dot(a, s, total, input_precision=PRECISION)
 
     place = half + j
@@ -161,7 +160,7 @@ def _strips_kernel(
     m = tl.arange(0, BLOCK_B)
     live = (m < B)[None, :]
     x = x_ptr + m.to(tl.int64)[None, :] * x_b
-    slot = (K + N).to(tl.int64) * B
+    slot = tl.cast(K + N, tl.int64) * B
     sums = partial_ptr + m[None, :]
 
     c_end = tl.minimum(tl.minimum(c_first + SEGMENT, r_first + BLOCK_R), K)
@@ -182,8 +181,8 @@ def _strips_kernel(
     c_end = tl.minimum(c_first + SEGMENT, N)
     c_first = tl.maximum(c_first, r_first)
     if c_first < c_end:
-        x += K.to(tl.int64) * x_k
-        sums += K.to(tl.int64) * B
+        x += tl.cast(K, tl.int64) * x_k
+        sums += tl.cast(K, tl.int64) * B
         rows = (r < N)[:, None] & live
         x_rows = tl.load(x + r.to(tl.int64)[:, None] * x_k, mask=rows, other=0.0)
         total = tl.zeros((BLOCK_R, BLOCK_B), tl.float32)
@@ -200,7 +199,7 @@ def _strips_kernel(
 
 @triton.jit
 def _sum_kernel(
-    partial_ptr,  # as `_strips_kernel` leaves it: slots that hold no sum of an entry are not written
+    partial_ptr,  # as `_strips_kernel` leaves it; other slots are not all written
     bias_ptr,  # [K + N]
     y_ptr,  # [B, K + N], contiguous
     B,
@@ -215,23 +214,23 @@ def _sum_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """y[m, q] = act(bias[q] + sum_s partial[s, q, m]), always in the order of s."""
+    """y[m, q] = act(bias[q] + sum_s partial[s, q, m]), in the order of s, over the slots that hold entries of row q."""
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m = tl.arange(0, BLOCK_B)
     mask = (q < K + N)[:, None] & (m < B)[None, :]
     sums = partial_ptr + q.to(tl.int64)[:, None] * B + m[None, :]
-    slot = (K + N).to(tl.int64) * B
+    slot = tl.cast(K + N, tl.int64) * B
     total = tl.zeros((BLOCK_Q, BLOCK_B), tl.float32)
     for strip in range(strips):
         written = tl.where(q < K, (strip + 1) * BLOCK_R > q, strip * BLOCK_R <= q - K)
         total += tl.load(sums + strip * slot, mask=mask & written[:, None], other=0.0)
     for segment in range(segments):
-        written = segment * SEGMENT < tl.minimum((q // BLOCK_R + 1) * BLOCK_R, K)
-        total += tl.load(sums + (strips + segment) * slot, mask=mask & written[:, None], other=0.0)
+        sums_left = sums + (strips + segment) * slot
+        total += tl.load(sums_left, mask=mask & (segment * SEGMENT <= q)[:, None], other=0.0)
     for segment in range(segments):
-        start = tl.maximum((q - K) // BLOCK_R * BLOCK_R, segment * SEGMENT)
-        written = (q >= K) & (start < tl.minimum((segment + 1) * SEGMENT, N))
-        total += tl.load(sums + (strips + segments + segment) * slot, mask=mask & written[:, None], other=0.0)
+        written = (q >= K) & (segment * SEGMENT < N) & ((segment + 1) * SEGMENT > q - K)
+        sums_right = sums + (strips + segments + segment) * slot
+        total += tl.load(sums_right, mask=mask & written[:, None], other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + q, mask=q < K + N, other=0.0).to(tl.float32)[:, None]
     y = activate(total, ACTIVATION).to(y_ptr.dtype.element_ty)

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # what is not written is NaN
 torch.manual_seed(0)
 symm.SEGMENT_STEPS = 2
-tile, strip = GemmTile(16, 16, 16, 4, 2), GemmTile(32, 64, 16, 4, 2)
+tile, wide, strip = GemmTile(16, 16, 16, 4, 2), GemmTile(16, 32, 16, 4, 2), GemmTile(32, 64, 16, 4, 2)
 for n, batch, layout, has_bias, activation, dtype in json.load(sys.stdin):
     def draw(*shape):
         return torch.randint(-2, 3, shape).to(getattr(torch, dtype))
@@ -33,14 +33,14 @@ for n, batch, layout, has_bias, activation, dtype in json.load(sys.stdin):
         }[layout]()
     x, dy, packed = draw_x(), draw_x(), pack(draw(n, n), "lower")
     bias = draw(n) if has_bias else None
-    wide = packed.double().requires_grad_()
-    y = x.double() @ unpack(wide) + (bias.double() if has_bias else 0)
+    exact = packed.double().requires_grad_()
+    y = x.double() @ unpack(exact) + (bias.double() if has_bias else 0)
     y.backward(dy.double())
     expected = y.relu() if activation else y
     print(json.dumps([
         torch.equal(function(x, packed, bias, activation, t, "ieee").double(), expected)
-        for function, t in ((symm.product_by_tiles, tile), (symm.product_by_strips, strip))
-    ] + [torch.equal(symm.gradient(x, dy, tile, "ieee").double(), wide.grad)]))
+        for function, t in ((symm.product_by_tiles, wide), (symm.product_by_strips, strip))
+    ] + [torch.equal(symm.gradient(x, dy, tile, "ieee").double(), exact.grad)]))
 """
 
 #: Odd and even, size 1, either side of tiles (16 columns), strips (32 rows), segments (32 columns) and their multiples.
@@ -188,6 +188,20 @@ def shipped():
         yield from ((kernel, "bf16", "SQUARE_TILES", 0, target, False) for kernel in KERNELS["SQUARE_TILES"])
 
 
+def constants(kernel, tile, itemsize):
+    """Of one launch with a shipped tile."""
+    from tritonsym.kernels import tiles
+
+    fixed = {"EVEN": 1, "PRECISION": "ieee" if itemsize == 2 else "tf32"}
+    if kernel == "_strips_kernel":
+        shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "BLOCK_C": tile.block_k}
+        return fixed | shape | {"SEGMENT": tiles.SEGMENT_STEPS * tile.block_k}
+    fixed |= {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    if kernel == "_product_kernel":
+        fixed |= {"BLOCK_N": tile.block_n, "GROUP": tiles.GROUP, "HAS_BIAS": True, "ACTIVATION": "gelu"}
+    return fixed
+
+
 @pytest.mark.parametrize(("kernel", "dtype", "table", "place", "target", "is_even"), [*shipped()])
 def test_shipped_tiles_compile(ahead_of_time, kernel, dtype, table, place, target, is_even):
     from tritonsym.kernels import symm, tiles
@@ -196,20 +210,27 @@ def test_shipped_tiles_compile(ahead_of_time, kernel, dtype, table, place, targe
     tile = getattr(tiles, table)[itemsize][place]
     if not tiles.fits(tile, itemsize, target):
         pytest.skip("does not fit")
-    fixed = {"EVEN": int(is_even), "x_k": 1, "BLOCK_K": tile.block_k, "PRECISION": "ieee" if itemsize == 2 else "tf32"}
-    fixed |= {
-        "_product_kernel": {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP": tiles.GROUP},
-        "_gradient_kernel": {"BLOCK_M": tile.block_m, "dy_k": 1},
-        "_strips_kernel": {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "BLOCK_C": tile.block_k},
-    }[kernel]
-    if kernel == "_product_kernel":
-        fixed |= {"HAS_BIAS": True, "ACTIVATION": "gelu"}
-    if kernel == "_strips_kernel":
-        fixed["SEGMENT"] = tiles.SEGMENT_STEPS * fixed.pop("BLOCK_K")
+    strides = {"x_k": 1, "dy_k": 1} if kernel == "_gradient_kernel" else {"x_k": 1}
+    fixed = constants(kernel, tile, itemsize) | strides | {"EVEN": int(is_even)}
     found = ahead_of_time(getattr(symm, kernel), dtype, fixed, tile, target, partial_ptr="*fp32")
     found.check()
     if found.count and is_even and dtype == "bf16":
         assert found.narrow_loads == 0
+
+
+@pytest.mark.parametrize("ones", [["K"], ["K", "N"], ["B"], ["B", "K", "N", "x_b", "x_k", "strips", "segments"]])
+@pytest.mark.parametrize("kernel", ["_product_kernel", "_gradient_kernel", "_strips_kernel", "_sum_kernel"])
+def test_sizes_of_one_compile(ahead_of_time, kernel, ones):
+    """Triton makes them constants, which the interpreter does not."""
+    from tritonsym.kernels import symm, tiles
+
+    tile = (tiles.STRIP_TILES if kernel == "_strips_kernel" else tiles.SQUARE_TILES)[2][-1]
+    fixed = constants(kernel, tile, 2)
+    if kernel == "_sum_kernel":
+        fixed = {"HAS_BIAS": True, "ACTIVATION": None, "BLOCK_R": 128, "SEGMENT": 512, "BLOCK_B": 16, "BLOCK_Q": 64}
+    function = getattr(symm, kernel)
+    fixed |= {name: 1 for name in ones if name in function.arg_names}
+    ahead_of_time(function, "bf16", fixed, tile, "sm_90", partial_ptr="*fp32")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])

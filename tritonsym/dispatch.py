@@ -250,7 +250,7 @@ class LinearProblem(Problem):
 
         Unpacking is 8 launches that move 5.5 n^2 values.
         """
-        from tritonsym.kernels.tiles import STRIP_ROWS, pick_product
+        from tritonsym.kernels.tiles import SEGMENT_STEPS, STRIP_ROWS, pick_product
 
         n, rows, tile = self.n, self.rows, pick_product(self.rows, 2, self.target)
         flops, moved = 2 * rows * n * n, n * n + 4 * rows * n
@@ -258,7 +258,7 @@ class LinearProblem(Problem):
         if rows > STRIP_ROWS:
             kernel = LAUNCH + max(moved / MEMORY, 2 * n * n / CACHE, flops / (TILES_EFFICIENCY * GEMM))
         else:
-            partial = 4 * rows * n * (n / (2 * tile.block_m) + 0.75 * n / (16 * tile.block_k))
+            partial = 4 * rows * n * (n / (2 * tile.block_m) + 0.75 * n / (2 * SEGMENT_STEPS * tile.block_k))
             flops = 2 * tile.block_n * n * n
             kernel = 2 * LAUNCH + partial / CACHE
             kernel += max(moved / MEMORY, (moved + partial) / CACHE, flops / (STRIPS_EFFICIENCY * GEMM))
