@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -228,10 +229,11 @@ def conv_problem(
 #: Bytes of an operand, for the dtypes that the kernels know.
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
-#: What the estimates assume: an H200's memory and second-level cache in bytes/s and 16-bit matrix products in FLOP/s,
-#: the seconds of a launch, and how fast our kernels multiply, as a part of the vendor library's speed.
+#: What the estimates assume, whatever the GPU: an H200's memory and second-level cache in bytes/s and 16-bit matrix
+#: products in FLOP/s, the seconds of a launch, and the speed of our kernels' products as a part of the vendor library's.
 MEMORY, CACHE, GEMM, LAUNCH = 4.3e12, 6e12, 790e12, 2.5e-6
 TILES_EFFICIENCY, STRIPS_EFFICIENCY, GRAM_EFFICIENCY = 0.85, 0.5, 0.75
+#: Of the GPUs on which 'auto' may take the kernels.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 #: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
 SMALL_N = 2048
@@ -289,7 +291,7 @@ class GramProblem(Problem):
 
         tile = pick_square(2, self.target)
         edge = -(-self.n // tile.block_m)
-        processors = MULTIPROCESSORS.get(self.target, 132)
+        processors = MULTIPROCESSORS[self.target]
         waves = -(-self.batch * edge * (edge + 1) // 2 // processors)
         one = 2 * tile.block_m * tile.block_n * self.k * processors / (GRAM_EFFICIENCY * GEMM)
         return LAUNCH + waves * one, LAUNCH + 2 * self.dense / GEMM
@@ -401,8 +403,10 @@ def _choose(problem: LinearProblem | GramProblem, backend: str, kernel: str) -> 
         return "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
     if backend != "auto":
         return kernel if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
-    if problem.target == "cpu":
-        return "reference", "The Triton kernels are for GPUs."
+    if problem.target == "cpu" or find_spec("triton") is None:
+        return "reference", "The Triton kernels need a GPU, and Triton."
+    if problem.target not in MULTIPROCESSORS:
+        return "reference", f"There is no estimate for {problem.target}; backend='triton' uses the kernel."
     if ITEMSIZE[problem.dtype] != 2:
         return "reference", "The estimates know 16-bit dtypes only; backend='triton' uses the kernel."
     is_faster, why = problem.compare()
