@@ -230,7 +230,7 @@ def conv_problem(
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 #: What the estimates assume, whatever the GPU: an H200's memory and second-level cache in bytes/s and 16-bit matrix
-#: products in FLOP/s, the seconds of a launch, and the speed of our kernels' products as a part of the vendor library's.
+#: products in FLOP/s, the seconds of a launch, and the speed of our kernels' products, as a part of the vendor's.
 MEMORY, CACHE, GEMM, LAUNCH = 4.3e12, 6e12, 790e12, 2.5e-6
 TILES_EFFICIENCY, STRIPS_EFFICIENCY, GRAM_EFFICIENCY = 0.85, 0.5, 0.75
 #: Of the GPUs on which 'auto' may take the kernels.
