@@ -99,3 +99,43 @@ def pick_gemm(columns: int, itemsize: int, target: str) -> GemmTile:
     fitting = [tile for tile in CONV_TILES if fits(tile, itemsize, target)]
     wide_enough = [tile for tile in fitting if tile.block_n >= columns]
     return wide_enough[-1] if wide_enough else fitting[0]
+
+
+#: Tile rows whose products neighbouring programs compute, so that they share what they read.
+GROUP = 8
+
+#: Square tiles of products with symmetric matrices, by the bytes of an operand, the preferred first. From compiled code
+#: (no spills; the prototypes' choice), not from timings.
+SQUARE_TILES = {
+    2: (GemmTile(128, 128, 64, 8, 4), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 128, 32, 8, 2)),
+    4: (GemmTile(64, 64, 32, 4, 3), GemmTile(64, 64, 32, 4, 2)),
+}
+
+
+def pick_square(itemsize: int, target: str) -> GemmTile:
+    """The preferred square tile that fits the target."""
+    return next(tile for tile in SQUARE_TILES[itemsize] if fits(tile, itemsize, target))
+
+
+#: Most rows of x for which x S is computed strip by strip, every entry of S being read once.
+STRIP_ROWS = 64
+#: Steps of a strip that one program does.
+SEGMENT_STEPS = 8
+
+#: Tiles of that: rows of S x rows of x x columns of S in one step.
+STRIP_TILES = {
+    2: (
+        GemmTile(128, 16, 64, 8, 4),
+        GemmTile(128, 32, 64, 8, 3),
+        GemmTile(128, 64, 64, 8, 3),
+        GemmTile(128, 64, 64, 8, 2),
+    ),
+    4: (GemmTile(64, 16, 32, 4, 3), GemmTile(64, 32, 32, 4, 3), GemmTile(64, 64, 32, 4, 2)),
+}
+
+
+def pick_product(rows: int, itemsize: int, target: str) -> GemmTile:
+    """The tile for x S with so many rows of x: a strip that holds them all, or a square tile."""
+    if rows > STRIP_ROWS:
+        return pick_square(itemsize, target)
+    return next(tile for tile in STRIP_TILES[itemsize] if tile.block_n >= rows and fits(tile, itemsize, target))

@@ -2,8 +2,13 @@
 
 import dataclasses
 import inspect
+import re
+import subprocess
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,3 +132,81 @@ planar_convolution = _fixture("planar_convolution", [c for c in CONVOLUTIONS + S
 @pytest.fixture
 def layers() -> list[Layer]:
     return LAYERS
+
+
+# --- kernels compiled ahead of time -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the compiler made of a kernel with a tile; `count` is empty where the target's tools tell nothing."""
+
+    target: str
+    shared: int
+    count: Counter[str]  # instructions by name
+    load_bits: Counter[int]  # loads from global memory by width
+    waits: set[str]  # of Hopper's matrix instructions: how many may still be in flight
+    from_registers: int  # of these: how many take an operand from registers
+
+    def check(self, multiplies: bool = True) -> None:
+        from tritonsym.kernels.tiles import SHARED
+
+        assert self.shared <= SHARED[self.target]
+        if self.count:
+            assert self.count["LDL"] + self.count["STL"] == 0, "spills"
+            instruction = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[self.target]
+            assert bool(self.count[instruction]) == multiplies, "tensor cores"
+        if self.from_registers:  # none may be overwritten while in flight (triton pull 11781)
+            assert self.waits == {"0x0"}
+
+    @property
+    def widest_load(self) -> int:
+        return max(self.load_bits)
+
+    @property
+    def narrow_loads(self) -> int:
+        """Of 16 bits: addresses that the compiler could not see to be contiguous."""
+        return self.load_bits[16]
+
+
+@pytest.fixture(scope="session")
+def ahead_of_time() -> Callable[..., MachineCode]:
+    """compile(kernel, dtype, constants, tile, target, **types): for tensors and sizes that are multiples of 16."""
+    triton = pytest.importorskip("triton")
+    from triton.compiler import ASTSource
+
+    from tritonsym.perf.inspect_kernels import TARGETS
+
+    def compile(kernel: Any, dtype: str, fixed: dict[str, Any], tile: Any, target: str, **types: str) -> MachineCode:
+        names = kernel.arg_names
+        kinds = {name: types.get(name) or (f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
+        aligned = [n for n in names if n not in fixed and kinds[n] != "fp32"]
+        source = ASTSource(
+            kernel,
+            kinds | dict.fromkeys(fixed, "constexpr"),
+            {(names.index(n),): value for n, value in fixed.items()},
+            {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        )
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        compiled = triton.compile(source, target=TARGETS[target], options=options)
+        shared = compiled.metadata.shared
+        if "cubin" not in compiled.asm:
+            return MachineCode(target, shared, Counter(), Counter(), set(), 0)
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)((?:\.[A-Z0-9_]+)*)", code, re.M)
+        loads = [suffix for name, suffix in found if name in ("LDG", "LDGSTS")]
+        widths = [128 if ".128" in s else 64 if ".64" in s else 16 if "U16" in s or "S16" in s else 32 for s in loads]
+        return MachineCode(
+            target,
+            shared,
+            Counter(name for name, _ in found),
+            Counter(widths),
+            set(re.findall(r"DEPBAR\.LE gsb0, (0x\w+)", code)),
+            len(re.findall(r"HGMMA\S*\s+R\d+, R\d+", code)),
+        )
+
+    return compile

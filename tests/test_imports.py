@@ -21,7 +21,7 @@ ORDER = [
     {"symmetry", "packing"},
     {"shift"},
     {"reference", "dispatch", "launch"},
-    {"convolution"},
+    {"convolution", "symm"},
     {"ops"},
     {"functional"},
     {"nn"},
@@ -32,7 +32,7 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"launch", "dispatch", "ops"}  # may import kernels, within functions
+LAUNCHERS = {"launch", "symm", "dispatch", "ops"}  # may import kernels, within functions
 
 
 def modules(folder, prefix=""):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from tritonsym import pack, pack_tril, pack_triu, unpack, unpack_tril, unpack_triu
@@ -64,6 +66,12 @@ def test_packing_is_lapacks_and_every_conversion_keeps_the_bits(n):
     assert_same_bits(unpack(packed), full)
     assert_same_bits(unpack_tril(packed), tril)
     assert_same_bits(unpack_triu(packed), triu)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(65, 400))
+def test_so_it_is_for_larger_matrices(n):
+    test_packing_is_lapacks_and_every_conversion_keeps_the_bits(n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8])

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn as torch_nn
 
+import tritonsym
 from tritonsym.perf.table import table
 
 ROOT = Path(__file__).parents[1]
@@ -14,13 +15,20 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs(capsys):
-    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     model = torch_nn.Sequential(torch_nn.Conv2d(3, 8, 3), torch_nn.ReLU(), torch_nn.Conv2d(8, 10, 3))
     names = {"model": model, "x": torch.randn(2, 64, 9, 9)}
     exec(code, names)
     assert type(names["model"][0]) is torch_nn.Conv2d
     assert [row.symmetry for row in names["report"]] == ["hv:8", "hv:8 free:2"]
     assert "SymmetricConv2d" in capsys.readouterr().out
+
+
+def test_matrices_run():
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {"tritonsym": tritonsym, "S": torch.randn(6, 6), "x": torch.randn(4, 6), "G": torch.randn(2, 3, 5)}
+    exec(code.replace("T.newton_schulz", "update = T.newton_schulz"), names)
+    assert names["packed"].shape == (7, 3) and names["C"].shape == (2, 3, 3) and names["update"].shape == (2, 3, 5)
 
 
 def test_table_is_generated():

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,13 +143,15 @@ def plan(problem: Problem) -> Plan:
     Raises:
         ValueError: a path is forced on a layer that it cannot compute.
     """
+    if isinstance(problem, LinearProblem):
+        return linear_plan(problem)
     return _plan(problem, current_backend(), _path.get(), torch.get_num_threads())
 
 
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> Plan:
     work = problem.shift
-    has_kernel = work is not None and problem.dtype in ("float32", "float16", "bfloat16")
+    has_kernel = work is not None and problem.dtype in ITEMSIZE and find_spec("triton") is not None
     if (forced == "shift" and work is None) or (forced == "expand" and not has_kernel):
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
@@ -188,19 +191,19 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
     if path == "shift":
         tile = astuple(tiles.pick(work.filters, work.taps))
         return (tile, tile)
-    itemsize, target = 4 if problem.dtype == "float32" else 2, architecture(problem.target)
+    itemsize, target = ITEMSIZE[problem.dtype], architecture(problem.target)
     both = (tiles.pick_gemm(columns, itemsize, target) for columns in (work.outputs, work.channels))
     return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))
 
 
 def architecture(target: str) -> str:
-    """'sm_90' for the current GPU of 'cuda'; without one, the most demanding to fit."""
-    if target != "cuda":
+    """'cuda' as the architecture of the current GPU, if there is one."""
+    if target != "cuda" or not torch.cuda.is_available():
         return target
-    if not torch.cuda.is_available():
-        return "sm_86"
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip:
+        return device.gcnArchName.partition(":")[0]
+    return f"sm_{device.major}{device.minor}"
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,8 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
     name = architecture(problem.target)
     capability = int(name[3:]) if name.startswith("sm_") else 90  # the interpreter stands in for an H200
     rates = RATES[max((c for c in RATES if c <= capability), default=80)]
-    itemsize, slower = (4, FLOAT32) if problem.dtype == "float32" else (2, 1)
+    itemsize = ITEMSIZE[problem.dtype]
+    slower = FLOAT32 if itemsize == 4 else 1
 
     def seconds(values: float, multiply_adds: float = 0, rate: float = rates.conv, terms: float = 0) -> float:
         arithmetic = 2 * multiply_adds * slower / rate
@@ -339,6 +343,175 @@ def conv_problem(
         groups * len(conv.table) * math.prod(geometry.kernel_size) * channels,
     )
     return Problem(layer, target, dtype, dense, expanded, work, training, traffic)
+
+
+# --- symmetric matrices -----------------------------------------------------------------------------------------------
+
+#: Bytes of an operand, for the dtypes that the kernels know.
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+#: What the estimates assume, whatever the GPU: an H200's memory and second-level cache in bytes/s and 16-bit matrix
+#: products in FLOP/s, the seconds of a launch, and the speed of our kernels' products, as a part of the vendor's.
+MEMORY, CACHE, GEMM, LAUNCH = 4.3e12, 6e12, 790e12, 2.5e-6
+TILES_EFFICIENCY, STRIPS_EFFICIENCY, GRAM_EFFICIENCY = 0.85, 0.5, 0.75
+#: Of the GPUs on which 'auto' may take the kernels.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+#: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
+SMALL_N = 2048
+
+
+@dataclass(frozen=True)
+class LinearProblem(Problem):
+    """x S with a packed n x n matrix S, for so many rows of x."""
+
+    n: int = 0
+    rows: int = 0
+    never_unpack: bool = False
+
+    def seconds(self) -> tuple[float, float, float]:
+        """Of the kernel, of unpacking and the vendor library's product, and of the product alone (16-bit, estimates).
+
+        Unpacking is 8 launches that move 5.5 n^2 values.
+        """
+        from tritonsym.kernels.tiles import SEGMENT_STEPS, STRIP_ROWS, pick_product
+
+        n, rows, tile = self.n, self.rows, pick_product(self.rows, 2, self.target)
+        flops, moved = 2 * rows * n * n, n * n + 4 * rows * n
+        product = LAUNCH + max((moved + n * n) / MEMORY, flops / GEMM)
+        if rows > STRIP_ROWS:
+            kernel = LAUNCH + max(moved / MEMORY, 2 * n * n / CACHE, flops / (TILES_EFFICIENCY * GEMM))
+        else:
+            partial = 4 * rows * n * (n / (2 * tile.block_m) + 0.75 * n / (2 * SEGMENT_STEPS * tile.block_k))
+            flops = 2 * tile.block_n * n * n
+            kernel = 2 * LAUNCH + partial / CACHE
+            kernel += max(moved / MEMORY, (moved + partial) / CACHE, flops / (STRIPS_EFFICIENCY * GEMM))
+        return kernel, product + 8 * LAUNCH + 11 * n * n / MEMORY, product
+
+    def compare(self) -> tuple[bool, str]:
+        """Whether the kernel is faster than the reference, and a reason."""
+        kernel, unpacked, product = self.seconds()
+        if self.n <= SMALL_N:
+            return False, f"Up to n = {SMALL_N} the vendor library multiplies, by the unpacked matrix"
+        if self.n % 16:
+            return False, f"n = {self.n} is not a multiple of 16, so the packed rows are not aligned"
+        words = f"{unpacked / kernel:.2g}x the speed of unpacking first, {product / kernel:.2g}x that of a dense layer"
+        return unpacked > MARGIN * kernel, f"The packed kernel would have {words}"
+
+
+@dataclass(frozen=True)
+class GramProblem(Problem):
+    """X X^T for so many matrices X (n, k)."""
+
+    n: int = 0
+    k: int = 0
+    batch: int = 0
+
+    def seconds(self) -> tuple[float, float]:
+        """Of the kernel, and of the vendor library's product (16-bit, estimates)."""
+        from tritonsym.kernels.tiles import pick_square
+
+        tile = pick_square(2, self.target)
+        edge = -(-self.n // tile.block_m)
+        processors = MULTIPROCESSORS[self.target]
+        waves = -(-self.batch * edge * (edge + 1) // 2 // processors)
+        one = 2 * tile.block_m * tile.block_n * self.k * processors / (GRAM_EFFICIENCY * GEMM)
+        return LAUNCH + waves * one, LAUNCH + 2 * self.dense / GEMM
+
+    def compare(self) -> tuple[bool, str]:
+        """Whether the kernel is faster than the reference, and a reason."""
+        kernel, product = self.seconds()
+        return product > MARGIN * kernel, f"The kernel for half of it would have {product / kernel:.2g}x the speed"
+
+
+def linear_problem(shape: Sequence[int], target: str, dtype: str, never_unpack: bool = False) -> LinearProblem:
+    """The problem of x S with x of this shape."""
+    n, rows = shape[-1], math.prod(shape[:-1])
+    dense = rows * n * n
+    target = architecture(target)
+    return LinearProblem("SymmetricLinear", target, dtype, dense, dense, n=n, rows=rows, never_unpack=never_unpack)
+
+
+def gram_problem(shape: Sequence[int], target: str, dtype: str) -> GramProblem:
+    """The problem of X X^T with X of this shape."""
+    *batch, n, k = shape
+    dense = math.prod(batch) * n * n * k
+    return GramProblem("gram", architecture(target), dtype, dense, dense, n=n, k=k, batch=math.prod(batch))
+
+
+def cannot_stay_packed(what: str) -> NotImplementedError:
+    """The error for never_unpack where only the reference, which unpacks, can compute the layer."""
+    return NotImplementedError(
+        f"SymmetricLinear: never_unpack=True needs a Triton kernel, which {what} do not have; use float32, float16 or "
+        "bfloat16 on a GPU without switches to the reference, or never_unpack=False"
+    )
+
+
+def linear_plan(problem: LinearProblem) -> Plan:
+    """The path of x S: 'reference' unpacks S, 'expand' reads it packed. Pure but for the switches.
+
+    Raises:
+        ValueError: a path is forced that cannot compute the layer.
+        NotImplementedError: the layer must never unpack, but has to.
+    """
+    return _linear_plan(problem, current_backend(), _path.get())
+
+
+@lru_cache(maxsize=4096)
+def _linear_plan(problem: LinearProblem, backend: str, forced: str | None) -> Plan:
+    if forced == "shift" or (forced == "expand" and (problem.target == "cpu" or problem.dtype not in ITEMSIZE)):
+        raise ValueError(
+            f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype} on {problem.target}; "
+            "remove the switch (tritonsym.backend('triton') runs kernels in Triton's interpreter)"
+        )
+    if forced is not None:
+        chosen, why = forced, "Forced by tritonsym.path."
+    elif backend == "auto" and problem.never_unpack and problem.target != "cpu" and problem.dtype in ITEMSIZE:
+        chosen, why = "expand", "Never unpacked: half of the memory, at any speed."
+    else:
+        chosen, why = _choose(problem, backend, "expand")
+    flops = 2 * problem.dense
+    if chosen == "reference":
+        if problem.never_unpack:
+            raise cannot_stay_packed(f"{problem.dtype} tensors on {problem.target} under these switches")
+        return Plan(problem, chosen, flops, flops, why)
+    from tritonsym.kernels.tiles import pick_product, pick_square
+
+    itemsize = ITEMSIZE[problem.dtype]
+    picked = pick_product(problem.rows, itemsize, problem.target), pick_square(itemsize, problem.target)
+    return Plan(problem, chosen, flops, flops, why, tiles=tuple(map(astuple, picked)))
+
+
+def gram_plan(problem: GramProblem) -> Plan:
+    """The path of X X^T: 'reference' computes all of it, 'half' one triangle. Pure but for the switches."""
+    return _gram_plan(problem, current_backend())
+
+
+@lru_cache(maxsize=4096)
+def _gram_plan(problem: GramProblem, backend: str) -> Plan:
+    chosen, why = _choose(problem, backend, "half")
+    if chosen == "reference":
+        return Plan(problem, chosen, 2 * problem.dense, 2 * problem.dense, why)
+    from tritonsym.kernels.tiles import pick_square
+
+    tile = pick_square(ITEMSIZE[problem.dtype], problem.target)
+    flops = problem.batch * problem.n * (problem.n + 1) * problem.k
+    return Plan(problem, chosen, flops, 2 * problem.dense, why, tiles=(astuple(tile),))
+
+
+def _choose(problem: LinearProblem | GramProblem, backend: str, kernel: str) -> tuple[str, str]:
+    """The path `kernel` or the reference, and why."""
+    if problem.dtype not in ITEMSIZE:
+        return "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+    if backend != "auto":
+        return kernel if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
+    if problem.target == "cpu" or find_spec("triton") is None:
+        return "reference", "The Triton kernels need a GPU, and Triton."
+    if problem.target not in MULTIPROCESSORS:
+        return "reference", f"There is no estimate for {problem.target}; backend='triton' uses the kernel."
+    if ITEMSIZE[problem.dtype] != 2:
+        return "reference", "The estimates know 16-bit dtypes only; backend='triton' uses the kernel."
+    is_faster, why = problem.compare()
+    return kernel if is_faster else "reference", f"{why} (estimate)."
 
 
 def computing_dtype(t: Tensor) -> torch.dtype:

@@ -540,7 +540,12 @@ orbit_pool_conv3d = _for_axes(3, _orbit_pool_conv)
 
 
 def symmetric_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    never_unpack: bool = False,
 ) -> Tensor:
     """y = act(x S + b) with the symmetric matrix S stored packed.
 
@@ -549,11 +554,13 @@ def symmetric_linear(
         weight: `tritonsym.packing.packed_shape(n)`: rectangular full packed, see `tritonsym.packing`.
         bias: (n,) or None.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+        never_unpack: take the Triton kernels, which never build S, nor its gradient, even where that is slower.
     Returns:
         (..., n) in the dtype of x (the autocast dtype under autocast).
     Raises:
         ValueError: the weight is not a packed rectangle (the message computes the n it would fit), or shapes disagree.
         TypeError: dtypes differ.
+        NotImplementedError: `never_unpack` where there is no kernel: on a CPU, in float64, under `torch.func`.
     """
     where = "symmetric_linear"
     n = order_of(weight, where)
@@ -563,17 +570,119 @@ def symmetric_linear(
     check_bias(where, bias, n)
     check_activation(where, activation)
     _check_dtypes(where, x, weight=weight, bias=bias)
-    return ops.symmetric_linear(x, weight, bias, activation)
+    return ops.symmetric_linear(x, weight, bias, activation, never_unpack)
 
 
-def symmetric_matmul(packed: Tensor, x: Tensor, left: bool = False) -> Tensor:
-    """x S, or S x with `left`, for a symmetric matrix S stored packed.  x: (..., n), with `left` (..., n, m)."""
+def symmetric_matmul(packed: Tensor, x: Tensor, left: bool = False, *, never_unpack: bool = False) -> Tensor:
+    """x S, or S x with `left`, for a symmetric matrix S stored packed.  x: (..., n), with `left` (..., n, m).
+
+    `never_unpack` and errors as in `symmetric_linear`.
+    """
     check_tensor("symmetric_matmul", "x", x)
     if not left:
-        return symmetric_linear(x, packed)
+        return symmetric_linear(x, packed, never_unpack=never_unpack)
     if x.ndim < 2:
         raise ValueError(f"symmetric_matmul: with left=True x must have shape (..., n, m), got {tuple(x.shape)}")
-    return symmetric_linear(x.mT, packed).mT
+    return symmetric_linear(x.mT, packed, never_unpack=never_unpack).mT
+
+
+def gram(x: Tensor) -> Tensor:
+    """X X^T, equal to its transpose to the bit. (X^T X is ``gram(x.mT)``.)
+
+    Args:
+        x: (..., m, k), of any strides. Complex numbers are not conjugated.
+    Returns:
+        (..., m, m) in the dtype of x (the autocast dtype under autocast).
+    Raises:
+        ValueError: x has fewer than two axes.
+    """
+    check_tensor("gram", "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"gram: x must have shape (..., m, k), got {tuple(x.shape)}")
+    return ops.gram(x, None, 1.0, 0.0)
+
+
+def symmetric_mm(matrix: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """beta A + alpha A A for a symmetric matrix A, equal to its transpose to the bit.
+
+    Computed as the lower triangle of beta A + alpha A A^T, which is also its meaning where A is not quite symmetric.
+
+    Args:
+        matrix: A, (..., n, n).
+        alpha, beta: numbers; A is not read for beta = 0.
+    Returns:
+        (..., n, n) in the dtype of A (the autocast dtype under autocast).
+    Raises:
+        ValueError: A is not square.
+        TypeError: alpha or beta is not a number.
+    """
+    where = "symmetric_mm"
+    check_tensor(where, "matrix", matrix)
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"{where}: matrix must have shape (..., n, n), got {tuple(matrix.shape)}")
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        _check_number(where, name, value)
+    return ops.gram(matrix, matrix if beta else None, alpha, beta)
+
+
+def _check_number(where: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+
+
+def newton_schulz(
+    gradient: Tensor,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    *,
+    eps: float = 1e-7,
+) -> Tensor:
+    """Orthogonalise: nearly U V^T of the singular value decomposition G = U diag(s) V^T.
+
+    X = G / max(|G|, eps), then `steps` times X <- a X + (b A + c A A) X with A = X X^T, where G with more rows than
+    columns is transposed meanwhile. A and b A + c A A are symmetric: half of their products are computed. The iteration
+    of the Muon optimiser (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`,
+    which computes in bfloat16: pass ``G.bfloat16()`` for the same. The default coefficients bring singular values
+    near 1, within about 0.7 to 1.2, in 5 steps. A Muon without weight decay for parameters of one shape is::
+
+        for p, b, g in zip(params, buffers, grads):
+            b.lerp_(g, 1 - momentum)
+        updates = newton_schulz(torch.stack([g.lerp(b, momentum) for g, b in zip(grads, buffers)]).bfloat16())
+        for p, u in zip(params, updates):
+            p.add_(u, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+    Args:
+        gradient: G, (..., m, k), real; computed in its dtype.
+        steps: how many iterations.
+        coefficients: (a, b, c).
+        eps: the least norm to divide by.
+    Returns:
+        (..., m, k) in the dtype of G.
+    Raises:
+        ValueError: G has fewer than two axes, steps < 0, or not three coefficients.
+        TypeError: G is not of real floating dtype, or another argument is not a number.
+    """
+    where = "newton_schulz"
+    check_tensor(where, "gradient", gradient)
+    if not gradient.is_floating_point():
+        raise TypeError(f"{where}: gradient must be real and floating, got {gradient.dtype}; convert it")
+    if gradient.ndim < 2:
+        raise ValueError(f"{where}: gradient must have shape (..., m, k), got {tuple(gradient.shape)}")
+    if not is_count(steps):
+        raise TypeError(f"{where}: steps must be an integer, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"{where}: steps must not be negative, got {steps}")
+    if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
+        raise ValueError(f"{where}: coefficients must be three numbers (a, b, c), got {coefficients!r}")
+    a, b, c = coefficients
+    for name, value in (("coefficients", a), ("coefficients", b), ("coefficients", c), ("eps", eps)):
+        _check_number(where, name, value)
+    x = gradient.mT if gradient.shape[-2] > gradient.shape[-1] else gradient
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        x = torch.baddbmm(x, symmetric_mm(gram(x), c, b), x, beta=a)
+    return (x.mT if gradient.shape[-2] > gradient.shape[-1] else x).reshape(gradient.shape)
 
 
 # --- sequences and sets -----------------------------------------------------------------------------------------------

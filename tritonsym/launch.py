@@ -26,7 +26,8 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _check_device(x: Tensor) -> None:
+def check_device(x: Tensor) -> None:
+    """Raise RuntimeError unless Triton kernels run on x."""
     if not runs_on(x.device):
         raise RuntimeError(
             f"tritonsym: Triton kernels cannot run on {x.device} tensors; move them to a GPU, set "
@@ -37,7 +38,7 @@ def _check_device(x: Tensor) -> None:
 @contextmanager
 def _launching(x: Tensor, rows: Tensor, path: str, tiles: Sequence[int]) -> Iterator[None]:
     """Launch on the device of x, and say what was launched if that fails."""
-    _check_device(x)
+    check_device(x)
     try:
         with torch.cuda.device_of(x):
             yield

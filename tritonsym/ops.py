@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tritonsym import convolution, dispatch, reference
+from tritonsym import convolution, dispatch, reference, symm
 from tritonsym.dispatch import needs_gradient
 from tritonsym.shift import Conv, Geometry
 from tritonsym.symmetry import FilterLayout, Symmetry, tap_orbits, tied_blocks
@@ -42,14 +42,19 @@ _layout = cache(FilterLayout.from_string)
 _conv = lru_cache(maxsize=4096)(Conv)  # one object of equal ones: it keeps its text and table
 
 
+def _takes_reference(*tensors: Tensor | None) -> bool:
+    """Whether no plan can be made: sizes are symbolic, or transforms are at work that an autograd.Function inside a
+    composite op would stop."""
+    is_symbolic = any(isinstance(size, torch.SymInt) for t in tensors if t is not None for size in t.shape)
+    return is_symbolic or torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0
+
+
 def _plan(layer: str, tensors: Sequence[Tensor | None], conv: Conv) -> dispatch.Plan | None:
-    """The plan for this convolution, or None for the reference: also for symbolic sizes and under `torch.func`."""
+    """The plan for this convolution, or None for the reference."""
     x = tensors[0]
     assert x is not None
-    if any(isinstance(size, torch.SymInt) for size in x.shape):
+    if _takes_reference(x):
         return None
-    if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
-        return None  # no autograd.Function inside a composite op there
     problem = dispatch.conv_problem(
         layer,
         x.device.type,
@@ -231,9 +236,36 @@ def orbit_pool_conv(
     )
 
 
-symmetric_linear = _op("symmetric_linear(Tensor x, Tensor packed, Tensor? bias, str? activation=None) -> Tensor")(
-    reference.symmetric_linear
-)
+def _cast(t: Tensor) -> Tensor:
+    """As torch.autocast does."""
+    return t.to(dispatch.computing_dtype(t))
+
+
+@_op("symmetric_linear(Tensor x, Tensor packed, Tensor? bias, str? activation=None, bool never_unpack=False) -> Tensor")
+def symmetric_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, never_unpack: bool = False
+) -> Tensor:
+    if not _takes_reference(x, packed):
+        problem = dispatch.linear_problem(x.shape, x.device.type, dispatch.dtype_name(x), never_unpack)
+        plan = dispatch.linear_plan(problem)
+        if plan.tiles:
+            fused = None if dispatch.needs_gradient(x, packed, bias) else activation
+            y = symm.linear(_cast(x), _cast(packed), None if bias is None else _cast(bias), fused, *plan.tiles)
+            return y if fused else reference.activate(y, activation)
+    elif never_unpack:
+        raise dispatch.cannot_stay_packed("symbolic sizes or torch.func transforms")
+    return reference.symmetric_linear(x, packed, bias, activation)
+
+
+@_op("gram(Tensor x, Tensor? a, float alpha, float beta) -> Tensor")
+def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
+    if not _takes_reference(x, a):
+        plan = dispatch.gram_plan(dispatch.gram_problem(x.shape, x.device.type, dispatch.dtype_name(x)))
+        if plan.tiles:
+            return symm.gram(_cast(x), None if a is None else _cast(a), alpha, beta, *plan.tiles)
+    return reference.gram(x, a, alpha, beta)
+
+
 global_conv1d = _op(
     "global_conv1d(Tensor x, Tensor center, Tensor surround, Tensor? bias, str? activation=None) -> Tensor"
 )(reference.global_conv1d)

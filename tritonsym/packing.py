@@ -118,15 +118,14 @@ def unpack(packed: Tensor) -> Tensor:
     columns, odd = (n + 1) // 2, n % 2
     left, corner = packed[1 - odd :], packed[: n // 2, odd:]
     top, block = left[:columns], left[columns:]
-    # `where` rather than sums of triangles: a stored -0.0 keeps its sign
-    top = torch.where(_lower(top), top, top.mT)
-    bottom = torch.where(_lower(corner), corner.mT, corner)
+    top, bottom = mirror(top), mirror(corner.mT)
     return torch.cat([torch.cat([top, block.mT], 1), torch.cat([block, bottom], 1)], 0)
 
 
-def _lower(square: Tensor) -> Tensor:
-    """True on and below the diagonal."""
-    return torch.ones(square.shape, dtype=torch.bool, device=square.device).tril()
+def mirror(matrix: Tensor) -> Tensor:
+    """(..., n, n) with the lower triangle copied to the upper one, to the bit: a -0.0 keeps its sign."""
+    is_lower = torch.ones(matrix.shape[-2:], dtype=torch.bool, device=matrix.device).tril()
+    return torch.where(is_lower, matrix, matrix.mT)
 
 
 def _tril_index(n: int, device: torch.device) -> Tensor:

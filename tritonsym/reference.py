@@ -5,13 +5,14 @@ Works on any device and for every dtype the torch convolution or matmul has; eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonsym.packing import unpack
+from tritonsym.packing import mirror, unpack
 from tritonsym.symmetry import AXES, Element, FilterLayout, Symmetry, TapOrbits, tap_orbits
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -271,6 +272,16 @@ def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
 def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """y = act(x S + b)."""
     return activate(F.linear(x, unpack(packed), bias), activation)
+
+
+def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """The lower triangle of beta a + alpha x x^T, mirrored.  x (..., m, k), a (..., m, m) or None."""
+    if a is None:
+        c = x @ x.mT
+        return mirror(c if alpha == 1 else alpha * c)
+    rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    c = torch.baddbmm(a.reshape(rows.shape[0], *a.shape[-2:]), rows, rows.mT, beta=beta, alpha=alpha)
+    return mirror(c.reshape(a.shape))
 
 
 def global_conv1d(

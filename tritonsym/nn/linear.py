@@ -25,6 +25,7 @@ class SymmetricLinear(nn.Module):
         in_features, out_features: n, twice; they must be equal. (Both, so that it drops in for `torch.nn.Linear`.)
         bias, device, dtype: as in `torch.nn.Linear`.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+        never_unpack: as in `functional.symmetric_linear`: S is never built, even where that is slower.
 
     Raises:
         ValueError: in_features != out_features.
@@ -41,6 +42,7 @@ class SymmetricLinear(nn.Module):
         dtype: Any = None,
         *,
         activation: functional.Activation | None = None,
+        never_unpack: bool = False,
     ) -> None:
         super().__init__()
         if in_features != out_features:
@@ -54,6 +56,7 @@ class SymmetricLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
+        self.never_unpack = never_unpack
         self.weight = nn.Parameter(torch.empty(packing.packed_shape(in_features), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(in_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -65,7 +68,9 @@ class SymmetricLinear(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.symmetric_linear(x, self.weight, self.bias, activation=self.activation)
+        return functional.symmetric_linear(
+            x, self.weight, self.bias, activation=self.activation, never_unpack=self.never_unpack
+        )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         dense = (self.in_features, self.in_features)
@@ -74,7 +79,8 @@ class SymmetricLinear(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return text + (f", activation={self.activation!r}" if self.activation else "")
+        text += f", activation={self.activation!r}" if self.activation else ""
+        return text + (", never_unpack=True" if self.never_unpack else "")
 
     def expanded_weight(self) -> Tensor:
         """S, (n, n), differentiable."""
@@ -88,8 +94,7 @@ class SymmetricLinear(nn.Module):
         n = self.in_features
         if not shape or shape[-1] != n:
             raise ValueError(f"SymmetricLinear: expected an input (..., {n}), got {tuple(shape)}")
-        dense = math.prod(shape[:-1]) * n * n
-        return dispatch.Problem("SymmetricLinear", target, dtype, dense, dense)
+        return dispatch.linear_problem(shape, target, dtype, self.never_unpack)
 
     def to_dense(self) -> nn.Module:
         """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""
@@ -114,7 +119,7 @@ class SymmetricLinear(nn.Module):
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"SymmetricLinear.from_dense: expected torch.nn.Linear, got {type(layer).__name__}")
         weight, bias = layer.weight, layer.bias
-        options = {"device": weight.device, "dtype": weight.dtype}
+        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self = cls(layer.in_features, layer.out_features, bias is not None, activation=activation, **options)
         with torch.no_grad():
             if init != "reset":

@@ -1,0 +1,400 @@
+"""Products with a symmetric matrix S that is stored packed, and their gradient, as Triton kernels.
+
+With K = ceil(n / 2), N = n - K and even = 1 - n mod 2, the packed rectangle P of K columns (`tritonsym.packing`) holds
+
+    left:   S[r, c]         = P[r + even, c]          c < K, c <= r < n
+    right:  S[K + r, K + c] = P[r, c + 1 - even]      r <= c < N
+
+so that either triangle is P[r K + c + base] with base = even K on the left and 1 - even on the right.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonsym.kernels.epilogue import activate
+from tritonsym.kernels.gram import accumulate
+from tritonsym.kernels.tiles import GROUP, SEGMENT_STEPS, STRIP_ROWS, GemmTile
+
+
+@triton.jit
+def _product_kernel(
+    x_ptr,  # [B, K + N], any strides
+    packed_ptr,  # [2 N + 1, K], contiguous
+    bias_ptr,  # [K + N]
+    y_ptr,  # [B, K + N], contiguous
+    B,
+    K,
+    N,
+    x_b,
+    x_k,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y[m, j] = act(bias[j] + sum_k x[m, k] S[k, j]): one program per tile of y, whose columns lie in one half."""
+    left_tiles = tl.cdiv(K, BLOCK_N)
+    columns = left_tiles + tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * columns) * GROUP
+    height = tl.minimum(tl.cdiv(B, BLOCK_M) - group, GROUP)
+    at = tl.program_id(0) % (GROUP * columns)
+    tile = at // height
+    m = (group + at % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_left = tile < left_tiles
+    first = tl.where(is_left, tile, tile - left_tiles) * BLOCK_N
+    size = tl.where(is_left, K, N)  # columns of the half,
+    end = tl.where(is_left, K + N, N)  # rows of its triangle, of which the left one goes on below,
+    half = tl.where(is_left, 0, K)  # and where both begin
+    base = packed_ptr + tl.where(is_left, EVEN * K, 1 - EVEN)
+    j = first + tl.arange(0, BLOCK_N)
+    live, inside = (m < B)[:, None], (j < size)[None, :]
+    x = x_ptr + m[:, None] * x_b
+    x_half = x + half.to(tl.int64) * x_k
+    row = j.to(tl.int64)[None, :] * K  # of P, when S[k, j] is read as S[j, k]
+    after = first + BLOCK_N
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # S[j, k], k < K <= j: the left triangle's rows below
+    below = packed_ptr + tl.cast(K + EVEN, tl.int64) * K + row
+    total = accumulate(total, x, below, 0, tl.where(is_left, 0, K), x_k, 1, live, inside, BLOCK_K, PRECISION)
+    # S[k, j] and S[j, k] on either side of the diagonal: as stored, and transposed
+    k_from, k_to = tl.where(is_left, after, 0), tl.where(is_left, end, first)
+    total = accumulate(total, x_half, base + j[None, :], k_from, k_to, x_k, K, live, inside, BLOCK_K, PRECISION)
+    k_from, k_to = tl.where(is_left, 0, after), tl.where(is_left, first, end)
+    total = accumulate(total, x_half, base + row, k_from, k_to, x_k, 1, live, inside, BLOCK_K, PRECISION)
+    for k_first in tl.range(first, tl.minimum(after, end), BLOCK_K, num_stages=1):
+        k = k_first + tl.arange(0, BLOCK_K)
+        x_k_ptr = x_half + k.to(tl.int64)[None, :] * x_k
+        a = tl.load(x_k_ptr, mask=live & (k < end)[None, :], other=0.0)
+        stored = base + k.to(tl.int64)[:, None] * K + j[None, :]
+        s = tl.load(stored, mask=(k < end)[:, None] & inside, other=0.0)
+        mirrored = tl.load(base + row + k[:, None], mask=(k < size)[:, None] & inside, other=0.0)
+        s = tl.where((k[:, None] >= j[None, :]) == is_left, s, mirrored)
+        total = tl.dot(a, s, total, input_precision=PRECISION)
+
+    place = half + j
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + place, mask=j < size, other=0.0).to(tl.float32)[None, :]
+    y = activate(total, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m[:, None] * (K + N) + place[None, :], y, mask=live & inside)
+
+
+@triton.jit
+def _strip(
+    total,  # [R, B], the sums over c
+    base,
+    x,  # [1, B] pointers to x[m, half]
+    x_rows,  # [R, B]
+    partial,  # [1, B] pointers to the sums over r for c = 0
+    r,
+    rows,  # of the triangle
+    columns,
+    begin,
+    end,
+    K,
+    B,
+    x_k,
+    live,  # [1, B]
+    IS_LEFT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total[r, m] += sum_c S[r, c] x[m, c] and partial[c, m] = sum_r S[r, c] x[m, r], c != r, over stored entries.
+
+    One load of every entry for both.
+    """
+    for first in tl.range(begin, end, BLOCK_C, num_stages=1 if DIAGONAL else None):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = (c < columns)[:, None]
+        stored = base + r.to(tl.int64)[:, None] * K + c[None, :]
+        s = tl.load(stored, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)  # [R, C]
+        x_c = tl.load(x + c.to(tl.int64)[:, None] * x_k, mask=inside & live, other=0.0)  # [C, B]
+        mirrored = s
+        if DIAGONAL:
+            is_stored = r[:, None] > c[None, :] if IS_LEFT else r[:, None] < c[None, :]
+            mirrored = tl.where(is_stored, s, 0.0)
+            s = tl.where(is_stored | (r[:, None] == c[None, :]), s, 0.0)
+        total = tl.dot(s, x_c, total, input_precision=PRECISION)
+        sums = tl.dot(tl.trans(mirrored), x_rows, input_precision=PRECISION)  # [C, B]
+        tl.store(partial + c.to(tl.int64)[:, None] * B, sums, mask=inside & live)
+    return total
+
+
+@triton.jit
+def _strips_kernel(
+    x_ptr,  # [B, K + N], any strides
+    packed_ptr,  # [2 N + 1, K], contiguous
+    partial_ptr,  # [strips + 2 segments, K + N, B] float32
+    B,
+    K,
+    N,
+    x_b,
+    x_k,
+    strips,
+    segments,
+    EVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every stored entry S[i, j] into partial sums of y[m, i] and, i != j, of y[m, j]: a program is a strip of rows
+    by a segment of columns, of the left triangle and then of the right one.
+
+    partial[strip, j] are the sums over the rows of a strip, partial[strips + segment, i] those over the columns of a
+    segment on the left, partial[strips + segments + segment, i] on the right.
+    """
+    strip, segment = tl.program_id(0), tl.program_id(1)
+    r_first, c_first = strip * BLOCK_R, segment * SEGMENT
+    r = r_first + tl.arange(0, BLOCK_R)
+    m = tl.arange(0, BLOCK_B)
+    live = (m < B)[None, :]
+    x = x_ptr + m.to(tl.int64)[None, :] * x_b
+    slot = tl.cast(K + N, tl.int64) * B
+    sums = partial_ptr + m[None, :]
+
+    c_end = tl.minimum(tl.minimum(c_first + SEGMENT, r_first + BLOCK_R), K)
+    if c_first < c_end:
+        rows = (r < K + N)[:, None] & live
+        x_rows = tl.load(x + r.to(tl.int64)[:, None] * x_k, mask=rows, other=0.0)
+        total = tl.zeros((BLOCK_R, BLOCK_B), tl.float32)
+        base = packed_ptr + EVEN * K
+        of_strip = sums + strip * slot
+        cut = tl.minimum(r_first, c_end)
+        total = _strip(total, base, x, x_rows, of_strip, r, K + N, K, c_first, cut, K, B, x_k, live,
+                       True, False, BLOCK_C, PRECISION)  # fmt: skip
+        cut = tl.maximum(r_first, c_first)
+        total = _strip(total, base, x, x_rows, of_strip, r, K + N, K, cut, c_end, K, B, x_k, live,
+                       True, True, BLOCK_C, PRECISION)  # fmt: skip
+        tl.store(sums + (strips + segment) * slot + r.to(tl.int64)[:, None] * B, total, mask=rows)
+
+    c_end = tl.minimum(c_first + SEGMENT, N)
+    c_first = tl.maximum(c_first, r_first)
+    if c_first < c_end:
+        x += tl.cast(K, tl.int64) * x_k
+        sums += tl.cast(K, tl.int64) * B
+        rows = (r < N)[:, None] & live
+        x_rows = tl.load(x + r.to(tl.int64)[:, None] * x_k, mask=rows, other=0.0)
+        total = tl.zeros((BLOCK_R, BLOCK_B), tl.float32)
+        base = packed_ptr + (1 - EVEN)
+        of_strip = sums + strip * slot
+        cut = tl.minimum(r_first + BLOCK_R, c_end)
+        total = _strip(total, base, x, x_rows, of_strip, r, N, N, c_first, cut, K, B, x_k, live,
+                       False, True, BLOCK_C, PRECISION)  # fmt: skip
+        cut = tl.maximum(r_first + BLOCK_R, c_first)
+        total = _strip(total, base, x, x_rows, of_strip, r, N, N, cut, c_end, K, B, x_k, live,
+                       False, False, BLOCK_C, PRECISION)  # fmt: skip
+        tl.store(sums + (strips + segments + segment) * slot + r.to(tl.int64)[:, None] * B, total, mask=rows)
+
+
+@triton.jit
+def _sum_kernel(
+    partial_ptr,  # as `_strips_kernel` leaves it; other slots are not all written
+    bias_ptr,  # [K + N]
+    y_ptr,  # [B, K + N], contiguous
+    B,
+    K,
+    N,
+    strips,
+    segments,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """y[m, q] = act(bias[q] + sum_s partial[s, q, m]), in the order of s, over the slots that hold entries of row q."""
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    m = tl.arange(0, BLOCK_B)
+    mask = (q < K + N)[:, None] & (m < B)[None, :]
+    sums = partial_ptr + q.to(tl.int64)[:, None] * B + m[None, :]
+    slot = tl.cast(K + N, tl.int64) * B
+    total = tl.zeros((BLOCK_Q, BLOCK_B), tl.float32)
+    for strip in range(strips):
+        written = tl.where(q < K, (strip + 1) * BLOCK_R > q, strip * BLOCK_R <= q - K)
+        total += tl.load(sums + strip * slot, mask=mask & written[:, None], other=0.0)
+    for segment in range(segments):
+        sums_left = sums + (strips + segment) * slot
+        total += tl.load(sums_left, mask=mask & (segment * SEGMENT <= q)[:, None], other=0.0)
+    for segment in range(segments):
+        written = (q >= K) & (segment * SEGMENT < N) & ((segment + 1) * SEGMENT > q - K)
+        sums_right = sums + (strips + segments + segment) * slot
+        total += tl.load(sums_right, mask=mask & written[:, None], other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + q, mask=q < K + N, other=0.0).to(tl.float32)[:, None]
+    y = activate(total, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m.to(tl.int64)[None, :] * (K + N) + q[:, None], y, mask=mask)
+
+
+@triton.jit
+def _gradient_kernel(
+    x_ptr,  # [B, K + N], any strides
+    dy_ptr,  # [B, K + N], any strides
+    d_ptr,  # [2 N + 1, K], contiguous
+    B,
+    K,
+    N,
+    x_b,
+    x_k,
+    dy_b,
+    dy_k,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d of entry S[i, j] = sum_m x[m, i] dy[m, j] + dy[m, i] x[m, j], i != j, and sum_m x[m, i] dy[m, i] for S[i, i].
+
+    One program per tile of the rectangle, on or below its diagonal of the left triangle, else of the right one; and
+    one more for every tile on the diagonal of the right one.
+    """
+    tiles = tl.cdiv(K, BLOCK_M)  # in a row
+    pairs = tl.cdiv(K + N, BLOCK_M) * tiles
+    p = tl.program_id(0)
+    tile_r = tl.where(p < pairs, p // tiles, p - pairs)
+    tile_c = tl.where(p < pairs, p % tiles, p - pairs)
+    is_left = (p < pairs) & (tile_c <= tile_r)
+    height, width = tl.where(is_left, K + N, N), tl.where(is_left, K, N)
+    half = tl.where(is_left, 0, K)
+    r = tile_r * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tile_c * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, columns = (r < height)[:, None], (c < width)[None, :]
+    i, j = (half + r).to(tl.int64)[:, None], (half + c).to(tl.int64)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    x_i, dy_i, x_j, dy_j = x_ptr + i * x_k, dy_ptr + i * dy_k, x_ptr + j * x_k, dy_ptr + j * dy_k
+    total = accumulate(total, x_i, dy_j, 0, B, x_b, dy_b, rows, columns, BLOCK_K, PRECISION)
+    total = accumulate(total, dy_i, x_j, 0, B, dy_b, x_b, rows, columns, BLOCK_K, PRECISION)
+    base = d_ptr + tl.where(is_left, EVEN * K, 1 - EVEN)
+    place = base + r.to(tl.int64)[:, None] * K + c[None, :]
+    if tile_r == tile_c:
+        d = tl.where(r[:, None] == c[None, :], total * 0.5, total).to(d_ptr.dtype.element_ty)
+        sign = tl.where(is_left, 1, -1)
+        is_stored = (sign * r)[:, None] >= (sign * c)[None, :]
+        tl.store(place, d, mask=rows & columns & is_stored)
+    else:
+        tl.store(place, total.to(d_ptr.dtype.element_ty), mask=rows & columns)
+
+
+def product_by_tiles(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: GemmTile, precision: str
+) -> Tensor:
+    """act(x S + bias) for x (B, n) of any strides; S is read once per `tile.block_m` rows of x."""
+    batch, n = x.shape
+    y = x.new_empty(batch, n)
+    if y.numel() == 0:
+        return y
+    k = packed.shape[1]
+    columns = triton.cdiv(k, tile.block_n) + triton.cdiv(n - k, tile.block_n)
+    _product_kernel[(triton.cdiv(batch, tile.block_m) * columns,)](
+        x,
+        packed,
+        x if bias is None else bias,
+        y,
+        batch,
+        k,
+        n - k,
+        *x.stride(),
+        EVEN=1 - n % 2,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation or "",
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP=GROUP,
+        PRECISION=precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def product_by_strips(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: GemmTile, precision: str
+) -> Tensor:
+    """act(x S + bias) for x (B, n) of any strides, B <= tile.block_n; every entry of S is read once."""
+    batch, n = x.shape
+    y = x.new_empty(batch, n)
+    if y.numel() == 0:
+        return y
+    k = packed.shape[1]
+    segment = SEGMENT_STEPS * tile.block_k
+    strips, segments = triton.cdiv(n, tile.block_m), triton.cdiv(k, segment)
+    partial = x.new_empty(strips + 2 * segments, n, batch, dtype=torch.float32)
+    sizes = (batch, k, n - k)
+    shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "SEGMENT": segment}
+    _strips_kernel[(strips, segments)](
+        x,
+        packed,
+        partial,
+        *sizes,
+        *x.stride(),
+        strips,
+        segments,
+        EVEN=1 - n % 2,
+        BLOCK_C=tile.block_k,
+        PRECISION=precision,
+        **shape,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    block_q = 1024 // tile.block_n
+    _sum_kernel[(triton.cdiv(n, block_q),)](
+        partial,
+        x if bias is None else bias,
+        y,
+        *sizes,
+        strips,
+        segments,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation or "",
+        BLOCK_Q=block_q,
+        **shape,
+        num_warps=4,
+    )
+    return y
+
+
+def product(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: GemmTile, precision: str
+) -> Tensor:
+    """By strips up to `STRIP_ROWS` rows of x, else by tiles; the tile is the one that `pick_product` gives."""
+    function = product_by_strips if x.shape[0] <= STRIP_ROWS else product_by_tiles
+    return function(x, packed, bias, activation, tile, precision)
+
+
+def gradient(x: Tensor, dy: Tensor, tile: GemmTile, precision: str) -> Tensor:
+    """The gradient of the packed S for y = x S, from x and dy (B, n) of any strides."""
+    batch, n = x.shape
+    k = (n + 1) // 2
+    d = x.new_empty(2 * (n // 2) + 1, k)
+    if n == 0:
+        return d
+    tiles = [triton.cdiv(size, tile.block_m) for size in (n, k, n - k)]
+    _gradient_kernel[(tiles[0] * tiles[1] + tiles[2],)](
+        x,
+        dy,
+        d,
+        batch,
+        k,
+        n - k,
+        *x.stride(),
+        *dy.stride(),
+        EVEN=1 - n % 2,
+        BLOCK_M=tile.block_m,
+        BLOCK_K=tile.block_k,
+        PRECISION=precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return d

@@ -1,0 +1,116 @@
+"""The kernel of half a product: in Triton's interpreter against torch, and compiled ahead of time for GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")  # Linux only
+
+#: Runs in a process of its own: the interpreter must be chosen before triton is imported.
+INTERPRET = """
+import json, sys, torch
+from tritonsym.kernels.gram import gram
+from tritonsym.kernels.tiles import GemmTile
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # what is not written is NaN
+torch.manual_seed(0)
+for batch, m, k, layout, has_a, dtype in json.load(sys.stdin):
+    def draw(*shape):
+        return torch.randint(-2, 3, shape).to(getattr(torch, dtype))
+    x = {
+        "contiguous": lambda: draw(batch, m, k),
+        "transposed": lambda: draw(batch, k, m).mT,
+        "sliced": lambda: draw(batch, 2 * m, 3 * k)[:, ::2, ::3],
+        "expanded": lambda: draw(1, 1, k).expand(batch, m, k),
+    }[layout]()
+    a = draw(batch, m, m).mT if has_a else None
+    got = gram(x, a, 0.5, -2.0, GemmTile(16, 16, 16, 4, 2), "ieee").double()
+    expected = 0.5 * (x.double() @ x.double().mT) - (2 * a.double() if has_a else 0)
+    print(json.dumps([torch.equal(got.tril(), expected.tril()), torch.equal(got, got.mT)]))
+"""
+
+#: The float32 square root is not exact: entries at both ends of a row, far down.
+ROWS = """
+import torch, triton, triton.language as tl
+from tritonsym.kernels.gram import _row_of
+@triton.jit
+def kernel(p_ptr, row_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(row_ptr + at, _row_of(tl.load(p_ptr + at)))
+rows = torch.cat([torch.arange(2048), torch.randint(2048, 30000, (2048,))])
+for p in (rows * (rows + 1) // 2, rows * (rows + 3) // 2):
+    got = torch.empty(4096, dtype=torch.int32)
+    kernel[(1,)](p.to(torch.int32), got, 4096)
+    assert torch.equal(got.long(), rows)
+"""
+
+#: Sizes 0, 1, below, at and above the tile of 16, more tile rows than the 8 that are grouped.
+CASES = [
+    (1, 1, 1, "contiguous", False),
+    (2, 15, 7, "transposed", True),
+    (3, 16, 16, "sliced", True),
+    (1, 17, 33, "contiguous", True),
+    (2, 50, 40, "transposed", False),
+    (2, 33, 5, "expanded", False),
+    (1, 150, 3, "contiguous", True),
+    (2, 270, 2, "sliced", False),
+    (2, 3, 0, "contiguous", True),
+    (0, 5, 4, "contiguous", False),
+]
+SHIPPED = [
+    (target, dtype, place, has_a, transposed)
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+    for dtype, place in (("bf16", 0), ("bf16", 1), ("bf16", 2), ("fp32", 0), ("fp32", 1))
+    for has_a, transposed in ((False, False), (True, False), (False, True))
+    if not (transposed and dtype == "fp32")  # spills some registers on sm_100
+]
+
+
+def test_kernel_equals_torch():
+    """Small integers: every sum is exact in fp32 and fp16."""
+    cases = [(*case, dtype) for case in CASES for dtype in ("float32", "float16")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRET]
+    done = subprocess.run(command, input=json.dumps(cases), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(cases)
+    assert [case for case, right in zip(cases, results, strict=True) if not all(right)] == []
+
+
+def test_rows_of_a_triangle(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    path = tmp_path / "rows.py"  # the kernel's source must be in a file
+    path.write_text(ROWS)
+    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("target", "dtype", "place", "has_a", "transposed"), SHIPPED)
+def test_shipped_tiles_compile(ahead_of_time, target, dtype, place, has_a, transposed):
+    from tritonsym.kernels.gram import _gram_kernel
+    from tritonsym.kernels.tiles import GROUP, SQUARE_TILES, fits
+
+    itemsize = {"bf16": 2, "fp32": 4}[dtype]
+    tile = SQUARE_TILES[itemsize][place]
+    if not fits(tile, itemsize, target):
+        pytest.skip("does not fit")
+    fixed = {"HAS_A": has_a, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "GROUP": GROUP, "a_n": 1}
+    fixed |= {"PRECISION": "ieee" if itemsize == 2 else "tf32", ("x_m" if transposed else "x_k"): 1}
+    found = ahead_of_time(_gram_kernel, dtype, fixed, tile, target, alpha="fp32", beta="fp32")
+    found.check()
+    if found.count:
+        assert found.narrow_loads == 0
+
+
+@pytest.mark.parametrize("ones", [["M"], ["K"], ["M", "K", "x_batch", "x_m", "x_k", "a_batch", "a_m", "a_n"]])
+def test_sizes_of_one_compile(ahead_of_time, ones):
+    """Triton makes them constants, which the interpreter does not."""
+    from tritonsym.kernels.gram import _gram_kernel
+    from tritonsym.kernels.tiles import SQUARE_TILES
+
+    fixed = {"HAS_A": True, "BLOCK_M": 128, "BLOCK_K": 32, "GROUP": 8, "PRECISION": "ieee"} | dict.fromkeys(ones, 1)
+    ahead_of_time(_gram_kernel, "bf16", fixed, SQUARE_TILES[2][-1], "sm_90", alpha="fp32", beta="fp32")

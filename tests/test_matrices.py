@@ -1,0 +1,249 @@
+"""Products with symmetric results, the iteration on top of them, and the plans of all that a symmetric matrix is in."""
+
+import inspect
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+
+import tritonsym
+import tritonsym.functional as T
+from tritonsym import dispatch
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def assert_within_rule(got, dense, truth):
+    """At most twice as wrong as torch in the same dtype, plus one rounding: the largest error and the RMS."""
+    assert got.shape == truth.shape and got.dtype == dense.dtype
+    if not truth.numel():
+        return
+    for norm in (lambda t: t.abs().amax(), lambda t: t.square().mean().sqrt()):
+        allowed = 2 * norm(dense.double() - truth) + torch.finfo(got.dtype).eps * norm(truth)
+        assert norm(got.double() - truth) <= allowed
+
+
+def symmetric(*shape, dtype=torch.float32):
+    x = torch.randn(shape).to(dtype)
+    return torch.where(torch.ones(shape[-2:]).tril().bool(), x, x.mT)
+
+
+def dense_newton_schulz(g, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
+    """As `torch.optim.Muon` iterates, in the dtype of g."""
+    a, b, c = coefficients
+    x = g.mT if g.shape[0] > g.shape[1] else g
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.shape[0] > g.shape[1] else x
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(0, 3), max_size=2),
+    st.integers(1, 20),
+    st.integers(0, 20),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_products_are_symmetric_to_the_bit_and_right(batch, m, k, dtype, transposed, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(*batch, k, m).to(dtype).mT if transposed else torch.randn(*batch, m, k).to(dtype)
+    c = T.gram(x)
+    assert torch.equal(c, c.mT)
+    assert_within_rule(c, x @ x.mT, x.double() @ x.double().mT)
+    a = symmetric(*batch, m, m, dtype=dtype)
+    wide = a.double()
+    for alpha, beta in ((1, 0), (-1.5, 1), (2.0315, -4.775)):
+        d = T.symmetric_mm(a, alpha, beta)
+        assert torch.equal(d, d.mT)
+        flat = a.reshape(-1, m, m)
+        dense = torch.baddbmm(flat, flat, flat, alpha=alpha, beta=beta).reshape(a.shape)
+        assert_within_rule(d, dense, beta * wide + alpha * wide @ wide)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
+def test_special_values_stand_on_both_sides(value):
+    x = torch.zeros(4, 2)
+    x[1, 0] = x[3, 0] = value
+    c = T.gram(x)
+    assert torch.equal(c.view(torch.int32), c.mT.contiguous().view(torch.int32))
+
+
+def test_an_unread_matrix_does_not_matter():
+    a = torch.full((3, 3), float("nan"))
+    assert T.symmetric_mm(a, 0.0, 1.0).isnan().all()
+    assert torch.equal(T.symmetric_mm(torch.eye(3), 2), 2 * torch.eye(3))
+
+
+def test_derivatives():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    for function, argument in (
+        (T.gram, x),
+        (lambda t: T.gram(t.mT), x),
+        (lambda t: T.symmetric_mm(t, 0.5, -2.0), a),
+        (T.symmetric_mm, a),
+        (lambda t: T.newton_schulz(t, 2), x),
+    ):
+        gradcheck(function, argument, check_forward_ad=True)
+        gradgradcheck(function, argument)
+    y, upstream = T.gram(x), torch.randn(2, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(y, x, upstream)[0], (upstream + upstream.mT) @ x)
+
+
+def test_transforms_and_checks_of_the_op():
+    torch.manual_seed(0)
+    x, a = torch.randn(3, 4, 5, dtype=torch.float64), symmetric(3, 4, 4).double()
+    torch.testing.assert_close(vmap(T.gram, in_dims=1, out_dims=1)(x.mT), T.gram(x.mT.movedim(1, 0)).movedim(0, 1))
+    torch.testing.assert_close(vmap(T.symmetric_mm)(a), T.symmetric_mm(a))
+    torch.testing.assert_close(vmap(T.newton_schulz)(x), T.newton_schulz(x))
+    per_sample = vmap(grad(lambda t: T.gram(t).square().sum()))(x)
+    torch.testing.assert_close(per_sample, 4 * T.gram(x) @ x)
+    torch.testing.assert_close(jvp(T.gram, (x,), (x,))[1], 2 * T.gram(x))
+    op = torch.ops.tritonsym.gram
+    torch.library.opcheck(op, (x.requires_grad_(), None, 1.0, 0.0))
+    torch.library.opcheck(op, (a.requires_grad_(), a.detach().requires_grad_(), 0.5, 2.0))
+    assert op(x.to("meta"), None, 1.0, 0.0).shape == (3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert T.gram(x.float()).dtype == T.symmetric_mm(a.float(), 1, 1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (5, 7), (16, 16), (40, 12), (3, 64)])
+def test_newton_schulz_is_the_dense_iteration(shape, dtype):
+    torch.manual_seed(0)
+    g = torch.randn(2, 3, *shape).to(dtype)
+    got = T.newton_schulz(g)
+    dense = torch.stack([dense_newton_schulz(t) for t in g.flatten(0, 1)]).view_as(g)
+    truth = torch.stack([dense_newton_schulz(t.double()) for t in g.flatten(0, 1)]).view_as(g)
+    assert_within_rule(got, dense, truth)
+    cubic, one = (2, (1.5, -0.5, 0.0)), g[0, 1]
+    assert_within_rule(
+        T.newton_schulz(one, *cubic), dense_newton_schulz(one, *cubic), dense_newton_schulz(one.double(), *cubic)
+    )
+    if dtype == torch.float32:
+        assert ((torch.linalg.svdvals(got) > 0.3) & (torch.linalg.svdvals(got) < 1.3)).all()
+
+
+def test_newton_schulz_of_nothing():
+    assert not T.newton_schulz(torch.zeros(3, 4)).any()
+    assert T.newton_schulz(torch.zeros(0, 3, 4)).shape == (0, 3, 4) and T.newton_schulz(torch.zeros(3, 0)).shape == (
+        3,
+        0,
+    )
+    assert torch.equal(T.newton_schulz(torch.eye(2), 0), torch.eye(2) / torch.eye(2).norm())
+
+
+def documented_step():
+    """The optimiser's step that the docstring shows, as a function."""
+    _, after = inspect.getdoc(T.newton_schulz).split("::\n", 1)
+    code = after.split("\nArgs:")[0]
+    return compile(textwrap.dedent(code), "docstring", "exec")
+
+
+def test_the_documented_muon_trains_as_torchs_does():
+    step = documented_step()
+
+    def train(ours):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), *(nn.Linear(24, 24) for _ in range(2)), nn.Linear(24, 1))
+        params = [layer.weight for layer in model[2:4]]
+        others = [p for p in model.parameters() if all(p is not q for q in params)]
+        optimisers = [torch.optim.Adam(others, 1e-2)]
+        lr, momentum, buffers = 0.02, 0.95, [torch.zeros_like(p) for p in params]
+        if not ours:
+            optimisers.append(torch.optim.Muon(params, lr, weight_decay=0.0, momentum=momentum))
+        x = torch.randn(64, 8)
+        target, losses = x.prod(1, keepdim=True).sin() + x[:, :1], []
+        for _ in range(40):
+            loss = (model(x) - target).square().mean()
+            losses.append(loss.item())
+            model.zero_grad()
+            loss.backward()
+            if ours:
+                names = {"params": params, "buffers": buffers, "grads": [p.grad for p in params]}
+                with torch.no_grad():
+                    exec(
+                        step, {"torch": torch, "newton_schulz": T.newton_schulz, "lr": lr, "momentum": momentum} | names
+                    )
+            for optimiser in optimisers:
+                optimiser.step()
+        return losses
+
+    got, expected = train(True), train(False)
+    assert got[-1] < 0.2 * got[0]
+    assert got[:5] == pytest.approx(expected[:5], rel=1e-2)
+    assert got[-1] < 1.5 * expected[-1] + 0.01
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def linear(n, rows, dtype=torch.bfloat16, target="sm_90", **options):
+    layer = tritonsym.nn.SymmetricLinear(n, n, device="meta", dtype=dtype, **options)
+    return tritonsym.explain(layer, torch.empty(rows, n, device="meta", dtype=dtype), target)
+
+
+def half(n, k, batch=1, dtype="bfloat16", target="sm_90"):
+    return dispatch.gram_plan(dispatch.gram_problem((batch, n, k), target, dtype))
+
+
+def test_a_packed_matrix_is_multiplied_where_that_was_estimated_to_be_faster():
+    pytest.importorskip("triton")
+    for rows in (1, 16, 64, 65, 1024):
+        plan = linear(4096, rows)
+        assert plan.path == "expand" and len(plan.tiles) == 2 and "estimate" in plan.why
+        assert plan.flops == plan.dense_flops == 2 * rows * 4096**2
+    assert linear(4096, 1 << 16).path == "reference"  # unpacking is nothing then
+    for n, words in ((2048, "vendor"), (256, "vendor"), (4100, "16"), (4097, "16")):
+        plan = linear(n, 8)
+        assert plan.path == "reference" and words in plan.why and "estimate" in plan.why
+    assert linear(4096, 8, torch.float32).path == "reference"
+    assert linear(4096, 8, torch.float64).path == linear(4096, 8, target="cpu").path == "reference"
+    assert linear(4096, 8, target="gfx942").path == linear(4096, 8, target="sm_86").path == "reference"
+    assert linear(256, 8, never_unpack=True).path == linear(4097, 1 << 16, never_unpack=True).path == "expand"
+    with tritonsym.backend("triton"):
+        assert linear(7, 3, target="cpu").path == "expand"
+        assert linear(7, 3, torch.float64).path == "reference"
+    with tritonsym.backend("reference"):
+        assert linear(4096, 8).path == "reference"
+        with pytest.raises(NotImplementedError, match="never_unpack"):
+            linear(4096, 8, never_unpack=True)
+    with tritonsym.path("expand"):
+        assert linear(256, 8).path == "expand"
+        with pytest.raises(ValueError, match="'expand' is forced"):
+            linear(256, 8, target="cpu")
+
+
+def test_half_a_product_where_that_was_estimated_to_be_faster():
+    pytest.importorskip("triton")
+    for plan in (half(4096, 4096), half(8192, 1024), half(1024, 1024, batch=32)):
+        assert plan.path == "half" and len(plan.tiles) == 1 and "estimate" in plan.why
+        assert plan.dense_flops / 2 < plan.flops < 0.51 * plan.dense_flops
+    for plan in (half(1024, 1024), half(128, 4096, 64), half(4096, 0), half(0, 5), half(4096, 4096, batch=0)):
+        assert plan.path == "reference"
+    assert half(4096, 4096, dtype="float32").path == half(4096, 4096, target="cpu").path == "reference"
+    with tritonsym.backend("triton"):
+        assert half(3, 4, target="cpu").path == "half"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_target_has_tiles(itemsize, target):
+    from tritonsym.kernels.tiles import STRIP_ROWS, fits, pick_product, pick_square
+
+    for rows in (0, 1, 16, 17, 33, 64, 65):
+        tile = pick_product(rows, itemsize, target)
+        assert fits(tile, itemsize, target)
+        assert rows > STRIP_ROWS or tile.block_n >= rows
+    square = pick_square(itemsize, target)
+    assert square.block_m == square.block_n and fits(square, itemsize, target)
