@@ -30,8 +30,20 @@ from triton.compiler import ASTSource
 
 from tritonsym import launch, shift
 from tritonsym.kernels import conv as conv_kernels
+from tritonsym.kernels import gram as gram_kernels
 from tritonsym.kernels import shift as shift_kernels
-from tritonsym.kernels.tiles import CONV_TILES, TILES, WEIGHT_TILE, GemmTile, Tile
+from tritonsym.kernels import symm as symm_kernels
+from tritonsym.kernels.tiles import (
+    CONV_TILES,
+    GROUP,
+    SEGMENT_STEPS,
+    SQUARE_TILES,
+    STRIP_TILES,
+    TILES,
+    WEIGHT_TILE,
+    GemmTile,
+    Tile,
+)
 from tritonsym.symmetry import FilterLayout
 
 TARGETS = {
@@ -51,7 +63,7 @@ class Entry:
     fixed: dict[str, Any]  # constexprs and integers that are known: strides of 1
     tile: Tile | GemmTile
     work: float  # per thread: terms of values, or thousands of multiply-adds of one step
-    pointers: dict[str, str] = field(default_factory=dict)  # types other than the layer's
+    types: dict[str, str] = field(default_factory=dict)  # as in `compile_kernel`
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | 
 
 
 def entries() -> Iterator[Entry]:
-    """The kernels of layers with 64 stored filters: every direction, every tile."""
+    """Every kernel: those of layers with 64 stored filters in every direction with every tile, and of matrices."""
     for symmetry, kernel_size in (("h", (3, 3)), ("hv", (3, 3)), ("d4", (3, 3)), ("c4", (5, 5)), ("hvz", (3, 3, 3))):
         for tile in TILES:
             if (tile == TILES[2]) == (max(kernel_size) > 3 or len(kernel_size) > 2):  # as `pick` does
@@ -88,18 +100,19 @@ def entries() -> Iterator[Entry]:
         for gradient in (False, True):
             more = {"GRADIENT": gradient, "SIGNED": False, "ACTIVATION": "", "source_c": 1, "target_c": 1}
             more |= {"bias_ptr": None} if gradient else {}
-            yield _product("dx" if gradient else "y", conv_kernels._conv_kernel, tile, more, {"table_ptr": "i32"})
+            yield _product("dx" if gradient else "y", conv_kernels._conv_kernel, tile, more, {"table_ptr": "*i32"})
     more = {"TRANSPOSED": False, "IMAGES": 4, "dy_c": 1, "x_c": 1}
-    pointers = {"images_ptr": "i32", "work_ptr": "fp32"}
-    yield _product("dw", conv_kernels._weight_gradient_kernel, WEIGHT_TILE, more, pointers)
+    types = {"images_ptr": "*i32", "work_ptr": "*fp32"}
+    yield _product("dw", conv_kernels._weight_gradient_kernel, WEIGHT_TILE, more, types)
+    yield from _matrices()
 
 
-def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], pointers: dict[str, str]) -> Entry:
+def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], types: dict[str, str]) -> Entry:
     grid = launch.grid(layer("hv", (3, 3), 64).geometry, False).constants()
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     fixed = {**grid, **blocks, "PRECISION": "tf32", "WIDE": False, **fixed}
     work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
-    return Entry(f"expand {name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, pointers)
+    return Entry(f"expand {name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, types)
 
 
 def _additions(conv: shift.Conv, adjoint: bool, tile: Tile) -> Entry:
@@ -114,46 +127,110 @@ def _additions(conv: shift.Conv, adjoint: bool, tile: Tile) -> Entry:
     symmetry = f"{len(conv.blocks[0].images)} images{' pooled' if conv.pool else ''} {len(conv.geometry.kernel_size)}-D"
     name = f"shift {'d' if adjoint else 'y'} {symmetry} {tile.block_p}x{tile.block_u}"
     work = sum(map(len, table.terms)) * tile.block_p * tile.block_u / (32 * tile.warps)
-    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "u8"})
+    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "*u8"})
 
 
-def compile_entry(entry: Entry, target: GPUTarget, dtype: str = "bf16") -> Any:
-    """The compiled kernel, for tensors aligned to 16 bytes with channels that are a multiple of 16."""
-    names = entry.kernel.arg_names
-    signature = {
-        name: "constexpr"
-        if name in entry.fixed
-        else f"*{entry.pointers.get(name, dtype)}"
-        if name.endswith("_ptr")
-        else "i32"
-        for name in names
-    }
-    # sizes of an image are odd more often than not; channels, and strides of an aligned tensor, are multiples of 16
-    odd = ("M", "STEPS", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
-    aligned = [n for n in names if n not in entry.fixed and n not in odd]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(entry.kernel, signature, {(names.index(n),): v for n, v in entry.fixed.items()}, attributes)
-    options = {"num_warps": entry.tile.warps}
-    if isinstance(entry.tile, GemmTile):
-        options["num_stages"] = entry.tile.stages
-    return triton.compile(source, target=target, options=options)
+def matrix_constants(kernel: Any, tile: GemmTile, itemsize: int) -> dict[str, Any]:
+    """The constexprs of a kernel for symmetric matrices (but its sums of strips) of even n with a shipped tile."""
+    precision = {"PRECISION": "ieee" if itemsize == 2 else "tf32"}
+    if kernel is symm_kernels._strips_kernel:
+        shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "BLOCK_C": tile.block_k}
+        return precision | shape | {"SEGMENT": SEGMENT_STEPS * tile.block_k, "EVEN": 1}
+    fixed = precision | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
+    if kernel is gram_kernels._gram_kernel:
+        return fixed | {"HAS_A": True, "GROUP": GROUP}
+    if kernel is symm_kernels._product_kernel:
+        fixed |= {"BLOCK_N": tile.block_n, "GROUP": GROUP, "HAS_BIAS": True, "ACTIVATION": "gelu"}
+    return fixed | {"EVEN": 1}
+
+
+def _matrices() -> Iterator[Entry]:
+    square, strip = SQUARE_TILES[2][0], STRIP_TILES[2][0]
+    for name, kernel, tile, unit in (
+        ("gram", gram_kernels._gram_kernel, square, ("x_k", "a_n")),
+        ("symm y by tiles", symm_kernels._product_kernel, square, ("x_k",)),
+        ("symm y by strips", symm_kernels._strips_kernel, strip, ("x_k",)),
+        ("symm dS", symm_kernels._gradient_kernel, square, ("x_k", "dy_k")),
+    ):
+        fixed = matrix_constants(kernel, tile, 2) | dict.fromkeys(unit, 1)
+        work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
+        types = {"alpha": "fp32", "beta": "fp32", "partial_ptr": "*fp32"}
+        yield Entry(f"{name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, types)
+
+
+#: Sizes of images and batches: odd more often than not. (Channels, and strides of an aligned tensor, 16 divides.)
+ODD = ("M", "STEPS", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
+
+
+def compile_kernel(
+    kernel: Any,
+    fixed: dict[str, Any],
+    tile: Tile | GemmTile,
+    target: str,
+    dtype: str = "bf16",
+    types: dict[str, str] | None = None,
+    odd: tuple[str, ...] = (),
+) -> Any:
+    """The kernel compiled ahead of time, for tensors aligned to 16 bytes and integers, but `odd`, that 16 divides.
+
+    `types`: of arguments that are neither 32-bit integers nor, named _ptr, pointers to `dtype`.
+    """
+    names = kernel.arg_names
+    kinds = {name: (types or {}).get(name) or (f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
+    aligned = [n for n in names if n not in fixed and n not in odd and kinds[n] != "fp32"]
+    source = ASTSource(
+        kernel,
+        kinds | dict.fromkeys(fixed, "constexpr"),
+        {(names.index(n),): value for n, value in fixed.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": tile.warps}
+    if isinstance(tile, GemmTile):
+        options["num_stages"] = tile.stages
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def compile_entry(entry: Entry, target: str) -> Any:
+    odd = () if entry.kernel is gram_kernels._gram_kernel else ODD
+    return compile_kernel(entry.kernel, entry.fixed, entry.tile, target, types=entry.types, odd=odd)
+
+
+def machine_code(kernel: Any) -> tuple[str, str]:
+    """Resource usage and disassembly of a kernel for an NVIDIA target."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    return usage, code
+
+
+def instructions(code: str) -> list[tuple[str, str]]:
+    """Name and modifiers of every instruction."""
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)((?:\.[A-Z0-9_]+)*)", code, re.M)
+
+
+def bits(modifiers: str) -> int:
+    """Width of a load or store."""
+    for width in (128, 64):
+        if f".{width}" in modifiers:
+            return width
+    return 16 if ".U16" in modifiers or ".S16" in modifiers else 32
 
 
 def inspect(kernel: Any, work: float) -> Compiled:
     """Read registers, spills and instructions from the machine code."""
     if "cubin" not in kernel.asm:
         return Compiled(None, None, kernel.metadata.shared, None, None, None, None)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)((?:\.[A-Z0-9_]+)*)", code, re.M)
+    usage, code = machine_code(kernel)
+    found = instructions(code)
     count = Counter(name for name, _ in found)
 
     def widest(operation: tuple[str, ...]) -> int:
-        return max((_bits(suffix) for name, suffix in found if name in operation), default=0)
+        return max((bits(suffix) for name, suffix in found if name in operation), default=0)
 
     return Compiled(
         registers=int(re.findall(r"REG:(\d+)", usage)[0]),
@@ -164,13 +241,6 @@ def inspect(kernel: Any, work: float) -> Compiled:
         load_bits=widest(("LDG", "LDGSTS")),
         store_bits=widest(("STG",)),
     )
-
-
-def _bits(suffix: str) -> int:
-    for width in (128, 64):
-        if f".{width}" in suffix:
-            return width
-    return 16 if ".U16" in suffix or ".S16" in suffix else 32
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = ("regs", "spills", "shared", "instr", "mma", "load", "store")
     print(f"{'target':8} {'kernel':32} " + " ".join(f"{name:>6}" for name in columns))
     for name, entry in tqdm(work, disable=not sys.stderr.isatty()):
-        found = inspect(compile_entry(entry, TARGETS[name]), entry.work)
+        found = inspect(compile_entry(entry, name), entry.work)
         shown = [
             "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
             for value in astuple(found)

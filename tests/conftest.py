@@ -3,12 +3,9 @@
 import dataclasses
 import inspect
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,39 +169,21 @@ class MachineCode:
 @pytest.fixture(scope="session")
 def ahead_of_time() -> Callable[..., MachineCode]:
     """compile(kernel, dtype, constants, tile, target, **types): for tensors and sizes that are multiples of 16."""
-    triton = pytest.importorskip("triton")
-    from triton.compiler import ASTSource
-
-    from tritonsym.perf.inspect_kernels import TARGETS
+    pytest.importorskip("triton")
+    from tritonsym.perf import inspect_kernels
 
     def compile(kernel: Any, dtype: str, fixed: dict[str, Any], tile: Any, target: str, **types: str) -> MachineCode:
-        names = kernel.arg_names
-        kinds = {name: types.get(name) or (f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
-        aligned = [n for n in names if n not in fixed and kinds[n] != "fp32"]
-        source = ASTSource(
-            kernel,
-            kinds | dict.fromkeys(fixed, "constexpr"),
-            {(names.index(n),): value for n, value in fixed.items()},
-            {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-        )
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled = triton.compile(source, target=TARGETS[target], options=options)
+        compiled = inspect_kernels.compile_kernel(kernel, fixed, tile, target, dtype, types)
         shared = compiled.metadata.shared
         if "cubin" not in compiled.asm:
             return MachineCode(target, shared, Counter(), Counter(), set(), 0)
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-        found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)((?:\.[A-Z0-9_]+)*)", code, re.M)
-        loads = [suffix for name, suffix in found if name in ("LDG", "LDGSTS")]
-        widths = [128 if ".128" in s else 64 if ".64" in s else 16 if "U16" in s or "S16" in s else 32 for s in loads]
+        _, code = inspect_kernels.machine_code(compiled)
+        found = inspect_kernels.instructions(code)
         return MachineCode(
             target,
             shared,
             Counter(name for name, _ in found),
-            Counter(widths),
+            Counter(inspect_kernels.bits(modifiers) for name, modifiers in found if name in ("LDG", "LDGSTS")),
             set(re.findall(r"DEPBAR\.LE gsb0, (0x\w+)", code)),
             len(re.findall(r"HGMMA\S*\s+R\d+, R\d+", code)),
         )

@@ -97,14 +97,23 @@ def test_auto_estimates_gpus(size, dtype, path):
     assert bool(plan.tiles) == (path != "reference")
 
 
+def convolutions():
+    """What `inspect_kernels` lists of this file's kernels."""
+    from tritonsym.kernels import conv, shift
+    from tritonsym.perf import inspect_kernels
+
+    kernels = (shift._add_kernel, conv._conv_kernel, conv._weight_gradient_kernel)
+    return [entry for entry in inspect_kernels.entries() if entry.kernel in kernels]
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_shipped_tiles_compile(target):
     """Ahead of time, no GPU needed: no spills, wide loads and stores, tensor cores, shared memory as `fits` assumes."""
     from tritonsym.kernels.tiles import GemmTile, fits
     from tritonsym.perf import inspect_kernels
 
-    for entry in inspect_kernels.entries():
-        kernel = inspect_kernels.compile_entry(entry, inspect_kernels.TARGETS[target])
+    for entry in convolutions():
+        kernel = inspect_kernels.compile_entry(entry, target)
         found = inspect_kernels.inspect(kernel, entry.work)
         assert fits(entry.tile, 2, target), entry.name
         product = isinstance(entry.tile, GemmTile)
@@ -122,10 +131,21 @@ def test_no_operand_of_a_hopper_product_is_computed_in_registers():
     from tritonsym.kernels.tiles import GemmTile
     from tritonsym.perf import inspect_kernels
 
-    for entry in inspect_kernels.entries():
+    for entry in convolutions():
         if isinstance(entry.tile, GemmTile):
             for signed in (False, True) if "SIGNED" in entry.fixed else (None,):
                 fixed = entry.fixed if signed is None else {**entry.fixed, "SIGNED": signed}
-                kernel = inspect_kernels.compile_entry(replace(entry, fixed=fixed), inspect_kernels.TARGETS["sm_90"])
+                kernel = inspect_kernels.compile_entry(replace(entry, fixed=fixed), "sm_90")
                 products = re.findall(r"warp_group_dot %.*? : (\S+?)<.*? \* (\S+?)<", kernel.asm["ttgir"])
                 assert products and set(products) == {("!ttg.memdesc", "!ttg.memdesc")}, entry.name
+
+
+def test_sizes_of_one_compile():
+    """Triton makes constants of integers that are 1, which the interpreter does not."""
+    from tritonsym.perf import inspect_kernels
+
+    for entry in {entry.kernel: entry for entry in convolutions()}.values():
+        ones = {name: 1 for name in entry.kernel.arg_names if not name.endswith("_ptr") and name not in entry.fixed}
+        for wide in (False, True):
+            fixed = {**entry.fixed, **ones, "WIDE": wide}
+            inspect_kernels.compile_entry(replace(entry, fixed=fixed), "sm_90")

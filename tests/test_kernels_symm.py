@@ -177,42 +177,35 @@ def test_layers_and_functions_run_through_the_kernels():
     assert run(LAYERS) == "right\n"
 
 
-TABLES = {"bf16": {"SQUARE_TILES": 3, "STRIP_TILES": 4}, "fp32": {"SQUARE_TILES": 2, "STRIP_TILES": 3}}
+ITEMSIZE = {"bf16": 2, "fp32": 4}
 KERNELS = {"SQUARE_TILES": ("_product_kernel", "_gradient_kernel"), "STRIP_TILES": ("_strips_kernel",)}
 
 
 def shipped():
     """(kernel, dtype, table, place in it, target, is n even)."""
-    for target, (dtype, counts) in product(("sm_80", "sm_90", "sm_100", "gfx942"), TABLES.items()):
-        for table, count in counts.items():
-            for kernel, place in product(KERNELS[table], range(count)):
-                yield kernel, dtype, table, place, target, True
+    from tritonsym.kernels import tiles
+
+    for target, dtype, table in product(("sm_80", "sm_90", "sm_100", "gfx942"), ITEMSIZE, KERNELS):
+        of_dtype = getattr(tiles, table)[ITEMSIZE[dtype]]
+        places = [place for place, tile in enumerate(of_dtype) if tiles.fits(tile, ITEMSIZE[dtype], target)]
+        yield from ((kernel, dtype, table, place, target, True) for kernel, place in product(KERNELS[table], places))
     for target in ("sm_90", "sm_100"):  # unaligned rows; elsewhere a few registers spill
         yield from ((kernel, "bf16", "SQUARE_TILES", 0, target, False) for kernel in KERNELS["SQUARE_TILES"])
 
 
 def constants(kernel, tile, itemsize):
-    """Of one launch with a shipped tile."""
-    from tritonsym.kernels import tiles
+    from tritonsym.kernels import symm
+    from tritonsym.perf import inspect_kernels
 
-    fixed = {"EVEN": 1, "PRECISION": "ieee" if itemsize == 2 else "tf32"}
-    if kernel == "_strips_kernel":
-        shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "BLOCK_C": tile.block_k}
-        return fixed | shape | {"SEGMENT": tiles.SEGMENT_STEPS * tile.block_k}
-    fixed |= {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
-    if kernel == "_product_kernel":
-        fixed |= {"BLOCK_N": tile.block_n, "GROUP": tiles.GROUP, "HAS_BIAS": True, "ACTIVATION": "gelu"}
-    return fixed
+    return inspect_kernels.matrix_constants(getattr(symm, kernel), tile, itemsize)
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "table", "place", "target", "is_even"), [*shipped()])
 def test_shipped_tiles_compile(ahead_of_time, kernel, dtype, table, place, target, is_even):
     from tritonsym.kernels import symm, tiles
 
-    itemsize = {"bf16": 2, "fp32": 4}[dtype]
+    itemsize = ITEMSIZE[dtype]
     tile = getattr(tiles, table)[itemsize][place]
-    if not tiles.fits(tile, itemsize, target):
-        pytest.skip("does not fit")
     strides = {"x_k": 1, "dy_k": 1} if kernel == "_gradient_kernel" else {"x_k": 1}
     fixed = constants(kernel, tile, itemsize) | strides | {"EVEN": int(is_even)}
     found = ahead_of_time(getattr(symm, kernel), dtype, fixed, tile, target, partial_ptr="*fp32")

@@ -254,7 +254,8 @@ def symmetric_linear(
             return y if fused else reference.activate(y, activation)
     elif never_unpack:
         raise dispatch.cannot_stay_packed("symbolic sizes or torch.func transforms")
-    return reference.symmetric_linear(x, packed, bias, activation)
+    dense = _dense("unpacked", lambda: reference.unpack(packed), packed)
+    return reference.symmetric_linear(x, packed, bias, activation, dense)
 
 
 @_op("gram(Tensor x, Tensor? a, float alpha, float beta) -> Tensor")

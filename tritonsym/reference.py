@@ -269,9 +269,11 @@ def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
     return pooled.movedim(channels, 1)
 
 
-def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+def symmetric_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, dense: Tensor | None = None
+) -> Tensor:
     """y = act(x S + b)."""
-    return activate(F.linear(x, unpack(packed), bias), activation)
+    return activate(F.linear(x, unpack(packed) if dense is None else dense, bias), activation)
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:

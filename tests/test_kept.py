@@ -1,0 +1,121 @@
+"""The expanded weight that is kept for inference: never a stale one, and gone where it is not wanted."""
+
+import copy
+import gc
+
+import pytest
+import torch
+
+import tritonsym
+from tritonsym import ops
+
+
+def load(layer):
+    layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
+
+
+def step(layer):
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+@torch.no_grad()
+def in_place(layer):
+    layer.weight.mul_(2)
+
+
+def one_value(layer):
+    layer.weight.data.view(-1)[-1] += 1  # the version counter does not notice
+
+
+def through_numpy(layer):
+    layer.weight.detach().numpy()[:] *= 2
+
+
+CHANGES = {
+    "load_state_dict": load,
+    "assign": lambda layer: layer.load_state_dict(
+        {name: 2 * value for name, value in layer.state_dict().items()}, assign=True
+    ),
+    "optimizer": step,
+    "in place": in_place,
+    ".data": one_value,
+    "numpy": through_numpy,
+    "to": lambda layer: layer.to(torch.float64),
+    "to and back": lambda layer: layer.to(torch.bfloat16).to(torch.float32),
+    "new parameter": lambda layer: setattr(layer, "weight", torch.nn.Parameter(layer.weight.detach() * 2)),
+}
+
+
+def assert_seen(layer, x, change):
+    with torch.inference_mode():
+        layer(x)
+        layer(x)
+    change(layer)
+    fresh = copy.deepcopy(layer)
+    with torch.no_grad():
+        x = x.to(layer.weight.dtype)
+        assert torch.equal(layer(x), fresh(x))
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_seen(convolution, change):
+    assert_seen(convolution.make(), convolution.input(), change)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_of_a_matrix_are_seen(change):
+    assert_seen(tritonsym.nn.SymmetricLinear(7, 7), torch.randn(3, 7), change)
+
+
+def kept(layer):
+    return ops._kept.get(layer.weight)
+
+
+def test_kept_while_values_stay_and_no_longer():
+    layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv"), torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        layer(x)
+        dense = kept(layer)[2]
+        layer(x)
+        assert kept(layer)[2] is dense  # expanded once
+        layer.weight.mul_(2)
+        layer(x)
+        assert torch.equal(kept(layer)[2], 2 * dense)
+    layer(x)  # may be differentiated
+    assert kept(layer) is None
+    with torch.no_grad():
+        layer(x)
+    count = len(ops._kept)
+    del layer
+    gc.collect()
+    assert len(ops._kept) == count - 1
+
+
+def test_free_filters_count_too():
+    layer, x = tritonsym.nn.TiedConv2d(4, 8, 3, symmetry="hv", free=2), torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        before = layer(x)
+        layer.free_weight.mul_(2)
+        assert not torch.equal(layer(x), before)
+
+
+def test_a_weight_kept_in_inference_mode_serves_gradients_of_the_input():
+    layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv").requires_grad_(False), torch.randn(2, 4, 6, 6)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_nothing_is_kept_of_other_tensors_and_by_compiled_code():
+    weight, x = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 6, 6)
+    count = len(ops._kept)
+    tritonsym.functional.symmetric_conv2d(x, weight, symmetry="hv")
+    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv")
+    with torch.no_grad():
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.func.vmap(layer)(x[None])
+    assert len(ops._kept) == count
