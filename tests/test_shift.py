@@ -132,3 +132,24 @@ def test_long_sums_round_as_torch_does(symmetry, channels, last):
     x = torch.randn(1, channels, 19, 19)
     with tritonsym.path("shift"):
         tritonsym.testing.assert_matches_reference(layer, x.to(memory_format=torch.channels_last) if last else x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("symmetry", ["h", "c4", "d4"])
+def test_nan_and_infinity_reach_what_they_reach_in_the_dense_layer(symmetry, value):
+    layer = tritonsym.nn.SymmetricConv2d(3, 8, 3, padding=1, stride=2, symmetry=symmetry)
+    x = torch.randn(2, 3, 9, 8)
+    x[1, 2, 4, 3] = value
+    with tritonsym.path("shift"), torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_more_than_31_bits_of_elements():
+    """8 GB, minutes: ``pytest -m slow``."""
+    layer = tritonsym.nn.TiedConv2d(1, 1, (1, 2), symmetry="h", dtype=torch.bfloat16)
+    image = torch.randn(1, 1, 16384, 8192).bfloat16()
+    x = image.expand(17, -1, -1, -1)
+    assert x.numel() > 1 << 31
+    with tritonsym.path("shift"), torch.no_grad():
+        assert torch.equal(layer(x)[16:], layer(image))
