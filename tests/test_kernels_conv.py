@@ -52,10 +52,10 @@ def test_offsets_beyond_31_bits(interpreter, path):
     assert interpreter("convolution", batch=2, channels=2, sizes=[4, 5], **arguments)
 
 
-@pytest.mark.parametrize("path", ["shift", "expand"])
+@pytest.mark.parametrize("path, pool", [("shift", None), ("shift", "max"), ("expand", None)])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "sigmoid", "tanh"])
-def test_activations_of_the_epilogue(interpreter, activation, path):
-    conv, tiles = {"orbits": "h", "filters": 4}, TILES[path][0]
+def test_activations_of_the_epilogue(interpreter, activation, path, pool):
+    conv, tiles = {"orbits": "h", "filters": 4, "pool": pool}, TILES[path][0]
     arguments = {"conv": conv, "path": path, "tiles": tiles, "dtype": "float32", "layout": "last"}
     assert interpreter("convolution", batch=1, channels=2, sizes=[4, 5], activation=activation, **arguments)
 
