@@ -5,7 +5,7 @@ Plain Python: imports without triton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 #: Shared memory that one program may use, in bytes, by target. Unknown NVIDIA targets: the least of them.
 SHARED = {
@@ -52,14 +52,20 @@ class GemmTile:
         return self.block_m * self.block_n // (32 * self.warps)
 
 
-def fits(tile: Tile | GemmTile, itemsize: int, target: str) -> bool:
+def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) -> bool:
     """Whether the tile can run on this target with operands of so many bytes: the rule of the tuner and of the plan.
 
     At most half of the 255 registers of a thread hold the result; the operands fit the shared memory of one program.
-    A convolution's loop over taps and channels is miscompiled with 8 warps (pytorch issue 173068).
+    A product that loops over taps and channels is miscompiled with 8 warps (pytorch issue 173068).
     """
+    least = 1 if isinstance(tile, Tile) else 16  # of a tensor core's operands
+    *blocks, warps = astuple(tile)[:4]
+    if any(n < least or n & (n - 1) for n in blocks) or warps not in (1, 2, 4, 8):
+        return False
     if isinstance(tile, Tile):
         return tile.block_p * tile.block_u <= 32 * 32 * tile.warps
+    if tile.stages < 1 or (taps and tile.warps == 8):
+        return False
     limit = SHARED.get(target, 64 << 10 if target.startswith("gfx") else 99 << 10)
     return tile.accumulators <= 128 and tile.shared(itemsize) <= limit
 

@@ -15,10 +15,11 @@ import tritonsym
 
 SOURCE = Path(tritonsym.__file__).parent
 KERNELS = Path(importlib.import_module("tritonsym.kernels").__file__).parent
+PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 
 #: Every module may import those of the lines above its own, and `nn` its own. `kernels` import nothing of the package.
 ORDER = [
-    {"symmetry", "packing"},
+    {"symmetry", "packing", "tuned"},
     {"shift"},
     {"reference", "dispatch", "launch"},
     {"convolution", "symm"},
@@ -29,17 +30,19 @@ ORDER = [
     {"testing"},
     {"demo"},
     {"__init__"},
+    {"perf"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"launch", "symm", "dispatch", "ops"}  # may import kernels, within functions
+LAUNCHERS = {"tuned", "launch", "symm", "dispatch", "ops"}  # may import kernels, within functions
+LAZY = {"__init__": "perf"}  # imported by a function
 
 
 def modules(folder, prefix=""):
     return {prefix + ".".join(p.relative_to(folder).with_suffix("").parts): p for p in folder.rglob("*.py")}
 
 
-MODULES = modules(SOURCE) | modules(KERNELS, "kernels.")
+MODULES = modules(SOURCE) | modules(KERNELS, "kernels.") | modules(PERF, "perf.")
 
 
 def imports(path, everywhere=True):
@@ -74,9 +77,14 @@ def test_imports_point_one_way(name):
         return
     assert head in LEVEL, "give the new module its line in ORDER"
     allowed = {other for other, level in LEVEL.items() if level < LEVEL[head]}
-    allowed |= {"nn"} if head == "nn" else {"kernels"} if head in LAUNCHERS else set()
+    if head == "perf":
+        assert heads(names) <= allowed | {"perf", "kernels"}
+        return
+    allowed |= {"nn"} if head == "nn" else {"kernels"} if head in LAUNCHERS else {LAZY.get(head)}
     assert heads(names) <= allowed
-    assert "kernels" not in heads(imports(MODULES[name], everywhere=False)), "kernels load when the first one runs"
+    assert not {"kernels", LAZY.get(head)} & heads(imports(MODULES[name], everywhere=False)), (
+        "kernels load when the first one runs"
+    )
 
 
 def test_symmetry_is_pure_python():

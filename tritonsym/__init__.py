@@ -1,5 +1,10 @@
 """Layers whose weights are tied by a symmetry: mirrored and rotated filters, symmetric matrices, order-free models."""
 
+from typing import Any
+
+from torch import Tensor as _Tensor
+from torch.nn import Module as _Module
+
 from tritonsym import functional, nn, testing
 from tritonsym.convert import load_cnn_symmetry, materialize, replace_layers
 from tritonsym.dispatch import Plan, backend, explain, path
@@ -7,6 +12,27 @@ from tritonsym.packing import pack, pack_tril, pack_triu, unpack, unpack_tril, u
 from tritonsym.symmetry import FilterLayout, Symmetry
 
 __version__ = "0.1.0"
+
+
+def tune(model: _Module, example_input: _Tensor, budget_s: float = 300) -> dict[str, Any]:
+    """Find the fastest path and tiles on this GPU for every convolution of a model, and use them from now on.
+
+    The model runs once on `example_input` to learn the inputs of its layers; every layer is then searched for inference
+    and for training, within `budget_s` seconds in all. What is found is kept in the user's cache directory
+    (`tritonsym.tuned`); layers that are there already are not searched again. The model stays as it is.
+
+    Returns:
+        The entries {key: {"path": .., "tiles": .., "seconds": ..}} of the model's layers.
+    Raises:
+        ImportError: the packages of "tritonsym[perf]" are missing.
+        ValueError: the input is not on a GPU, or no convolution of `tritonsym.nn` is called.
+    """
+    try:
+        from tritonsym.perf import tune as perf
+    except ImportError as error:
+        raise ImportError(f'tune needs {error.name}: pip install "tritonsym[perf]"') from error
+    return perf.tune(model, example_input, budget_s)
+
 
 __all__ = [
     "FilterLayout",
@@ -25,6 +51,7 @@ __all__ = [
     "path",
     "replace_layers",
     "testing",
+    "tune",
     "unpack",
     "unpack_tril",
     "unpack_triu",

@@ -1,4 +1,4 @@
-"""``python -m tritonsym``: what is installed, whether it computes right on this machine, and a demo."""
+"""``python -m tritonsym``: what is installed, whether it computes right on this machine and how fast, and a demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import product
@@ -237,13 +238,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--output", type=_picture, default=Path("demo.png"), help="picture (default: %(default)s)")
+    for name, text in PERF.items():  # its options are its own: see tritonsym.perf
+        commands.add_parser(name, help=text, add_help=False)
     return parser
+
+
+#: Commands that `tritonsym.perf` does.
+PERF = {
+    "bench": "time every path against the dense layer; plots, JSON, comparison with an older run",
+    "tune": "find the fastest path and tiles for layers on this GPU, and use them from now on",
+}
+
+
+def _lacks(command: str, extra: str, packages: Sequence[str]) -> bool:
+    """Whether packages that a command needs are missing; says which and what to do."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        print(f'The {command} needs {", ".join(missing)}: pip install "tritonsym[{extra}]"', file=sys.stderr)
+    return bool(missing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command in PERF:
+        if _lacks(args.command, "perf", ("matplotlib", "tqdm")):
+            return 1
+        return import_module(f"tritonsym.perf.{args.command}").main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "info":
         return info()
     if args.command == "check":
@@ -252,8 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from tritonsym import demo
 
-    if missing := [name for name in demo.EXTRAS if find_spec(name) is None]:
-        print(f'The demo needs {", ".join(missing)}: pip install "tritonsym[demo]"', file=sys.stderr)
+    if _lacks("demo", "demo", demo.EXTRAS):
         return 1
     try:
         return demo.run(args.symmetry, args.epochs, args.seed, args.output)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tritonsym import shift
+from tritonsym import shift, tuned
 from tritonsym.shift import Conv
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ BACKENDS = ("auto", "reference", "triton")
 PATHS = ("reference", "expand", "shift")
 
 _backend: ContextVar[str | None] = ContextVar("tritonsym_backend", default=None)
-_path: ContextVar[str | None] = ContextVar("tritonsym_path", default=None)
+_path: ContextVar[tuple[str | None, tuned.Tiles]] = ContextVar("tritonsym_path", default=(None, ()))
 
 
 @contextmanager
@@ -51,11 +51,14 @@ def backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def path(name: str) -> Iterator[None]:
-    """Within the block force one path, 'reference', 'expand' or 'shift', for tests and benchmarks."""
+def path(name: str, tiles: tuned.Tiles = ()) -> Iterator[None]:
+    """Within the block force one path, 'reference', 'expand' or 'shift', for tests and benchmarks.
+
+    `tiles`: also those of its kernels (`Plan.tiles`), for the tuner.
+    """
     if name not in PATHS:
         raise ValueError(f"path: expected one of {', '.join(map(repr, PATHS))}, got {name!r}")
-    token = _path.set(name)
+    token = _path.set((name, tiles))
     try:
         yield
     finally:
@@ -141,21 +144,34 @@ def plan(problem: Problem) -> Plan:
     """Choose the path. Pure but for the switches `backend`, `path`, TRITONSYM_BACKEND and `torch.set_num_threads`.
 
     Raises:
-        ValueError: a path is forced on a layer that it cannot compute.
+        ValueError: a path is forced on a layer that it cannot compute, or with tiles that do not fit.
     """
     if isinstance(problem, LinearProblem):
         return linear_plan(problem)
-    return _plan(problem, current_backend(), _path.get(), torch.get_num_threads())
+    return _plan(problem, current_backend(), *_path.get(), torch.get_num_threads())
+
+
+def forget() -> None:
+    """Plan anew, from the tables of measurements (`tuned`) as the files are now."""
+    tuned.table.cache_clear()
+    _plan.cache_clear()
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> Plan:
+def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tuned.Tiles, threads: int) -> Plan:
     work = problem.shift
     has_kernel = work is not None and problem.dtype in ITEMSIZE and find_spec("triton") is not None
     if (forced == "shift" and work is None) or (forced == "expand" and not has_kernel):
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
         )
+    if forced and forced_tiles and not tuned.runs(forced, forced_tiles, problem.dtype, architecture(problem.target)):
+        raise ValueError(
+            f"path {forced!r} is forced with tiles {forced_tiles}, which are not its or do not fit "
+            f"{problem.dtype} on {problem.target}; Plan.tiles shows some that do"
+        )
+    on_gpu = has_kernel and problem.target != "cpu" and backend != "reference"
+    measured = tuned.find(problem, architecture(problem.target)) if on_gpu else None
     if work is not None and work.multiply_adds == 0:
         chosen, why = "reference", "There is nothing to multiply."
     elif forced is not None:
@@ -164,6 +180,8 @@ def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> P
         chosen, why = "reference", "Forced by the backend 'reference'."
     elif backend == "triton" and not has_kernel:
         chosen, why = "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+    elif measured and (backend == "auto" or measured[0] != "reference"):
+        chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
     elif backend == "triton":
         chosen, why = _fastest_on_gpu(problem, ("shift", "expand"))
         why = f"A kernel is forced by the backend 'triton'. {why}"
@@ -179,7 +197,7 @@ def _plan(problem: Problem, backend: str, forced: str | None, threads: int) -> P
         return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
     tiles: tuple[tuple[int, ...], ...] = ()
     if has_kernel and (chosen == "expand" or backend == "triton" or (backend == "auto" and problem.target != "cpu")):
-        tiles = _tiles(problem, work, chosen)
+        tiles = forced_tiles or (measured[1] if measured and measured[0] == chosen else _tiles(problem, work, chosen))
     multiply_adds = work.multiply_adds if chosen == "shift" else problem.expanded
     return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles)
 

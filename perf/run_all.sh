@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Everything that a machine with a CUDA GPU can tell about this library, in about 10 minutes:
+#
+#     perf/run_all.sh OUTDIR [--dry]
+#
+# kernel tests on the device, a quick benchmark, the search for tiles, and the benchmark of what it found. Run it again
+# with the same OUTDIR to go on where it stopped, until it says that all is done (exit code 0; 75: time was up; 1: a step
+# failed, see its log in OUTDIR). --dry: in Triton's interpreter on the CPU, at tiny sizes. PYTHON: the interpreter.
+set -uo pipefail
+out=${1:?usage: perf/run_all.sh OUTDIR [--dry]}
+mode=${2:-}
+[ -z "$mode" ] || [ "$mode" = --dry ] || { echo "unknown option $mode; usage: perf/run_all.sh OUTDIR [--dry]" >&2; exit 2; }
+python=${PYTHON:-python}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+
+if [ "$mode" = --dry ]; then
+    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+    device=(--device cpu --tiny --filter 3x3-hv,linear) tests=(-k "kernels_are_exact and one_pixel" -p no:cacheprovider)
+    [ "$("$python" -c 'import pytest' 2>&1)" = "" ] || { echo "pip install -e '.[test,perf]'" >&2; exit 2; }
+    seconds=20
+else
+    export TRITONSYM_TEST_DEVICE=cuda
+    device=(--device cuda) tests=()
+    seconds=${SECONDS_PER_STEP:-150}
+fi
+export XDG_CACHE_HOME=$out/cache  # the table that `tune` writes: nothing outside OUTDIR changes
+
+code=0
+step() {  # NAME COMMAND...: once, at most 10 minutes
+    local name=$1
+    shift
+    [ -e "$out/$name.done" ] && { echo "== $name: done before"; return; }
+    echo "== $name: $*"
+    timeout 600 "$@" 2>&1 | tee "$out/$name.log"
+    local status=${PIPESTATUS[0]}
+    if [ "$status" = 0 ]; then
+        touch "$out/$name.done"
+    elif [ "$status" = 75 ] || [ "$status" = 124 ]; then
+        [ "$code" = 0 ] && code=75
+    else
+        echo "== $name FAILED ($status)"
+        code=1
+    fi
+}
+
+run=("$python" -m tritonsym)
+step info "${run[@]}" info
+step tests "$python" -m pytest -q "${tests[@]}" tests/test_kernels_*.py
+step bench "${run[@]}" bench "${device[@]}" --quick --resume --budget "$seconds" --output "$out/bench.json"
+step tune "${run[@]}" tune "${device[@]}" --budget "$seconds" --output "$out/tuned.json"
+step bench-tuned "${run[@]}" bench "${device[@]}" --quick --resume --budget "$seconds" --output "$out/bench-tuned.json"
+case $code in
+    0) echo "All done: $out" ;;
+    75) echo "Time was up: run the same command again" ;;
+    *) echo "Failed: see the logs in $out" ;;
+esac
+exit $code

@@ -1,0 +1,146 @@
+"""Tables of what was measured on a GPU: the fastest path for a layer, and the tiles of its kernels.
+
+A table is a JSON file named after its GPU, {"version": .., "entries": {key: {"path": .., "tiles": [[..], ..]}}}. Those
+that ship with the library lie in `kernels/tuned`; `tritonsym.tune` writes the user's into the cache directory
+(XDG_CACHE_HOME), and they come first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from tritonsym.dispatch import Problem
+
+Tiles = tuple[tuple[int, ...], ...]
+
+#: Of the keys and of what the numbers of a tile mean: raise it when either changes, and older tables are ignored.
+VERSION = 1
+
+
+def key(problem: Problem) -> str:
+    """What decides how fast a convolution is, sizes that may vary rounded to powers of two.
+
+    Positions are those of all groups and images of the batch; z says how often the stored rows are multiplied.
+    """
+    work, traffic = problem.shift, problem.traffic
+    assert work is not None and traffic is not None
+    positions = problem.expanded // max(work.taps * work.channels * work.outputs, 1)
+    return (
+        f"{re.sub('[123]d$', '', problem.layer)} {problem.dtype} {'training' if problem.training else 'inference'} "
+        f"channels={work.channels} outputs={work.outputs} filters={work.filters} taps={work.taps} "
+        f"stored={traffic.stored} positions={_bucket(positions)} z={_bucket(work.z)}"
+    )
+
+
+def _bucket(number: int) -> int:
+    """The power of two nearest on a logarithmic scale."""
+    return 0 if number == 0 else 1 << (number * number).bit_length() // 2
+
+
+def gpu(target: str) -> str:
+    """The name of the table for a target: of the GPU that is there, 'nvidia-h200', or of an architecture, 'sm_90'."""
+    if target != "cuda" or not torch.cuda.is_available():
+        return target
+    return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(torch.cuda.current_device()).lower()).strip("-")
+
+
+def user_file(name: str) -> Path:
+    """The user's table of a GPU."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "tritonsym" / f"{name}.json"
+
+
+def shipped_file(name: str) -> Path:
+    """The table of a GPU that comes with the library, whether or not there is one."""
+    from tritonsym import kernels
+
+    return Path(str(kernels.__file__)).parent / "tuned" / f"{name}.json"
+
+
+@lru_cache(maxsize=64)
+def table(name: str) -> dict[str, Any]:
+    """All entries for a GPU, the user's before the shipped ones; read once (`dispatch.forget` reads again)."""
+    return {**read(shipped_file(name)), **read(user_file(name))}
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The entries of a file; none, with a warning, if it is corrupt or of another version, and none if not there."""
+    try:
+        content = json.loads(file.read_text())
+        version, entries = content["version"], content["entries"]
+        if version == VERSION and all("path" in e and "tiles" in e for e in entries.values()):
+            return dict(entries)
+        reason = f"its version is {version!r}, not {VERSION!r}"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it cannot be read ({type(error).__name__}: {error})"
+    warnings.warn(f"tritonsym ignores the table {file}: {reason}; tritonsym.tune writes a new one", stacklevel=2)
+    return {}
+
+
+def find(problem: Problem, architecture: str) -> tuple[str, Tiles] | None:
+    """The path and tiles measured for such a problem, if they can run there."""
+    entry = table(gpu(problem.target)).get(key(problem))
+    if entry is None:
+        return None
+    try:
+        tiles = tuple(tuple(map(int, tile)) for tile in entry["tiles"])
+    except (TypeError, ValueError):
+        return None
+    return (entry["path"], tiles) if runs(entry["path"], tiles, problem.dtype, architecture) else None
+
+
+def runs(path: str, tiles: Tiles, dtype: str, architecture: str) -> bool:
+    """Whether these are tiles of the path's kernels that fit (`kernels.tiles.fits`)."""
+    from tritonsym.kernels.tiles import GemmTile, Tile, fits
+
+    kinds: dict[str, tuple[type, ...]] = {"reference": (), "shift": (Tile,) * 2, "expand": (GemmTile,) * 3}
+    itemsize = 4 if dtype == "float32" else 2
+    try:
+        made = [kind(*tile) for kind, tile in zip(kinds[path], tiles, strict=True)]
+    except (KeyError, TypeError, ValueError):
+        return False
+    return all(fits(tile, itemsize, architecture, taps=True) for tile in made)
+
+
+def record(file: Path, entries: dict[str, Any]) -> None:
+    """Add entries to a table. Several processes may do so at once; a reader sees the old table or the new one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(file.with_suffix(".lock")):
+        merged = {**read(file), **entries}
+        write(file, json.dumps({"version": VERSION, "entries": merged}, indent=1, sort_keys=True) + "\n")
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a file's text, at once or not at all."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w") as temporary:
+            temporary.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    import fcntl  # where Triton runs
+
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, also by the death of the process
+        yield
