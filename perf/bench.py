@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _best(samples: dict[str, Samples], name: str) -> Samples:
     return min((s for key, s in samples.items() if key.split()[0] == name), key=lambda s: s.median)
 
 
-def bench(case: Case, dtype: str, device: torch.device, rounds: int, compiled: bool, done: set[Any]) -> list[Row]:
+def bench(case: Case, dtype: str, device: torch.device, rounds: int, compiled: bool, done: set[Any]) -> Iterator[Row]:
     """The rows of a case that are not done: every mode, and matrices also with a warm cache."""
     todo = [
         (mode, cache)
@@ -68,7 +69,7 @@ def bench(case: Case, dtype: str, device: torch.device, rounds: int, compiled: b
         if (case.name, dtype, mode, cache) not in done
     ]
     if not todo:
-        return []
+        return
     torch.manual_seed(0)
     with device:
         layer, x = case.build().to(getattr(torch, dtype)), torch.randn(case.shape, dtype=getattr(torch, dtype))
@@ -79,12 +80,10 @@ def bench(case: Case, dtype: str, device: torch.device, rounds: int, compiled: b
         except Exception as error:  # a kernel that fails is as wrong as one that computes something else
             ours.remove(path)
             red[path] = f"{type(error).__name__}: {error}"
-    rows = []
     for mode, cache in todo:
         steps = _steps(case, layer, x, mode, ours, compiled and not isinstance(layer, Function))
         samples = measure(steps, rounds, device, cache == "cold")
-        rows.append(_row(case, layer, x, mode, cache, samples, red))
-    return rows
+        yield _row(case, layer, x, mode, cache, samples, red)
 
 
 def _row(

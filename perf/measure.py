@@ -121,10 +121,10 @@ def measure(steps: dict[Name, Step], rounds: int, device: torch.device, cold: bo
 
     On a GPU every sample starts with an L2 cache full of other data, unless `cold` is false.
     """
-    return (_on_gpu if device.type == "cuda" else _on_cpu)(steps, rounds, cold)
+    return _on_gpu(steps, rounds, device, cold) if device.type == "cuda" else _on_cpu(steps, rounds)
 
 
-def _on_cpu(steps: dict[Name, Step], rounds: int, cold: bool) -> dict[Name, Samples]:
+def _on_cpu(steps: dict[Name, Step], rounds: int) -> dict[Name, Samples]:
     samples = {name: Samples() for name in steps}
     for step in steps.values():
         step()
@@ -136,13 +136,14 @@ def _on_cpu(steps: dict[Name, Step], rounds: int, cold: bool) -> dict[Name, Samp
     return samples
 
 
-def _on_gpu(steps: dict[Name, Step], rounds: int, cold: bool) -> dict[Name, Samples]:
+def _on_gpu(steps: dict[Name, Step], rounds: int, device: torch.device, cold: bool) -> dict[Name, Samples]:
     found: dict[Name, Samples] = {}
     runs: dict[Name, Step] = {}
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    other = torch.empty(2 * l2, dtype=torch.uint8, device="cuda")
+    other = torch.empty(2 * l2, dtype=torch.uint8, device=device)
 
-    def event_seconds(run: Step) -> float:
+    def event_seconds(run: Step, host: float) -> float:
+        torch.cuda._sleep(int(4e9 * host))  # cycles: the GPU waits until the host has launched all that follows
         if cold:
             other.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -166,12 +167,12 @@ def _on_gpu(steps: dict[Name, Step], rounds: int, cold: bool) -> dict[Name, Samp
             step()
         host = (time.perf_counter() - start) / 10
         torch.cuda.synchronize()
-        graph = _graph(step) if event_seconds(step) < GRAPH_BELOW else None
+        graph = _graph(step) if event_seconds(step, host) < GRAPH_BELOW else None
         runs[name] = graph or step
         found[name] = Samples(launch=host, peak_bytes=peak, graph=graph is not None)
     for _ in range(rounds):
         for name, run in runs.items():
-            found[name].seconds.append(event_seconds(run))
+            found[name].seconds.append(event_seconds(run, found[name].launch or 0.0))
     return found
 
 

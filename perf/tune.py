@@ -166,8 +166,12 @@ def main(argv: list[str] | None = None) -> int:
             last = torch.channels_last if len(case.sizes) == 2 else torch.channels_last_3d
             x = torch.empty(case.shape, device="meta", dtype=layer.weight.dtype)
             jobs.append(Job(layer, x.to(memory_format=last), device, training))
-    with kernels_if_interpreted(device):
-        entries, complete = run(jobs, device, args.budget, args.again)
+    try:
+        with kernels_if_interpreted(device):
+            entries, complete = run(jobs, device, args.budget, args.again)
+    except KeyboardInterrupt:
+        print("Stopped early; what was found is kept")
+        return 130
     if args.output:
         tuned.record(args.output, entries)
     return 0 if complete else UNFINISHED

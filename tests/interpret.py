@@ -2,6 +2,8 @@
 
 A request is JSON: [name of a function below, its keyword arguments]; the answer [result, traceback or null]. The
 interpreter must be chosen before triton is imported, hence the process of its own; `Interpreter` starts it.
+
+With TRITONSYM_TEST_DEVICE=cuda there is no interpreter: the same functions run on the GPU.
 """
 
 import json
@@ -10,12 +12,14 @@ import subprocess
 import sys
 import traceback
 
+DEVICE = os.environ.get("TRITONSYM_TEST_DEVICE", "cpu")
+
 
 class Interpreter:
     """``interpreter("convolution", path="shift", ...)`` runs that function over there."""
 
     def __init__(self):
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -65,7 +69,9 @@ def lay_out(x, layout):
         return x.repeat_interleave(2, -1)[..., ::2]
     if layout == "far":  # channels further apart than 31 bits count
         apart = (1 << 31) + 16
-        far = torch.empty(apart * (x.shape[1] - 1) + x.numel(), dtype=x.dtype)  # untouched pages take no room
+        far = torch.empty(
+            apart * (x.shape[1] - 1) + x.numel(), dtype=x.dtype, device=x.device
+        )  # untouched pages take no room
         return far.as_strided(x.shape, (x[0, 0].numel(), apart, *x[0, 0].contiguous().stride())).copy_(x)
     assert layout == "first"
     return x
@@ -74,7 +80,7 @@ def lay_out(x, layout):
 def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None):
     """Whether y, dx and the gradient of the rows are exactly those of the dense convolution in float64.
 
-    The numbers are small integers, so that every sum is exact in float32 and float16.
+    The numbers are small integers, so that every sum is exact in float32 and float16, and rounded in bfloat16.
     """
     import torch
 
@@ -97,15 +103,18 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
         tolerance = {"rtol": 4e-3 if dtype == torch.float16 else 1e-6, "atol": 1e-2 if dtype == torch.float16 else 1e-5}
     else:
         tolerance = {"rtol": 0, "atol": 0}
-    x, rows, bias, dy = (t.detach().to(dtype) for t in (x, rows, bias, dy))
+    rounded = {"rtol": 2**-6, "atol": 2} if dtype == torch.bfloat16 else {}
+    tolerance |= rounded
+    x, rows, bias, dy = (t.detach().to(DEVICE, dtype) for t in (x, rows, bias, dy))
     x, dy = lay_out(x, layout), dy if layout == "sliced" else lay_out(dy, layout)
     got, winners = launch.forward(x, rows, bias, conv.text, path, tiles, activation, conv.pool is not None)
     expected = reference.activate(y.detach() + bias.double()[(...,) + (None,) * len(sizes)], activation)
     exact = {"rtol": 0, "atol": 0} if activation in (None, "relu") else {"rtol": 1e-3, "atol": 1e-3}
-    torch.testing.assert_close(got.double(), expected, **exact, msg=lambda m: f"y: {m}")
+    exact |= rounded
+    torch.testing.assert_close(got.cpu().double(), expected, **exact, msg=lambda m: f"y: {m}")
     got_dx, got_drows = launch.backward(dy, x, rows, winners, conv.text, path, tiles, True, True)
-    torch.testing.assert_close(got_dx.double(), dx, **tolerance, msg=lambda m: f"dx: {m}")
-    torch.testing.assert_close(got_drows.double(), drows, **tolerance, msg=lambda m: f"drows: {m}")
+    torch.testing.assert_close(got_dx.cpu().double(), dx, **tolerance, msg=lambda m: f"dx: {m}")
+    torch.testing.assert_close(got_drows.cpu().double(), drows, **tolerance, msg=lambda m: f"drows: {m}")
     only_rows = launch.backward(dy, x, rows, winners, conv.text, path, tiles, False, True)
     assert only_rows[0].numel() == 0 and torch.equal(only_rows[1], got_drows)
     return True
@@ -118,8 +127,8 @@ def layer(kind, options, shape, dtype, path):
     import tritonsym
 
     torch.manual_seed(0)
-    module = getattr(tritonsym.nn, kind)(**options, dtype=getattr(torch, dtype))
-    x = torch.randn(shape).to(getattr(torch, dtype))
+    module = getattr(tritonsym.nn, kind)(**options).to(DEVICE, getattr(torch, dtype))
+    x = torch.randn(shape).to(DEVICE, getattr(torch, dtype))
     with tritonsym.backend("triton"), tritonsym.path(path):
         tritonsym.testing.assert_matches_reference(module, x)
         return tritonsym.explain(module, x).tiles

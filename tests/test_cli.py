@@ -144,11 +144,19 @@ def test_demo_without_its_extra(tmp_path, capsys, monkeypatch, missing):
     assert capsys.readouterr().err == f'The demo needs {missing}: pip install "tritonsym[demo]"\n'
 
 
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_measurements_without_their_extra(capsys, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main([command]) == 1
+    assert capsys.readouterr().err == f'The {command} needs tqdm: pip install "tritonsym[perf]"\n'
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "the following arguments are required: command"),
-        (["bench"], "invalid choice: 'bench' (choose from"),
+        (["benchmark"], "invalid choice: 'benchmark' (choose from"),
+        (["info", "--fast"], "unrecognized arguments: --fast"),
         (["check", "--device", "abacus"], "device 'abacus' cannot be used: Expected one of cpu"),
         (["check", "--device", "meta"], "device 'meta' cannot be used"),
         (["demo", "--epochs", "0"], "expected a positive number, got '0'"),
@@ -171,4 +179,4 @@ def test_help_lists_what_there_is(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert re.findall(r"^ {4}(\w+) ", capsys.readouterr().out, re.M) == ["info", "check", "demo"]
+    assert re.findall(r"^ {4}(\w+) ", capsys.readouterr().out, re.M) == ["info", "check", "demo", "bench", "tune"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpret import CASES, Interpreter
+from interpret import CASES, DEVICE, Interpreter
 
 import tritonsym
 
@@ -20,6 +20,7 @@ def interpreter():
 
 
 VARIANTS = [("float32", "first"), ("float16", "last"), ("float32", "sliced"), ("float16", "first")]
+BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" else []
 TILES = {"shift": [[32, 16, 4] * 2, [64, 32, 4] * 2], "expand": [[32, 16, 32, 4, 2] * 3, [64, 32, 16, 4, 2] * 3]}
 
 
@@ -30,7 +31,7 @@ def test_kernels_are_exact(interpreter, name, path):
     if conv.get("pool") and path == "expand":
         conv = {**conv, "pool": None}
     number = list(CASES).index(name) + (path == "expand")
-    for dtype, layout in (VARIANTS[number % 4], VARIANTS[(number + 1) % 4]):
+    for dtype, layout in (VARIANTS[number % 4], VARIANTS[(number + 1) % 4], *BFLOAT16):
         tiles = TILES[path][number // 4 % 2]
         assert interpreter(
             "convolution",
@@ -60,7 +61,7 @@ def test_activations_of_the_epilogue(interpreter, activation, path, pool):
     assert interpreter("convolution", batch=1, channels=2, sizes=[4, 5], activation=activation, **arguments)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", *(["bfloat16"] if DEVICE == "cuda" else [])])
 @pytest.mark.parametrize("path", ["shift", "expand"])
 @pytest.mark.parametrize(
     "kind, options",

@@ -1,0 +1,399 @@
+"""The benchmark, the search for tiles and the script that runs all: on tiny layers, without a GPU."""
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+import tritonsym
+from tritonsym import dispatch, launch, nn, tuned
+from tritonsym.perf import bench, cases, measure, table, tune
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--tiny", "--quick", "--device", "cpu", "--filter", "3x3-hv"]
+
+TINY_TUNE = [option for option in TINY if option != "--quick"]
+
+
+@pytest.fixture(autouse=True)
+def no_table_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_unique():
+    for known in (cases.CPU, cases.GPU):
+        assert len({case.name for case in known}) == len(known)
+
+
+@pytest.mark.parametrize("case", [*{c.kind: c for c in cases.GPU}.values()], ids=lambda case: case.kind)
+def test_every_kind_can_be_built_and_computed(case):
+    tiny = case.tiny()
+    layer, x = tiny.build(), torch.randn(tiny.shape)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    assert cases.cost(case, "forward").useful <= cases.cost(case, "forward").dense
+
+
+def test_costs():
+    """By hand: 3x3 kernels on 19x19 positions of 256 images, a quarter of the filters stored."""
+    case = cases.Case("hv", 256, 384, (19, 19))
+    positions = 256 * 19 * 19
+    assert cases.cost(case, "forward") == cases.Cost(
+        384 * 384 * 9 * positions, 96 * 384 * 9 * positions, 2 * 384 * positions + 96 * 384 * 9
+    )
+    assert cases.cost(case, "training").dense == 3 * cases.cost(case, "forward").dense
+    flops = 2 * 96 * 384 * 9 * positions
+    assert cases.roofline(case, "forward", "bfloat16", "NVIDIA H200") == flops / 989e12
+    assert cases.roofline(case, "forward", "bfloat16", "abacus") is None
+    linear = cases.Case("linear", 1, 8192)
+    assert cases.roofline(linear, "forward", "bfloat16", "NVIDIA H200") == 2 * (2 * 8192 + 8192 * 8193 // 2) / 4.8e12
+
+
+# --- benchmark --------------------------------------------------------------------------------------------------------
+
+
+def test_bench(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    assert bench.main([*TINY, "--output", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "reduced sizes" in out and "n1-c8-3x3-hv" in out
+    result = json.loads(file.read_text())
+    assert (
+        result["device"] and result["torch"] == torch.__version__ and result["command"][-2:] == ["--output", str(file)]
+    )
+    assert [row["mode"] for row in result["rows"]] == ["forward", "training"]
+    for row in result["rows"]:
+        assert row["red"] == {} and row["rates"]["auto"]["roofline"] is None
+        assert row["speedup"].keys() == {"auto", "reference", "shift"}
+        assert row["seconds"].keys() == {
+            f"{name} {form}" for name in ("dense", "auto", "reference", "shift") for form in ("nchw", "channels_last")
+        }
+    for name in ("speedup", "roofline"):
+        assert imread(tmp_path / f"result-{name}.png")[..., :3].std() > 0.05
+
+
+def test_bench_as_a_command(capsys):
+    from tritonsym.__main__ import main
+
+    assert main(["bench", *TINY]) == 0
+    assert "n1-c8-3x3-hv" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--help"])
+    assert stop.value.code == 0 and "--baseline" in capsys.readouterr().out
+
+
+def test_a_wrong_path_is_not_timed(tmp_path, capsys, monkeypatch):
+    right = launch.shift.forward
+    monkeypatch.setattr(launch.shift, "forward", lambda *args: 1.1 * right(*args))
+    file = tmp_path / "result.json"
+    assert bench.main([*TINY, "--output", str(file)]) == 1
+    assert "shift is WRONG and was not timed" in capsys.readouterr().out
+    for row in json.loads(file.read_text())["rows"]:
+        assert list(row["red"]) == ["shift"] and "shift nchw" not in row["seconds"] and "auto nchw" in row["seconds"]
+
+
+def test_a_wrong_function_is_seen():
+    x = torch.randn(4, 4)
+    measure.gate(cases.Function(lambda x: x @ x.mT, lambda x: x @ x.mT), x, "auto")
+    with pytest.raises(AssertionError, match="RMS error"):
+        measure.gate(cases.Function(lambda x: 1.01 * (x @ x.mT), lambda x: x @ x.mT), x, "auto")
+
+
+def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch):
+    file, right = tmp_path / "result.json", bench._row
+    calls = itertools.count()
+
+    def interrupted(*args):
+        if next(calls):
+            raise KeyboardInterrupt
+        return right(*args)
+
+    monkeypatch.setattr(bench, "_row", interrupted)
+    many = [*TINY[:-1], "3x3-hv,linear", "--resume", "--output", str(file)]
+    assert bench.main(many) == 130
+    assert len(json.loads(file.read_text())["rows"]) == 1
+    monkeypatch.setattr(bench, "_row", right)
+    assert bench.main([*many, "--budget", "0"]) == bench.UNFINISHED
+    assert bench.main(many) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert len({bench.identity(row) for row in rows}) == len(rows) == 4
+    monkeypatch.setattr(bench, "_row", lambda *_: pytest.fail("measured again"))
+    assert bench.main(many) == 0
+    assert "rows are kept" in capsys.readouterr().out
+
+
+def test_baseline(tmp_path, capsys):
+    file, old = tmp_path / "result.json", tmp_path / "old.json"
+    assert bench.main([*TINY, "--output", str(old)]) == 0
+    result = json.loads(old.read_text())
+
+    def against(factor):
+        rows = [{**row, "speedup": {k: factor * v for k, v in row["speedup"].items()}} for row in result["rows"]]
+        old.write_text(json.dumps({**result, "rows": rows}))
+        return bench.main([*TINY, "--baseline", str(old), "--output", str(file)])
+
+    assert against(1e-3) == 0
+    assert "REGRESSION" not in capsys.readouterr().out
+    assert against(1e3) == 1
+    assert "REGRESSION n1-c8-3x3-hv float32 forward warm: auto " in capsys.readouterr().out
+
+
+def test_rows_of_the_first_files_can_be_a_baseline():
+    file = ROOT / "perf" / "results" / "2026-11-20-cpu.json"
+    rows = json.loads(file.read_text())["rows"]
+    assert bench.regressions(rows, rows, 0.1) == []
+    assert bench.identity(rows[0])[0] in {case.name for case in cases.CPU}
+
+
+@pytest.mark.parametrize("program", [bench, tune])
+def test_bad_options(tmp_path, capsys, monkeypatch, program):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    options = {
+        ("--filter", "nothing"): "no case contains 'nothing'; known: n8-c32-32x32-h, ",
+        ("--device", "cuda"): "no CUDA device: this needs an NVIDIA GPU with its driver, and a CUDA build of torch",
+    }
+    if program is bench:
+        options[(*TINY, "--baseline", str(broken))] = "broken.json is no output of the benchmark: KeyError"
+        options[(*TINY, "--baseline", str(tmp_path / "none"))] = "is no output of the benchmark: FileNotFoundError"
+        options[("--output", "nowhere/x.json")] = "the folder of nowhere/x.json does not exist"
+    else:
+        options[()] = "there are no kernels to tune on the CPU"
+    for arguments, message in options.items():
+        with pytest.raises(SystemExit) as stop:
+            program.main(list(arguments))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+# --- time on a GPU, with a pretended one ------------------------------------------------------------------------------
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    captured = []
+
+    @contextlib.contextmanager
+    def capture(graph):
+        graph.replay = lambda: captured.append(graph)
+        yield
+
+    fake = {
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1024),
+        "current_device": lambda: 0,
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda stream: None),
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda stream: None),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": capture,
+        "CUDAGraph": SimpleNamespace,
+        "Event": Event,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 350,
+        "_sleep": lambda cycles: None,
+    }
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return captured
+
+
+def test_small_steps_are_timed_as_graphs(pretended_gpu):
+    steps = {"small": lambda: None, "large": lambda: time.sleep(1e-3)}
+    samples = measure._on_gpu(steps, 3, torch.device("cpu"), cold=True)
+    assert samples["small"].graph and not samples["large"].graph
+    assert len(pretended_gpu) == 3
+    assert [len(s.seconds) for s in samples.values()] == [3, 3]
+    assert samples["large"].median >= 1e-3 and samples["large"].launch >= 1e-3
+    assert samples["large"].peak_bytes == 250
+
+
+def test_what_cannot_be_a_graph_is_timed_as_it_is(pretended_gpu, monkeypatch):
+    def fail(graph):
+        raise RuntimeError("not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    [samples] = measure._on_gpu({"a": lambda: None}, 2, torch.device("cpu"), cold=False).values()
+    assert not samples.graph and len(samples.seconds) == 2
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended_kernels(monkeypatch):
+    """Triton kernels that are torch ops, and take the time that `seconds` says."""
+    monkeypatch.setattr(launch, "runs_on", lambda device: True)
+    monkeypatch.setattr(tune, "make_step", lambda layer, x, training, path, tiles=(): (path, tiles, training))
+    monkeypatch.setattr(tune, "gate", lambda layer, x, path, tiles=(): None)
+
+    def seconds(path, tiles, training):
+        if path != "shift":
+            return {"reference": 2.0, "expand": 3.0}[path]
+        wrong = abs(tiles[0][0] - 256) / 256 + abs(tiles[0][1] - 16) / 16
+        return 1 + wrong + (abs(tiles[1][0] - 32) / 32 if training else 0)
+
+    def pretend(steps, rounds, device):
+        return {name: measure.Samples([seconds(*step)] * rounds) for name, step in steps.items()}
+
+    monkeypatch.setattr(tune, "measure", pretend)
+
+
+def test_tune_finds_the_fastest_and_dispatch_takes_it(pretended_kernels, monkeypatch, capsys):
+    layer = nn.SymmetricConv2d(8, 16, 3, symmetry="hv")
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), nn.SymmetricConv2d(16, 16, 3, symmetry="hv")).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(2, 8, 9, 9)
+    entries = tritonsym.tune(model, x)
+    assert len(entries) == 4, "two layers, two modes"
+    assert all(entry["path"] == "shift" and entry["tiles"][0][:2] == (256, 16) for entry in entries.values())
+    assert all((entry["tiles"][1][0] == 32) == ("training" in key) for key, entry in entries.items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not layer._forward_pre_hooks
+    tuned.user_file("cpu").rename(tuned.user_file("sm_90"))  # as if it had been that GPU
+    dispatch.forget()
+    with torch.no_grad():
+        plan = tritonsym.explain(layer, x, "sm_90")
+    assert plan.why.startswith("Measured") and plan.tiles[0][:2] == (256, 16)
+
+
+def test_tune_goes_on_where_it_was(pretended_kernels, monkeypatch):
+    model, x = nn.SymmetricConv2d(8, 16, 3, symmetry="hv"), torch.randn(2, 8, 9, 9)
+    assert tritonsym.tune(model, x, budget_s=0) == {}
+    entries = tritonsym.tune(model, x)
+    monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched again"))
+    assert tritonsym.tune(model, x).keys() == entries.keys()
+
+
+def test_interrupted_search(pretended_kernels, monkeypatch, capsys):
+    right, calls = tune.search, itertools.count()
+
+    def interrupted(*args):
+        if next(calls):
+            raise KeyboardInterrupt
+        return right(*args)
+
+    monkeypatch.setattr(tune, "search", interrupted)
+    assert tune.main(TINY_TUNE) == 130
+    assert len(tuned.read(tuned.user_file("cpu"))) == 1
+    monkeypatch.setattr(tune, "search", right)
+    assert tune.main([*TINY_TUNE, "--budget", "0"]) == bench.UNFINISHED
+    assert tune.main(TINY_TUNE) == 0
+    assert "2 of 2 layers" in capsys.readouterr().out
+
+
+def test_tiles_that_are_wrong_or_fail_are_not_taken(pretended_kernels, monkeypatch):
+    def gate(layer, x, path, tiles=()):
+        if path == "expand":
+            raise RuntimeError("does not compile")
+        assert not tiles or tiles[0][0] < 256, "wrong"
+
+    monkeypatch.setattr(tune, "gate", gate)
+    entries = tritonsym.tune(nn.SymmetricConv2d(8, 16, 3, symmetry="hv"), torch.randn(2, 8, 9, 9))
+    for entry in entries.values():
+        assert entry["path"] == "shift" and entry["tiles"][0][:2] == (128, 16)
+        assert entry["seconds"].keys() == {"reference", "shift"}
+
+
+def test_neighbours():
+    assert set(tune.neighbours((64, 32, 4))) == {
+        (32, 32, 4),
+        (128, 32, 4),
+        (64, 16, 4),
+        (64, 64, 4),
+        (64, 32, 2),
+        (64, 32, 8),
+    }
+    assert {tile[4] for tile in tune.neighbours((64, 32, 32, 4, 3))} == {2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "model, x, message",
+    [
+        (nn.SymmetricConv2d(2, 2, 3, symmetry="h"), torch.ones(1, 2, 5, 5), "on a GPU, got cpu; move"),
+        (nn.SymmetricConv2d(2, 2, 3, symmetry="h"), [1], "on a GPU, got list; move"),
+    ],
+)
+def test_tune_needs_a_gpu(model, x, message):
+    with pytest.raises(ValueError, match=message):
+        tritonsym.tune(model, x)
+
+
+def test_tune_needs_a_layer(pretended_kernels):
+    with pytest.raises(ValueError, match="Linear runs no convolution"):
+        tritonsym.tune(torch.nn.Linear(2, 2), torch.ones(1, 2))
+
+
+def test_tune_needs_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tritonsym.perf.tune", None)
+    monkeypatch.setitem(sys.modules, "tritonsym.perf", None)
+    with pytest.raises(ImportError, match=r'pip install "tritonsym\[perf\]"'):
+        tritonsym.tune(torch.nn.Linear(2, 2), torch.ones(1, 2))
+
+
+# --- tables, and all at once ------------------------------------------------------------------------------------------
+
+
+def test_plot_of_the_first_files(tmp_path):
+    result = json.loads((ROOT / "perf" / "results" / "2026-11-20-cpu.json").read_text())
+    assert [file.name for file in table.plot(result, tmp_path / "cpu.json")] == ["cpu-speedup.png"]
+
+
+def run_all(*arguments):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "perf" / "run_all.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+
+
+def test_run_all(tmp_path):
+    """What a machine with a GPU will run, in the interpreter; again, it has nothing left to do."""
+    pytest.importorskip("triton")  # Linux only
+    first = run_all(tmp_path, "--dry")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "All done" in first.stdout
+    rows = json.loads((tmp_path / "bench-tuned.json").read_text())["rows"]
+    assert {row["case"] for row in rows} == {"n1-c8-3x3-hv", "n8-c8-linear"}
+    assert rows[0]["speedup"].keys() == {"auto", "reference", "shift", "expand"}
+    entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
+    assert {word for key in entries for word in key.split()[2:3]} == {"inference", "training"}
+    assert "2 passed" in (tmp_path / "tests.log").read_text()
+    for step in ("bench", "tune"):
+        (tmp_path / f"{step}.done").unlink()
+    second = run_all(tmp_path, "--dry")
+    assert second.returncode == 0 and second.stdout.count("done before") == 3
+    assert "hv" not in (tmp_path / "bench.log").read_text(), "all its rows were there"
+
+
+def test_run_all_says_how_to_call_it():
+    assert "usage: perf/run_all.sh OUTDIR" in run_all().stderr
+    wrong = run_all("/tmp", "--fast")
+    assert wrong.returncode == 2 and "unknown option --fast" in wrong.stderr
