@@ -51,7 +51,7 @@ export XDG_CACHE_HOME=$out/untuned
 step bench "${run[@]}" bench "${device[@]}" --quick --resume --output "$out/bench.json"
 export XDG_CACHE_HOME=$out/tuned  # dispatch takes from here what `tune` finds
 step tune "${run[@]}" tune "${device[@]}" "${tuning[@]}" --output "$out/tuned.json"
-step bench-tuned "${run[@]}" bench "${device[@]}" --quick --resume --output "$out/bench-tuned.json"
+[ -e "$out/tune.done" ] && step bench-tuned "${run[@]}" bench "${device[@]}" --quick --resume --output "$out/bench-tuned.json"
 case $code in
     0) echo "All done: $out" ;;
     75) echo "Time was up: run the same command again" ;;
