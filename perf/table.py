@@ -101,8 +101,7 @@ def plot(result: dict[str, Any], output: Path) -> list[Path]:
     figure = Figure(figsize=(5 * len(modes), 4), layout="constrained")
     figure.suptitle(f"{result['device']}, torch {result['torch']}, {rows[0].get('dtype', 'float32')}", fontsize=9)
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        paths = [path for path in ("reference", "compiled", "expand", "shift", "auto") if path != "auto"]
-        for path, marker in zip(paths, "x+so", strict=True):
+        for path, marker in {"reference": "x", "compiled": "+", "expand": "s", "shift": "o"}.items():
             points = [
                 (int(re.findall(r"-c(\d+)", row["case"])[0]), row["speedup"][path])
                 for row in rows
@@ -111,7 +110,11 @@ def plot(result: dict[str, Any], output: Path) -> list[Path]:
             if points:
                 axes.plot(*zip(*points, strict=True), marker, label=path, alpha=0.7)
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="channels", ylabel="times as fast as dense", title=mode)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+        axes.set(xlabel="channels", ylabel="times as fast as dense", title=mode)
         axes.legend()
     figure.savefig(files[0], dpi=100)
     if "rates" not in rows[0]:

@@ -657,6 +657,12 @@ CASES = [
     ("backend", lambda: enter(tritonsym.backend("cuda")), ValueError, "backend 'cuda' 'auto', 'reference', 'triton'"),
     ("backend: none", lambda: enter(tritonsym.backend(None)), ValueError, "backend None 'auto'"),
     ("path", lambda: enter(tritonsym.path("fast")), ValueError, "path 'fast' 'reference', 'expand', 'shift'"),
+    (
+        "tiles that do not fit",
+        lambda: forced(tritonsym.path("shift", ((4096, 64, 4), (64, 32, 4))), conv),
+        ValueError,
+        "'shift' tiles (4096, 64, 4) float32 cpu Plan.tiles",
+    ),
     ("environment", lambda: with_environment("gpu"), ValueError, "TRITONSYM_BACKEND='gpu' auto, reference, triton"),
     ("kernels on a CPU", lambda: forced(tritonsym.path("expand"), conv), RuntimeError, "cpu TRITON_INTERPRET=1 auto"),
     (
@@ -798,7 +804,7 @@ def raises(path):
 @pytest.mark.filterwarnings("ignore:.*identical copies")
 def test_every_message_has_a_case():
     source = Path(tritonsym.__file__).parent
-    files = [source / f"{name}.py" for name in ("symmetry", "packing", "functional", "dispatch")]
+    files = [source / f"{name}.py" for name in ("symmetry", "packing", "functional", "dispatch", "tuned")]
     files += [source / "launch.py"]
     files += sorted((source / "nn").glob("*.py"))
     reached = set()

@@ -8,7 +8,8 @@ import torch
 from torch import nn as torch_nn
 
 import tritonsym
-from tritonsym.perf.table import table
+from tritonsym.__main__ import PERF
+from tritonsym.perf.table import estimate, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,3 +36,20 @@ def test_table_is_generated():
     [shown] = re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", README, re.S)
     [name] = re.findall(r"`(perf/results/[^`]+\.json)`", shown)
     assert shown == table(json.loads((ROOT / name).read_text()), name)
+
+
+def test_estimate_is_generated_and_says_so():
+    [shown] = re.findall(r"<!-- estimate -->\n(.*?)\n<!-- /estimate -->", README, re.S)
+    assert shown == estimate(), "python -m tritonsym.perf.table perf/results/NAME.json --write README.md"
+    assert re.search("^#+ Estimate .*not measured$", shown, re.M)
+
+
+def test_pictures_are_there():
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / name).exists()
+
+
+def test_commands_of_measurements_exist():
+    for command in re.findall(r"^python -m tritonsym (\w+)", README, re.M):
+        assert command in PERF
+    assert (ROOT / "perf" / "run_all.sh").exists()

@@ -472,7 +472,7 @@ def linear_plan(problem: LinearProblem) -> Plan:
         ValueError: a path is forced that cannot compute the layer.
         NotImplementedError: the layer must never unpack, but has to.
     """
-    return _linear_plan(problem, current_backend(), _path.get())
+    return _linear_plan(problem, current_backend(), _path.get()[0])
 
 
 @lru_cache(maxsize=4096)
