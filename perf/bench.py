@@ -240,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     done, start, code = {identity(row) for row in result["rows"]}, time.monotonic(), 0
     work = [(case, d) for case in cases for d in case.dtypes[: 1 if args.quick else None]]
     torch.backends.cudnn.benchmark = True
+    failed = False
     rounds = 1 if args.tiny else 3 if args.quick else 9
     print(COLUMNS)
     try:
@@ -249,11 +250,15 @@ def main(argv: list[str] | None = None) -> int:
                     code = UNFINISHED
                     break
                 compiled = device.type == "cuda" and not args.quick
-                for row in bench(case, dtype, device, rounds, compiled, done):
-                    tqdm.write(line(row))
-                    result["rows"].append(row)
-                    if args.output:
-                        tuned.write(args.output, json.dumps(result, indent=1) + "\n")
+                try:
+                    for row in bench(case, dtype, device, rounds, compiled, done):
+                        tqdm.write(line(row))
+                        result["rows"].append(row)
+                        if args.output:
+                            tuned.write(args.output, json.dumps(result, indent=1) + "\n")
+                except RuntimeError as error:  # out of memory
+                    tqdm.write(f"{case.name} {dtype} FAILED: {str(error).splitlines()[0]}")
+                    failed = True
     except KeyboardInterrupt:
         code = 130
     if code:
@@ -262,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         from tritonsym.perf import table
 
         table.plot(result, args.output)
-    if any(row["red"] for row in result["rows"]):
+    if failed or any(row["red"] for row in result["rows"]):
         code = 1
     if baseline is not None:
         try:

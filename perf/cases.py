@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tritonsym.nn as tnn
@@ -34,7 +33,7 @@ def _function(name: str, dense: Callable[[Tensor], Tensor], **options: Any) -> C
 
 
 def _newton_schulz(g: Tensor) -> Tensor:
-    x = F.normalize(g, dim=(-2, -1), eps=1e-7)
+    x = g / g.norm().clamp(min=1e-7)
     a = x @ x.mT
     return 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
 

@@ -111,7 +111,12 @@ def run(jobs: Sequence[Job], device: torch.device, budget: float, again: bool = 
         left = end - time.monotonic()
         if left <= 0:
             break
-        entries[key] = entry = search(by_key[key], time.monotonic() + left / (len(todo) - i))
+        try:
+            entry = search(by_key[key], time.monotonic() + left / (len(todo) - i))
+        except RuntimeError as error:  # out of memory
+            tqdm.write(f"{key}\n    failed: {str(error).splitlines()[0]}")
+            continue
+        entries[key] = entry
         tuned.record(file, {key: entry})
         shown = ", ".join(f"{path} {1e6 * s:.1f} us" for path, s in entry["seconds"].items())
         tqdm.write(f"{key}\n    {entry['path']} {[list(tile) for tile in entry['tiles']]}: {shown}")

@@ -1,6 +1,7 @@
 """The benchmark, the search for tiles and the script that runs all: on tiny layers, without a GPU."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -111,6 +112,24 @@ def test_a_wrong_function_is_seen():
     measure.gate(cases.Function(lambda x: x @ x.mT, lambda x: x @ x.mT), x, "auto")
     with pytest.raises(AssertionError, match="RMS error"):
         measure.gate(cases.Function(lambda x: 1.01 * (x @ x.mT), lambda x: x @ x.mT), x, "auto")
+
+
+def test_a_case_that_fails_does_not_stop_the_others(capsys, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(bench, "measure", fail)
+    assert bench.main([*TINY[:-1], "3x3-hv,linear"]) == 1
+    out = capsys.readouterr().out
+    assert "n1-c8-3x3-hv float32 FAILED: out of memory" in out and "n8-c8-linear float32 FAILED" in out
+
+
+def test_compiled_variant(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    case = cases.Case("hv", 1, 8, (3, 3))
+    rows = [*bench.bench(case, "float32", torch.device("cpu"), 1, True, set())]
+    assert [row["speedup"]["compiled"] > 0 for row in rows] == [True, True]
+    assert bench.line(rows[0]).split()[7] != "-"
 
 
 def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch):
@@ -235,6 +254,16 @@ def test_small_steps_are_timed_as_graphs(pretended_gpu):
     assert [len(s.seconds) for s in samples.values()] == [3, 3]
     assert samples["large"].median >= 1e-3 and samples["large"].launch >= 1e-3
     assert samples["large"].peak_bytes == 250
+
+
+def test_what_is_said_of_the_machine(monkeypatch):
+    pytest.importorskip("triton")  # Linux only
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    found = bench.machine("bench", [], torch.device("cuda"))
+    assert (
+        found["device"] == "NVIDIA H200" and found["triton"] and {"driver", "cuda", "cudnn", "commit"} <= found.keys()
+    )
+    json.dumps(found)
 
 
 def test_what_cannot_be_a_graph_is_timed_as_it_is(pretended_gpu, monkeypatch):
