@@ -72,7 +72,8 @@ def bench(case: Case, dtype: str, device: torch.device, rounds: int, compiled: b
         return
     torch.manual_seed(0)
     with device:
-        layer, x = case.build().to(getattr(torch, dtype)), torch.randn(case.shape, dtype=getattr(torch, dtype))
+        layer = case.build().to(getattr(torch, dtype))
+    x = case.input(getattr(torch, dtype), device)
     ours, red = paths(layer, x), {}
     for path in list(ours):
         try:
@@ -131,7 +132,7 @@ def _row(
 
 COLUMNS = f"{'case':28} {'dtype':8} {'mode':8} {'cache':5} {'dense ms':>9} {'spread':>6}" + "".join(
     f" {name:>9}"
-    for name in ("reference", "compiled", "expand", "shift", "auto", "launch us", "TFLOP/s", "useful", "roof")
+    for name in ("reference", "compiled", "expand", "shift", "triton", "auto", "launch us", "TFLOP/s", "useful", "roof")
 )
 
 
@@ -148,7 +149,7 @@ def line(row: Row) -> str:
     return (
         f"{row['case']:28} {row['dtype']:8} {row['mode']:8} {row['cache']:5} {dense * 1e3:9.3f} "
         f"{row['rates']['dense']['spread']:6.0%}"
-        + "".join(shown(speed.get(name)) for name in ("reference", "compiled", "expand", "shift", "auto"))
+        + "".join(shown(speed.get(name)) for name in ("reference", "compiled", "expand", "shift", "triton", "auto"))
         + shown(min(launch_auto, default=None), ".1f", 1e6)
         + "".join(shown(auto.get(name), ".1f") for name in ("effective_tflops", "useful_tflops"))
         + shown(auto.get("roofline"), ".0%")

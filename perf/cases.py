@@ -94,6 +94,10 @@ class Case:
     def build(self) -> nn.Module:
         return KINDS[self.kind](self.channels)
 
+    def input(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        x = torch.randn(self.shape, dtype=dtype, device=device)
+        return x + x.mT if self.kind == "symmetric_mm" else x
+
     def tiny(self) -> Case:
         """The same in a size for Triton's interpreter."""
         return Case(self.kind, 1 if self.sizes else 8, 8, (3,) * len(self.sizes))
@@ -183,16 +187,15 @@ CPU: list[Case] = [
 ]
 
 _PLANAR = ("h", "hv", "c4", "d4", "tied-hv", "tied-d4", "pool-hv", "mixed")
-_FUNCTIONS = tuple(name for name in FUNCTIONS if hasattr(functional, name))
 #: The first of every sort first: time may be short.
 _GPU = [
     *_all(_PLANAR, [(256, 384, (19, 19)), (16, 640, (32, 32)), (256, 256, (14, 14))]),  # Go, diffusion, ResNet
     *_all(("hvz",), [(8, 64, (32,) * 3), (2, 32, (64,) * 3)]),
     *_all(("depthwise7-hv",), [(64, 384, (28, 28))]),
     *_all(("transpose4-hv",), [(16, 256, (32, 32))]),
-    *_all(("linear", *_FUNCTIONS), [(8192, 8192, ())]),
+    *_all(("linear", *FUNCTIONS), [(8192, 8192, ())]),
     *_all(("linear",), [(b, 1 << n, ()) for n in range(14, 9, -1) for b in (8, 1, 32, 64, 512, 4096)]),
-    *_all(_FUNCTIONS, [(1 << n, 1 << n, ()) for n in range(10, 13)]),
+    *_all(tuple(FUNCTIONS), [(1 << n, 1 << n, ()) for n in range(10, 13)]),
     *_all(_PLANAR, [(256, 512, (19, 19)), (16, 320, (64, 64)), (16, 1280, (16, 16)), (32, 256, (56, 56))]),
     *_all(_PLANAR, [(256, 64, (56, 56)), (256, 128, (28, 28)), (256, 512, (7, 7))]),
 ]

@@ -46,14 +46,18 @@ class Samples:
 
 
 def forced(path: str, tiles: Any = ()) -> Any:
-    """The context that computes by a path; 'auto' is whatever dispatch chooses."""
+    """The context that computes by a path; 'triton' is the kernel of a function, 'auto' whatever dispatch chooses."""
+    if path == "triton":
+        return tritonsym.backend("triton")
     return tritonsym.path(path, tiles) if path in PATHS else contextlib.nullcontext()
 
 
 def paths(layer: nn.Module, x: Tensor) -> list[str]:
     """'auto', and the paths that can be forced on this layer and run on the device of x."""
     possible = ["auto"]
-    for path in () if isinstance(layer, Function) else PATHS:
+    if isinstance(layer, Function):
+        return [*possible, "triton"] if launch.runs_on(x.device) else possible
+    for path in PATHS:
         try:
             with tritonsym.path(path):
                 plan = tritonsym.explain(layer, x)

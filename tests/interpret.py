@@ -13,15 +13,22 @@ import sys
 import traceback
 
 DEVICE = os.environ.get("TRITONSYM_TEST_DEVICE", "cpu")
+#: Of a process that runs kernels on that device.
+ENVIRONMENT = {
+    **os.environ,
+    "TRITONSYM_TEST_DEVICE": DEVICE,
+    "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0",
+    "OMP_NUM_THREADS": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic algorithms of torch ask for
+}
 
 
 class Interpreter:
     """``interpreter("convolution", path="shift", ...)`` runs that function over there."""
 
     def __init__(self):
-        environment = {**os.environ, "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __call__(self, name, **arguments):

@@ -1,11 +1,11 @@
 """The kernel of half a product: in Triton's interpreter against torch, and compiled ahead of time for GPUs."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from interpret import ENVIRONMENT
 
 from tritonsym.kernels.tiles import SQUARE_TILES, fits
 
@@ -13,10 +13,10 @@ pytest.importorskip("triton")  # Linux only
 
 #: Runs in a process of its own: the interpreter must be chosen before triton is imported.
 INTERPRET = """
-import json, sys, torch
+import json, os, sys, torch
 from tritonsym.kernels.gram import gram
 from tritonsym.kernels.tiles import GemmTile
-torch.set_num_threads(1)
+torch.set_default_device(os.environ["TRITONSYM_TEST_DEVICE"])
 torch.use_deterministic_algorithms(True)  # what is not written is NaN
 torch.manual_seed(0)
 for batch, m, k, layout, has_a, dtype in json.load(sys.stdin):
@@ -36,8 +36,9 @@ for batch, m, k, layout, has_a, dtype in json.load(sys.stdin):
 
 #: The float32 square root is not exact: entries at both ends of a row, far down.
 ROWS = """
-import torch, triton, triton.language as tl
+import os, torch, triton, triton.language as tl
 from tritonsym.kernels.gram import _row_of
+torch.set_default_device(os.environ["TRITONSYM_TEST_DEVICE"])
 @triton.jit
 def kernel(p_ptr, row_ptr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
@@ -77,9 +78,8 @@ SHIPPED = [
 def test_kernel_equals_torch():
     """Small integers: every sum is exact in fp32 and fp16."""
     cases = [(*case, dtype) for case in CASES for dtype in ("float32", "float16")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", INTERPRET]
-    done = subprocess.run(command, input=json.dumps(cases), env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(cases), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == len(cases)
@@ -87,10 +87,9 @@ def test_kernel_equals_torch():
 
 
 def test_rows_of_a_triangle(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     path = tmp_path / "rows.py"  # the kernel's source must be in a file
     path.write_text(ROWS)
-    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, path], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,22 +1,22 @@
 """The kernels of packed matrices: in Triton's interpreter against torch, and compiled ahead of time for GPUs."""
 
 import json
-import os
 import subprocess
 import sys
 from itertools import product
 
 import pytest
+from interpret import ENVIRONMENT
 
 pytest.importorskip("triton")  # Linux only
 
 #: Runs in a process of its own: the interpreter must be chosen before triton is imported.
 INTERPRET = """
-import json, sys, torch
+import json, os, sys, torch
 from tritonsym.kernels import symm
 from tritonsym.kernels.tiles import GemmTile
 from tritonsym.packing import pack, unpack
-torch.set_num_threads(1)
+torch.set_default_device(os.environ["TRITONSYM_TEST_DEVICE"])
 torch.use_deterministic_algorithms(True)  # what is not written is NaN
 torch.manual_seed(0)
 symm.SEGMENT_STEPS = 2
@@ -49,8 +49,7 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
 
 def run(code, text=""):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], input=text, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], input=text, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -69,11 +68,11 @@ def test_kernels_equal_torch():
 
 
 LAYERS = """
-import itertools, torch, tritonsym
+import itertools, os, torch, tritonsym
 from torch.utils._python_dispatch import TorchDispatchMode
 from tritonsym import functional as T, nn
 from tritonsym.testing import assert_matches_reference
-torch.set_num_threads(1)
+torch.set_default_device(os.environ["TRITONSYM_TEST_DEVICE"])
 torch.manual_seed(0)
 
 class Largest(TorchDispatchMode):
