@@ -414,7 +414,7 @@ def test_run_all(tmp_path):
         assert "run the same command again" in run.stdout
     assert "All done" in run.stdout
     rows = json.loads((tmp_path / "bench-tuned.json").read_text())["rows"]
-    assert {row["case"] for row in rows} == {"n1-c8-3x3-hv", "n8-c8-linear"}
+    assert {row["case"] for row in rows} == {"n1-c8-3x3-hv", "n8-c8-linear", "n8-c8-gram"}
     assert rows[0]["speedup"].keys() == {"auto", "reference", "shift", "expand"}
     entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
     assert {word for key in entries for word in key.split()[2:3]} == {"inference", "training"}
