@@ -51,6 +51,7 @@ def _steps(case: Case, layer: nn.Module, x: Tensor, mode: str, ours: list[str], 
         for path in ours:
             steps[f"{path} {form}"] = make_step(layer, data, training, path)
         if compiled:
+            torch.compiler.reset()  # else, after some layers, it falls back to eager
             steps[f"compiled {form}"] = make_step(torch.compile(layer), data, training, "reference")  # type: ignore[arg-type]
     return steps
 
@@ -166,16 +167,19 @@ def identity(row: Row) -> tuple[str, str, str, str]:
     return row["case"], row.get("dtype", "float32"), row["mode"], row.get("cache", "warm")
 
 
-def regressions(rows: list[Row], baseline: list[Row], tolerance: float) -> list[str]:
+def regressions(result: dict[str, Any], baseline: dict[str, Any], tolerance: float) -> list[str]:
     """Where a path is slower than before, as a ratio to the dense layer of the same run.
 
     Raises:
-        ValueError: no row is in both.
+        ValueError: they are of different devices, or no row is in both.
     """
-    before = {identity(row): row["speedup"] for row in baseline}
-    both = [row for row in rows if identity(row) in before]
-    if not both:
-        raise ValueError("the baseline has no row of this run: the same cases, dtypes and device are needed")
+    before = {identity(row): row["speedup"] for row in baseline["rows"]}
+    both = [row for row in result["rows"] if identity(row) in before]
+    if not both or result["device"] != baseline["device"]:
+        raise ValueError(
+            f"the baseline, of {baseline['device']}, cannot be compared with this run, of {result['device']}: the same "
+            "device and some of the same cases, dtypes and modes are needed"
+        )
     return [
         f"{' '.join(identity(row))}: {path} {old:.2f} -> {row['speedup'][path]:.2f} times as fast as dense"
         for row in both
@@ -232,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output and not args.output.absolute().parent.is_dir():
         program.error(f"--output: the folder of {args.output} does not exist; create it")
     result = {**machine("bench", argv, device), "rows": []}
-    baseline = _load(args.baseline, program)["rows"] if args.baseline else None
+    baseline = _load(args.baseline, program) if args.baseline else None
     if args.resume and args.output and args.output.exists():
         old = _load(args.output, program)
         if different := [k for k in ("device", "torch", "commit") if old[k] != result[k]]:
@@ -272,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         code = 1
     if baseline is not None:
         try:
-            slower = regressions(result["rows"], baseline, args.tolerance)
+            slower = regressions(result, baseline, args.tolerance)
         except ValueError as error:
             program.error(str(error))
         print(*(f"REGRESSION {text}" for text in slower), sep="\n")

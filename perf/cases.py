@@ -209,12 +209,12 @@ def select(cases: list[Case], words: str) -> list[Case]:
     """The cases whose name has one of the words, separated by commas, in it.
 
     Raises:
-        ValueError: there is none; the message lists what there is.
+        ValueError: no case has such a word; the message lists what there is.
     """
-    chosen = [case for case in cases if any(word in case.name for word in words.split(","))]
-    if not chosen:
-        raise ValueError(f"no case contains {words!r}; known: {', '.join(case.name for case in cases)}")
-    return chosen
+    for word in words.split(","):
+        if not any(word in case.name for case in cases):
+            raise ValueError(f"no case contains {word!r}; known: {', '.join(case.name for case in cases)}")
+    return [case for case in cases if any(word in case.name for word in words.split(","))]
 
 
 def smallest(cases: list[Case]) -> list[Case]:

@@ -72,8 +72,8 @@ def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
                 if time.monotonic() > deadline:
                     return best
                 seen.add(tiles)
-                steps = {t: make_step(job.layer, x, job.training, path, t) for t in (best, tiles)}
                 try:
+                    steps = {t: make_step(job.layer, x, job.training, path, t) for t in (best, tiles)}
                     samples = measure(steps, 5, job.device)
                     if samples[tiles].median < BETTER * samples[best].median:
                         gate(job.layer, x, path, tiles)

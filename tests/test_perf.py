@@ -173,9 +173,12 @@ def test_baseline(tmp_path, capsys):
 
 def test_rows_of_the_first_files_can_be_a_baseline():
     file = ROOT / "perf" / "results" / "2026-11-20-cpu.json"
-    rows = json.loads(file.read_text())["rows"]
-    assert bench.regressions(rows, rows, 0.1) == []
-    assert bench.identity(rows[0])[0] in {case.name for case in cases.CPU}
+    result = json.loads(file.read_text())
+    assert bench.regressions(result, result, 0.1) == []
+    assert bench.identity(result["rows"][0])[0] in {case.name for case in cases.CPU}
+    for other in ({"device": "abacus"}, {"rows": []}):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            bench.regressions({**result, **other}, result, 0.1)
 
 
 @pytest.mark.parametrize("program", [bench, tune])
@@ -184,7 +187,7 @@ def test_bad_options(tmp_path, capsys, monkeypatch, program):
     broken = tmp_path / "broken.json"
     broken.write_text("{}")
     options = {
-        ("--filter", "nothing"): "no case contains 'nothing'; known: n8-c32-32x32-h, ",
+        ("--filter", "32x32,nothing"): "no case contains 'nothing'; known: n8-c32-32x32-h, ",
         ("--device", "cuda"): "no CUDA device: this needs an NVIDIA GPU with its driver, and a CUDA build of torch",
     }
     if program is bench:

@@ -1,9 +1,8 @@
 """Layers whose weights are tied by a symmetry: mirrored and rotated filters, symmetric matrices, order-free models."""
 
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor as _Tensor
-from torch.nn import Module as _Module
+from typing import TYPE_CHECKING, Any
 
 from tritonsym import functional, nn, testing
 from tritonsym.convert import load_cnn_symmetry, materialize, replace_layers
@@ -11,10 +10,14 @@ from tritonsym.dispatch import Plan, backend, explain, path
 from tritonsym.packing import pack, pack_tril, pack_triu, unpack, unpack_tril, unpack_triu
 from tritonsym.symmetry import FilterLayout, Symmetry
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
 __version__ = "0.1.0"
 
 
-def tune(model: _Module, example_input: _Tensor, budget_s: float = 300) -> dict[str, Any]:
+def tune(model: Module, example_input: Tensor, budget_s: float = 300) -> dict[str, Any]:
     """Find the fastest path and tiles on this GPU for every convolution of a model, and use them from now on.
 
     The model runs once on `example_input` to learn the inputs of its layers; every layer is then searched for inference

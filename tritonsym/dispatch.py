@@ -141,7 +141,8 @@ class Plan:
 
 
 def plan(problem: Problem) -> Plan:
-    """Choose the path. Pure but for the switches `backend`, `path`, TRITONSYM_BACKEND and `torch.set_num_threads`.
+    """Choose the path. Pure but for the switches `backend`, `path`, TRITONSYM_BACKEND and `torch.set_num_threads`, and
+    for the tables of measurements (`tuned`), which are read once.
 
     Raises:
         ValueError: a path is forced on a layer that it cannot compute, or with tiles that do not fit.
