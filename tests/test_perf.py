@@ -249,9 +249,13 @@ def pretended_gpu(monkeypatch):
     return captured
 
 
-def test_small_steps_are_timed_as_graphs(pretended_gpu):
+@pytest.mark.parametrize("cold", [False, True])
+def test_small_steps_are_timed_as_graphs(pretended_gpu, monkeypatch, cold):
+    flushed = []
+    monkeypatch.setattr(torch.Tensor, "zero_", flushed.append)
     steps = {"small": lambda: None, "large": lambda: time.sleep(1e-3)}
-    samples = measure._on_gpu(steps, 3, torch.device("cpu"), cold=True)
+    samples = measure._on_gpu(steps, 3, torch.device("cpu"), cold)
+    assert {len(x) for x in flushed} == ({2048} if cold else set()) and len(flushed) == (8 if cold else 0)
     assert samples["small"].graph and not samples["large"].graph
     assert len(pretended_gpu) == 3
     assert [len(s.seconds) for s in samples.values()] == [3, 3]

@@ -30,10 +30,10 @@ def folders(tmp_path, monkeypatch):
     dispatch.forget()
 
 
-def explain(channels=64, batch=8, target="sm_90", dtype=torch.bfloat16, layer="SymmetricConv2d", **options):
+def explain(channels=64, batch=8, size=16, target="sm_90", dtype=torch.bfloat16, layer="SymmetricConv2d", **options):
     options = {"kernel_size": 3, "padding": 1, "symmetry": "hv", **options}
     module = getattr(tritonsym.nn, layer)(channels, channels, **options, device="meta")
-    x = torch.empty(batch, channels, 16, 16, device="meta", dtype=dtype)
+    x = torch.empty(batch, channels, size, size, device="meta", dtype=dtype)
     with torch.no_grad():
         return tritonsym.explain(module, x, target)
 
@@ -75,6 +75,17 @@ def test_only_for_what_was_measured():
     assert [other for other in others if explain(**other).why.startswith("Measured")] == []
     with tritonsym.backend("triton"):
         assert not explain(target="cpu").why.startswith("Measured")
+
+
+def test_positions_and_products_are_told_apart():
+    """With a stride of 4 every image of a filter has its own products."""
+    options = {"kernel_size": 4, "padding": 0}
+    patches, few, many = (
+        dict(word.split("=") for word in tuned.key(explain(size=size, stride=stride, **options).problem).split()[3:])
+        for size, stride in ((64, 4), (19, 1), (34, 1))
+    )
+    assert [name for name in patches if patches[name] != few[name]] == ["z"]
+    assert [name for name in patches if patches[name] != many[name]] == ["positions"]
 
 
 def test_training_is_another_measurement():
