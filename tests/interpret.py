@@ -74,8 +74,8 @@ def lay_out(x, layout):
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":
         return x.repeat_interleave(2, -1)[..., ::2]
-    if layout == "far":  # channels further apart than 31 bits count
-        apart = (1 << 31) + 16
+    if layout == "far":  # every stride has 31 bits, but not every offset
+        apart = (1 << 30) + 16
         far = torch.empty(
             apart * (x.shape[1] - 1) + x.numel(), dtype=x.dtype, device=x.device
         )  # untouched pages take no room

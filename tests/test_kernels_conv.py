@@ -48,9 +48,9 @@ def test_kernels_are_exact(interpreter, name, path):
 
 @pytest.mark.parametrize("path", ["shift", "expand"])
 def test_offsets_beyond_31_bits(interpreter, path):
-    conv, tiles = {"orbits": "h", "filters": 2}, TILES[path][0]
+    conv, tiles = {"orbits": "h", "filters": 4}, TILES[path][0]
     arguments = {"conv": conv, "path": path, "tiles": tiles, "dtype": "float16", "layout": "far"}
-    assert interpreter("convolution", batch=2, channels=2, sizes=[4, 5], **arguments)
+    assert interpreter("convolution", batch=2, channels=3, sizes=[4, 5], **arguments)
 
 
 @pytest.mark.parametrize("path, pool", [("shift", None), ("shift", "max"), ("expand", None)])
