@@ -22,7 +22,7 @@ from tritonsym.perf.cases import GPU, peak
 
 
 def table(result: dict[str, Any], name: str) -> str:
-    """One line per shape, one column per symmetry: forward as 'auto' runs it, training on the shift path if forced."""
+    """One line per shape, one column per symmetry: inference and a training step as 'auto' runs them."""
     rows = {(row["case"], row["mode"]): row for row in result["rows"]}
     shapes: dict[str, list[str]] = {}
     for case, mode in rows:
@@ -37,15 +37,16 @@ def table(result: dict[str, Any], name: str) -> str:
         "|---|" + "---|" * (2 * len(symmetries)),
     ]
     for shape in shapes:
-        forward = [_forward(rows[f"{shape}-{symmetry}", "forward"]) for symmetry in symmetries]
-        training = [f"{rows[f'{shape}-{symmetry}', 'training']['speedup']['shift']:.2f}" for symmetry in symmetries]
-        lines.append(f"| {_label(shape)} | {' | '.join(forward)} | {' | '.join(training)} |")
+        cells = [
+            _speedup(rows[f"{shape}-{symmetry}", mode]) for mode in ("forward", "training") for symmetry in symmetries
+        ]
+        lines.append(f"| {_label(shape)} | {' | '.join(cells)} |")
     return "\n".join(
         [
             f"Times of the dense layer (weight expanded beforehand) over ours: {result['device']}, {result['threads']} "
             f"threads, float32, torch {result['torch']}, 3x3 convolutions with as many outputs as inputs, the better "
-            "memory format for each. Left: inference as it runs by default, *in italics where that is the expanded "
-            "convolution*. Right: a training step under `tritonsym.path('shift')`, which is not the default.",
+            "memory format for each. Left: inference, right: a training step, both as they run by default; *in italics "
+            "where that is the expanded convolution*.",
             "",
             *lines,
             "",
@@ -54,7 +55,7 @@ def table(result: dict[str, Any], name: str) -> str:
     )
 
 
-def _forward(row: dict[str, Any]) -> str:
+def _speedup(row: dict[str, Any]) -> str:
     text = f"{row['speedup']['auto']:.2f}"
     return text if row["plan"] == "shift" else f"*{text}*"
 
