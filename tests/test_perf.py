@@ -252,7 +252,7 @@ def pretended_gpu(monkeypatch):
 @pytest.mark.parametrize("cold", [False, True])
 def test_small_steps_are_timed_as_graphs(pretended_gpu, monkeypatch, cold):
     flushed = []
-    monkeypatch.setattr(torch.Tensor, "zero_", flushed.append)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda x: flushed.append(x))
     steps = {"small": lambda: None, "large": lambda: time.sleep(1e-3)}
     samples = measure._on_gpu(steps, 3, torch.device("cpu"), cold)
     assert {len(x) for x in flushed} == ({2048} if cold else set()) and len(flushed) == (8 if cold else 0)
