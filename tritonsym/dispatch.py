@@ -244,6 +244,8 @@ RATES = {
 }
 #: A dense convolution of float32 takes so many times as long as one of 16 bits (tf32).
 FLOAT32 = 2
+#: Estimated speedup below which the reference is taken all the same: nothing was measured.
+MARGIN = 1.2
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
 MOST_TERMS = 512
 #: What an implicit GEMM in Triton is assumed to reach of the vendor's convolution.
@@ -300,10 +302,8 @@ def _fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]
 #: and one pass of additions however short. Fitted to perf/results/*-cpu.json (2 threads).
 ADDITION = 100
 PASS = 1_200_000
-#: Estimated speedup below which the reference is taken all the same; in training, where sums are cut for the sake of
-#: rounding (`shift.MOST_ROWS`), more is asked for.
-MARGIN = 1.2
-TRAINING_MARGIN = 1.5
+#: Speedup by the fit below which the reference is taken all the same.
+CPU_MARGIN = 1.1
 
 
 def _cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, str]:
@@ -315,7 +315,7 @@ def _cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, st
         return "reference", f"The shift path ({words}) has been measured in float32 only."
     if threads == 1:  # torch gives the 1x1 convolutions to a slower GEMM then
         return "reference", f"The shift path ({words}) is slower on one thread."
-    if ratio < (TRAINING_MARGIN if problem.training else MARGIN):
+    if ratio < CPU_MARGIN:
         return "reference", f"The shift path ({words}) would not be clearly faster: {ratio:.2g}x (estimate)."
     return "shift", f"{words}: {ratio:.2g}x faster than expanding the weight (estimate)."
 
@@ -536,6 +536,8 @@ def _choose(problem: LinearProblem | GramProblem, backend: str, kernel: str) -> 
 
 def computing_dtype(t: Tensor) -> torch.dtype:
     """The dtype of t, or the one that torch.autocast casts it to: not float64, not complex."""
+    if not torch._C._is_any_autocast_enabled():
+        return t.dtype
     kind = t.device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if casts and t.is_floating_point() and t.itemsize < 8 else t.dtype
