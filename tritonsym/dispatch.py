@@ -299,16 +299,19 @@ def _fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]
 
 
 #: What the shift path's work costs on a CPU, in multiply-adds of the dense convolution that take as long: one addition,
-#: and one pass of additions however short. Fitted to perf/results/*-cpu.json (2 threads).
-ADDITION = 100
-PASS = 1_200_000
+#: one value of x, y or z, and one pass of additions however short. Fitted to perf/results/*-cpu.json (2 threads).
+ADDITION = 40
+VALUE = 50
+PASS = 1_500_000
 #: Speedup by the fit below which the reference is taken all the same.
 CPU_MARGIN = 1.1
 
 
 def _cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, str]:
     """Compare multiply-adds, with additions counted as such; in doubt the reference."""
-    cost = work.multiply_adds + ADDITION * work.additions + PASS * work.passes
+    assert problem.traffic is not None
+    values = problem.traffic.x + problem.traffic.y + work.z
+    cost = work.multiply_adds + ADDITION * work.additions + VALUE * values + PASS * work.passes
     ratio = problem.expanded / max(cost, 1)
     words = f"{problem.expanded / max(work.multiply_adds, 1):.3g}x fewer multiply-adds, {work.additions:,} additions"
     if problem.dtype != "float32":
