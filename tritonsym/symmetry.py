@@ -469,7 +469,7 @@ class FilterLayout:
         """Stored filters = base filters + free filters."""
         return self.stored_per_group * self.groups
 
-    @cached_property
+    @property
     def out_channels(self) -> int:
         return sum(self.counts.values()) + self.free * self.groups
 
