@@ -2,9 +2,9 @@
 
 import importlib
 import json
-import multiprocessing
+import subprocess
+import sys
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,15 +161,20 @@ def test_a_table_that_is_no_file_is_ignored():
         assert "estimate" in explain().why
 
 
-def _record(number, file):
-    for i in range(20):
-        tuned.record(file, {f"{number} {i}": {"path": "reference", "tiles": []}})
+RECORD = """
+import sys
+from pathlib import Path
+from tritonsym import tuned
+file, number = sys.argv[1:]
+for i in range(20):
+    tuned.record(Path(file), {f"{number} {i}": {"path": "reference", "tiles": []}})
+"""
 
 
 def test_processes_that_record_at_once_lose_nothing(tmp_path):
     file = tmp_path / "new" / "gpu.json"
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        pool.map(partial(_record, file=file), range(3))
+    processes = [subprocess.Popen([sys.executable, "-c", RECORD, file, str(number)]) for number in range(3)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
     assert len(tuned.read(file)) == 60
     assert {path.name for path in file.parent.iterdir()} == {"gpu.json", "gpu.lock"}
 
