@@ -187,6 +187,7 @@ CASES = {
     "rings": ({"ties": ["radial:1", ""], "filters": 3, "free": 2, "kernel": [5, 5], "padding": 2}, 1, 3, [6, 6]),
     "max of h": ({"orbits": "h", "filters": 2 * 17, "pool": "max"}, 2, 5, [5, 6]),
     "min of d4 in groups": ({"orbits": "d4", "filters": 8 * 2, "groups": 2, "pool": "min"}, 1, 3, [4, 5]),
+    "long, so that several programs share its positions": ({"orbits": "h", "filters": 2, "kernel": [3]}, 2, 3, [601]),
     "max, stride": ({"orbits": "hv", "filters": 4 * 3, "stride": 2, "pool": "max"}, 2, 2, [5, 4]),
 }
 
