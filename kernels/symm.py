@@ -227,8 +227,8 @@ def _sum_kernel(
     for segment in range(segments):
         sums_left = sums + (strips + segment) * slot
         total += tl.load(sums_left, mask=mask & (segment * SEGMENT <= q)[:, None], other=0.0)
-    for segment in range(tl.cdiv(N, SEGMENT)):
-        written = (q >= K) & ((segment + 1) * SEGMENT > q - K)
+    for segment in range(segments):
+        written = (q >= K) & (q * 0 + segment * SEGMENT < N) & ((segment + 1) * SEGMENT > q - K)
         sums_right = sums + (strips + segments + segment) * slot
         total += tl.load(sums_right, mask=mask & written[:, None], other=0.0)
     if HAS_BIAS:
