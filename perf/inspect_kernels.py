@@ -116,7 +116,7 @@ def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], type
 
 
 def _additions(conv: shift.Conv, adjoint: bool, tile: Tile) -> Entry:
-    table = shift_kernels.Table(*launch._table(conv, (8,) * len(conv.geometry.kernel_size), adjoint))
+    table = shift_kernels.Table(*launch.table_fields(conv, (8,) * len(conv.geometry.kernel_size), adjoint))
     channels = (conv.rows, conv.out_channels)
     fixed = shift_kernels.constants(
         table, *(channels[::-1] if adjoint else channels), tile, WON=adjoint and conv.pool is not None

@@ -100,7 +100,7 @@ def gate(layer: nn.Module, x: Tensor, path: str, tiles: Any = ()) -> None:
         if isinstance(layer, Function):
             return _gate_function(layer, x)
         plan = tritonsym.explain(layer, x)
-        # by torch ops the shift path rounds more than the rule allows, and `auto` knows where (`dispatch`); the
+        # by torch ops the shift path may round a little more than the rule allows where `auto` would not take it; the
         # gradient of a maximum goes to one of two nearly equal images: rounding decides which
         if plan.path != "shift" or plan.tiles:
             ordered = getattr(layer, "reduce", None) in ("max", "min")

@@ -164,7 +164,7 @@ def _shift_forward(
     from tritonsym.kernels.tiles import Tile
 
     gemms, additions = shift.schedule(conv, tuple(x.shape[2:]))
-    table = kernel.Table(*_table(conv, tuple(x.shape[2:]), adjoint=False))
+    table = kernel.Table(*table_fields(conv, tuple(x.shape[2:]), adjoint=False))
     for n in shift.chunks(x, additions, conv.groups):
         z = _multiply(x[n], rows, gemms, additions, conv.groups)
         kernel.add(
@@ -193,7 +193,7 @@ def _shift_backward(
     from tritonsym.kernels.tiles import Tile
 
     gemms, additions = shift.schedule(conv, tuple(x.shape[2:]))
-    table = kernel.Table(*_table(conv, tuple(x.shape[2:]), adjoint=True))
+    table = kernel.Table(*table_fields(conv, tuple(x.shape[2:]), adjoint=True))
     total = None if drows is None else torch.zeros_like(rows, dtype=torch.float32)
     for n in shift.chunks(x, additions, conv.groups):
         d = _scratch(x[n], additions, conv.groups)
@@ -207,15 +207,15 @@ def _shift_backward(
         drows.copy_(total)
 
 
-def _bits(bytes: Tensor) -> Tensor:
+def _bits(winners: Tensor) -> Tensor:
     """How many bits of every byte are set."""
-    pairs = bytes - (bytes >> 1 & 0x55)
+    pairs = winners - (winners >> 1 & 0x55)
     quads = (pairs & 0x33) + (pairs >> 2 & 0x33)
     return quads + (quads >> 4) & 0x0F
 
 
 @lru_cache(maxsize=1024)
-def _table(conv: Conv, sizes: tuple[int, ...], adjoint: bool) -> tuple[Any, ...]:
+def table_fields(conv: Conv, sizes: tuple[int, ...], adjoint: bool) -> tuple[Any, ...]:
     """The fields of the kernel's `Table`, for all z side by side: a target reads position (mul p + shift) / div."""
     _, additions = shift.schedule(conv, sizes)
     rows = [0, *accumulate(channels for channels, _ in additions.sources)]
@@ -264,7 +264,7 @@ def _multiply(x: Tensor, rows: Tensor, gemms: Sequence[Gemm], additions: Additio
     z = _scratch(x, additions, groups)
     for g, to in zip(gemms, _parts(z, additions, groups), strict=True):
         w = shift.pick(rows, g.rows)  # [G, R, C]
-        if groups == 1 and not is_last(x) and x.ndim > 2 and _whole(g) and x.is_contiguous():
+        if groups == 1 and not is_last(x) and x.ndim > 2 and g.whole and x.is_contiguous():
             # channels first: one product per image reads x as it lies
             torch.bmm(x.flatten(2).mT, w.mT.expand(x.shape[0], -1, -1), out=to[:, 0].flatten(2).mT)
         else:
@@ -293,26 +293,20 @@ def _multiply_backward(
         if dx is not None:
             dx.copy_(found)
         return
-    if dx is not None and not (len(gemms) == 1 and _whole(gemms[0])):
+    if dx is not None and not (len(gemms) == 1 and gemms[0].whole):
         dx.zero_()
     for g, part, (_, sizes) in zip(gemms, parts, additions.sources, strict=True):
         d_g = _by_group(part)  # [G, P, R]
         if dx is not None:
             w = shift.pick(rows, g.rows)
-            there = dx[g.x_at]
-            if _whole(g) and is_last(dx):
+            if g.whole and is_last(dx):
                 torch.bmm(d_g, w, out=_by_group(dx.unflatten(1, (groups, -1))))
             else:
                 found = torch.bmm(d_g, w).transpose(0, 1)  # [P, G, C]
                 found = found.reshape(x.shape[0], *d.shape[2:], -1).movedim(-1, 1)
-                there.copy_(found[shift.corner(sizes)])
+                dx[g.x_at] = found[shift.corner(sizes)]
         if drows is not None:
             shift.add_rows(drows, torch.bmm(d_g.mT, _matrices(x, g, d.shape[2:], groups)), g.rows)
-
-
-def _whole(gemm: Gemm) -> bool:
-    """Whether a GEMM takes every position of x."""
-    return all(at.step == 1 for at in gemm.x_at[1:])
 
 
 def _parts(z: Tensor, additions: Additions, groups: int) -> Sequence[Tensor]:

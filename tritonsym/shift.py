@@ -171,6 +171,11 @@ class Gemm:
     x_at: tuple[Any, ...]  # starts with an ellipsis
     rows: tuple[int, ...]  # of one group
 
+    @property
+    def whole(self) -> bool:
+        """Whether it takes every position of x."""
+        return all(at.step == 1 for at in self.x_at[1:])
+
 
 @lru_cache(maxsize=256)
 def schedule(conv: Conv, sizes: tuple[int, ...], most_rows: int | None = None) -> tuple[tuple[Gemm, ...], Additions]:
@@ -337,7 +342,7 @@ def multiply_backward(
     """
     ndim = x.ndim - 2
     one, zero = [1] * ndim, [0] * ndim
-    whole = all(at.step == 1 for g in gemms for at in g.x_at[1:])
+    whole = all(g.whole for g in gemms)
     dx = torch.zeros_like(x) if need_x and not whole else x[:, :0]
 
     def gradients(d: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
