@@ -164,7 +164,7 @@ def line(row: Row) -> str:
 
 def identity(row: Row) -> tuple[str, str, str, str]:
     """What is measured; the first files were all of float32 on a CPU."""
-    return row["case"], row.get("dtype", "float32"), row["mode"], row.get("cache", "warm")
+    return row["case"], row["dtype"], row["mode"], row["cache"]
 
 
 def regressions(result: dict[str, Any], baseline: dict[str, Any], tolerance: float) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tritonsym import dispatch
+from tritonsym import costs
 from tritonsym.perf.cases import GPU, peak
 
 
@@ -66,14 +66,14 @@ def _label(shape: str) -> str:
 
 
 def estimate(target: str = "sm_90") -> str:
-    """Of the same layers on a GPU, by the model of `dispatch.estimated_seconds`: nothing of it was measured."""
+    """Of the same layers on a GPU, by the model of `costs.estimated_seconds`: nothing of it was measured."""
     symmetries = ("h", "hv", "c4", "d4")
     lines: dict[str, list[str]] = {}
     for case in GPU:
         if case.kind in symmetries:
             with torch.device("meta"):
                 problem = case.build().problem(case.shape, target, case.dtypes[0])  # type: ignore[operator]
-            seconds = dispatch.estimated_seconds(problem)
+            seconds = costs.estimated_seconds(problem)
             lines.setdefault(case.name.removesuffix(f"-{case.kind}"), []).append(
                 f"{seconds['reference'] / seconds['shift']:.1f}"
             )
@@ -82,7 +82,7 @@ def estimate(target: str = "sm_90") -> str:
             "### Estimate for an H200, not measured",
             "",
             "Forward time of the dense convolution and of expanding its weight, over that of the shift path, bfloat16, "
-            "by the roofline model of `dispatch.estimated_seconds`. Nothing in this table has run on a GPU.",
+            "by the roofline model of `costs.estimated_seconds`. Nothing in this table has run on a GPU.",
             "",
             f"| input | {' | '.join(f'`{symmetry}`' for symmetry in symmetries)} |",
             "|---|" + "---|" * len(symmetries),
@@ -92,15 +92,14 @@ def estimate(target: str = "sm_90") -> str:
 
 
 def plot(result: dict[str, Any], output: Path) -> list[Path]:
-    """Draw OUTPUT-speedup.png, times of the dense layer over ours by channels, and, where the rows have rates,
-    OUTPUT-roofline.png."""
+    """Draw OUTPUT-speedup.png, times of the dense layer over ours by channels, and OUTPUT-roofline.png."""
     from matplotlib.figure import Figure
 
     files = [output.with_name(f"{output.stem}-{name}.png") for name in ("speedup", "roofline")]
-    rows = [row for row in result["rows"] if row.get("dtype") in (None, result["rows"][0].get("dtype"))]
+    rows = [row for row in result["rows"] if row["dtype"] == result["rows"][0]["dtype"]]
     modes = sorted({row["mode"] for row in rows})
     figure = Figure(figsize=(5 * len(modes), 4), layout="constrained")
-    figure.suptitle(f"{result['device']}, torch {result['torch']}, {rows[0].get('dtype', 'float32')}", fontsize=9)
+    figure.suptitle(f"{result['device']}, torch {result['torch']}, {rows[0]['dtype']}", fontsize=9)
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         for path, marker in {"reference": "x", "compiled": "+", "expand": "s", "triton": "s", "shift": "o"}.items():
             points = [
@@ -118,8 +117,6 @@ def plot(result: dict[str, Any], output: Path) -> list[Path]:
         axes.set(xlabel="channels", ylabel="times as fast as dense", title=mode)
         axes.legend()
     figure.savefig(files[0], dpi=100)
-    if "rates" not in rows[0]:
-        return files[:1]
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     itemsize = 4 if rows[0]["dtype"] == "float32" else 2

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tritonsym
-from tritonsym import dispatch, launch, tuned
+from tritonsym import costs, dispatch, launch, tuned
 from tritonsym.perf.bench import UNFINISHED, kernels_if_interpreted, parser, prepare
 from tritonsym.perf.measure import gate, make_step, measure, paths
 
@@ -41,7 +41,7 @@ class Job:
     training: bool
 
     @property
-    def problem(self) -> dispatch.Problem:
+    def problem(self) -> costs.Problem:
         dtype = str(self.like.dtype).removeprefix("torch.")
         found = self.layer.problem(tuple(self.like.shape), self.device.type, dtype)  # type: ignore[operator]
         return replace(found, training=self.training)
@@ -58,7 +58,7 @@ def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
     """The best tiles found by moving to a better neighbour of one tile after the other until there is none."""
     with tritonsym.path(path):
         best = dispatch.plan(job.problem).tiles
-    architecture, dtype = dispatch.architecture(job.device.type), job.problem.dtype
+    architecture, dtype = costs.architecture(job.device.type), job.problem.dtype
     seen = {best}
     used = range(len(best) if job.training else 1)  # the others are of gradients
     better = True

@@ -21,6 +21,7 @@ PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 ORDER = [
     {"symmetry", "packing", "tuned"},
     {"shift"},
+    {"costs"},
     {"reference", "dispatch", "launch"},
     {"convolution", "symm"},
     {"ops"},
@@ -34,7 +35,7 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"tuned", "launch", "symm", "dispatch", "ops"}  # may import kernels, within functions
+LAUNCHERS = {"tuned", "launch", "symm", "costs", "dispatch", "ops"}  # may import kernels, within functions
 LAZY = {"__init__": "perf"}  # imported by a function
 
 

@@ -399,9 +399,15 @@ def test_tune_needs_its_extra(monkeypatch):
 # --- tables, and all at once ------------------------------------------------------------------------------------------
 
 
-def test_plot_of_the_first_files(tmp_path):
-    result = json.loads((ROOT / "perf" / "results" / "2026-11-21-cpu.json").read_text())
-    assert [file.name for file in table.plot(result, tmp_path / "cpu.json")] == ["cpu-speedup.png"]
+RESULTS = [file.name for file in (ROOT / "perf" / "results").glob("*.json") if "speedup" in file.read_text()]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_plots_of_results(name, tmp_path):
+    result = json.loads((ROOT / "perf" / "results" / name).read_text())
+    drawn = table.plot(result, tmp_path / "x.json")
+    assert [file.name for file in drawn] == ["x-speedup.png", "x-roofline.png"]
+    assert all(file.stat().st_size > 10_000 for file in drawn)
 
 
 def run_all(*arguments):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tritonsym import shift, tuned
+from tritonsym import costs, shift, tuned
+from tritonsym.costs import GramProblem, LinearProblem, Problem, Traffic, Work, architecture
 from tritonsym.shift import Conv
 
 if TYPE_CHECKING:
@@ -74,44 +75,6 @@ def current_backend() -> str:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the shift path does for a layer on a batch."""
-
-    multiply_adds: int
-    additions: int
-    passes: int  # of additions: one per image and tap
-    z: int  # values of z
-    filters: int  # of the largest block
-    taps: int
-    channels: int  # input channels of one group: the terms that one value of z sums
-    outputs: int  # filters of one group, with all images
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Values that a convolution reads and writes however it is computed."""
-
-    x: int
-    y: int
-    stored: int  # weights
-    expanded: int  # weights
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What `plan` decides on. Multiply-adds are those of the whole layer on the whole batch."""
-
-    layer: str
-    target: str  # 'cpu', 'cuda', or an architecture such as 'sm_90'
-    dtype: str
-    dense: int  # multiply-adds of the dense layer it replaces
-    expanded: int  # multiply-adds of the reference path
-    shift: Work | None = None  # None where the kernels and the shift path cannot compute the layer
-    training: bool = False  # whether a gradient is needed
-    traffic: Traffic | None = None  # of a convolution
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a layer will be computed; `str` is the plan in words."""
 
@@ -161,7 +124,7 @@ def forget() -> None:
 @lru_cache(maxsize=4096)
 def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tuned.Tiles, threads: int) -> Plan:
     work = problem.shift
-    has_kernel = work is not None and problem.dtype in ITEMSIZE and find_spec("triton") is not None
+    has_kernel = work is not None and problem.dtype in costs.ITEMSIZE and find_spec("triton") is not None
     if (forced == "shift" and work is None) or (forced == "expand" and not has_kernel):
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
@@ -184,16 +147,16 @@ def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tune
     elif measured and (backend == "auto" or measured[0] != "reference"):
         chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
     elif backend == "triton":
-        chosen, why = _fastest_on_gpu(problem, ("shift", "expand"))
+        chosen, why = costs.fastest_on_gpu(problem, ("shift", "expand"))
         why = f"A kernel is forced by the backend 'triton'. {why}"
     elif work is None:
         chosen, why = "reference", "The shift path does not know this layer or dtype."
     elif problem.target == "cpu":
-        chosen, why = _cheaper_on_cpu(problem, work, threads)
+        chosen, why = costs.cheaper_on_cpu(problem, work, threads)
     elif not has_kernel:
         chosen, why = "reference", f"No Triton kernel computes {problem.dtype}."
     else:
-        chosen, why = _fastest_on_gpu(problem, ("reference", "shift"))
+        chosen, why = costs.fastest_on_gpu(problem, ("reference", "shift"))
     if chosen == "reference" or work is None:
         return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
     tiles: tuple[tuple[int, ...], ...] = ()
@@ -210,117 +173,9 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
     if path == "shift":
         tile = astuple(tiles.pick(work.filters, work.taps))
         return (tile, tile)
-    itemsize, target = ITEMSIZE[problem.dtype], architecture(problem.target)
+    itemsize, target = costs.ITEMSIZE[problem.dtype], architecture(problem.target)
     both = (tiles.pick_gemm(columns, itemsize, target) for columns in (work.outputs, work.channels))
     return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))
-
-
-def architecture(target: str) -> str:
-    """'cuda' as the architecture of the current GPU, if there is one."""
-    if target != "cuda" or not torch.cuda.is_available():
-        return target
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    if torch.version.hip:
-        return device.gcnArchName.partition(":")[0]
-    return f"sm_{device.major}{device.minor}"
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a GPU is assumed to reach: datasheet numbers times an efficiency; never measured here."""
-
-    gemm: float  # 16-bit multiply-adds x 2 per second of the vendor's GEMM
-    conv: float  # of its dense convolution
-    memory: float  # bytes per second
-    l1: float
-    launch: float = 4e-6  # seconds
-
-
-#: By compute capability: A100, H200, B200.
-RATES = {
-    80: Rates(250e12, 230e12, 1.7e12, 13e12),
-    90: Rates(700e12, 650e12, 4.3e12, 20e12),
-    100: Rates(1500e12, 1400e12, 7e12, 24e12),
-}
-#: A dense convolution of float32 takes so many times as long as one of 16 bits (tf32).
-FLOAT32 = 2
-#: Estimated speedup below which the reference is taken all the same: nothing was measured.
-MARGIN = 1.2
-#: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
-MOST_TERMS = 512
-#: What an implicit GEMM in Triton is assumed to reach of the vendor's convolution.
-TRITON = 0.6
-
-
-def estimated_seconds(problem: Problem) -> dict[str, float]:
-    """Forward time of every path on a GPU, by a roofline model.
-
-    Each step takes its arithmetic or its traffic, whichever is longer, and a launch. z is written to memory and read
-    back once; every term of a sum is a load from L1.
-    """
-    work, traffic = problem.shift, problem.traffic
-    assert work is not None and traffic is not None
-    name = architecture(problem.target)
-    capability = int(name[3:]) if name.startswith("sm_") else 90  # the interpreter stands in for an H200
-    rates = RATES[max((c for c in RATES if c <= capability), default=80)]
-    itemsize = ITEMSIZE[problem.dtype]
-    slower = FLOAT32 if itemsize == 4 else 1
-
-    def seconds(values: float, multiply_adds: float = 0, rate: float = rates.conv, terms: float = 0) -> float:
-        arithmetic = 2 * multiply_adds * slower / rate
-        return max(values * itemsize / rates.memory, arithmetic, terms * itemsize / rates.l1) + rates.launch
-
-    expanding = seconds(2 * traffic.expanded)
-    dense = seconds(traffic.x + traffic.y + traffic.expanded, problem.expanded)
-    rows = seconds(2 * traffic.stored)
-    passes = -(-work.z * itemsize // shift.SCRATCH_BYTES)  # every chunk has its launches
-    gemm = seconds(traffic.x + work.z + traffic.stored, work.multiply_adds, rates.gemm)
-    additions = seconds(work.z + traffic.y, terms=work.additions)
-    return {
-        "reference": expanding + dense,
-        "shift": rows + gemm + additions + 2 * (passes - 1) * rates.launch,
-        "expand": rows + seconds(traffic.x + traffic.y + traffic.stored, problem.expanded, TRITON * rates.conv),
-    }
-
-
-def _fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]:
-    """The path of least estimated time; the first one unless another is clearly faster."""
-    if architecture(problem.target).startswith("gfx"):
-        return paths[0], "No estimate for this GPU."
-    assert problem.shift is not None
-    if problem.shift.passes > MOST_TERMS:
-        paths = tuple(path for path in paths if path != "shift")
-    seconds = {path: s for path, s in estimated_seconds(problem).items() if path in paths}
-    best = min(seconds, key=lambda path: seconds[path])
-    words = ", ".join(f"{path} {1e6 * s:.3g} us" for path, s in seconds.items())
-    if seconds[paths[0]] < MARGIN * seconds[best]:
-        best = paths[0]
-    return best, f"Not measured; by estimate {words}."
-
-
-#: What the shift path's work costs on a CPU, in multiply-adds of the dense convolution that take as long: one addition,
-#: one value of x, y or z, and one pass of additions however short. Fitted to perf/results/*-cpu.json (2 threads).
-ADDITION = 40
-VALUE = 50
-PASS = 1_500_000
-#: Speedup by the fit below which the reference is taken all the same.
-CPU_MARGIN = 1.1
-
-
-def _cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, str]:
-    """Compare multiply-adds, with additions counted as such; in doubt the reference."""
-    assert problem.traffic is not None
-    values = problem.traffic.x + problem.traffic.y + work.z
-    cost = work.multiply_adds + ADDITION * work.additions + VALUE * values + PASS * work.passes
-    ratio = problem.expanded / max(cost, 1)
-    words = f"{problem.expanded / max(work.multiply_adds, 1):.3g}x fewer multiply-adds, {work.additions:,} additions"
-    if problem.dtype != "float32":
-        return "reference", f"The shift path ({words}) has been measured in float32 only."
-    if threads == 1:  # torch gives the 1x1 convolutions to a slower GEMM then
-        return "reference", f"The shift path ({words}) is slower on one thread."
-    if ratio < CPU_MARGIN:
-        return "reference", f"The shift path ({words}) would not be clearly faster: {ratio:.2g}x (estimate)."
-    return "shift", f"{words}: {ratio:.2g}x faster than expanding the weight (estimate)."
 
 
 @lru_cache(maxsize=4096)
@@ -370,81 +225,6 @@ def conv_problem(
 
 # --- symmetric matrices -----------------------------------------------------------------------------------------------
 
-#: Bytes of an operand, for the dtypes that the kernels know.
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-#: What the estimates assume, whatever the GPU: an H200's memory and second-level cache in bytes/s and 16-bit matrix
-#: products in FLOP/s, the seconds of a launch, and the speed of our kernels' products, as a part of the vendor's.
-MEMORY, CACHE, GEMM, LAUNCH = 4.3e12, 6e12, 790e12, 2.5e-6
-TILES_EFFICIENCY, STRIPS_EFFICIENCY, GRAM_EFFICIENCY = 0.85, 0.5, 0.75
-#: Of the GPUs on which 'auto' may take the kernels.
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-#: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
-SMALL_N = 2048
-
-
-@dataclass(frozen=True)
-class LinearProblem(Problem):
-    """x S with a packed n x n matrix S, for so many rows of x."""
-
-    n: int = 0
-    rows: int = 0
-    never_unpack: bool = False
-
-    def seconds(self) -> tuple[float, float, float]:
-        """Of the kernel, of unpacking and the vendor library's product, and of the product alone (16-bit, estimates).
-
-        Unpacking is 8 launches that move 5.5 n^2 values.
-        """
-        from tritonsym.kernels.tiles import SEGMENT_STEPS, STRIP_ROWS, pick_product
-
-        n, rows, tile = self.n, self.rows, pick_product(self.rows, 2, self.target)
-        flops, moved = 2 * rows * n * n, n * n + 4 * rows * n
-        product = LAUNCH + max((moved + n * n) / MEMORY, flops / GEMM)
-        if rows > STRIP_ROWS:
-            kernel = LAUNCH + max(moved / MEMORY, 2 * n * n / CACHE, flops / (TILES_EFFICIENCY * GEMM))
-        else:
-            partial = 4 * rows * n * (n / (2 * tile.block_m) + 0.75 * n / (2 * SEGMENT_STEPS * tile.block_k))
-            flops = 2 * tile.block_n * n * n
-            kernel = 2 * LAUNCH + partial / CACHE
-            kernel += max(moved / MEMORY, (moved + partial) / CACHE, flops / (STRIPS_EFFICIENCY * GEMM))
-        return kernel, product + 8 * LAUNCH + 11 * n * n / MEMORY, product
-
-    def compare(self) -> tuple[bool, str]:
-        """Whether the kernel is faster than the reference, and a reason."""
-        kernel, unpacked, product = self.seconds()
-        if self.n <= SMALL_N:
-            return False, f"Up to n = {SMALL_N} the vendor library multiplies, by the unpacked matrix"
-        if self.n % 16:
-            return False, f"n = {self.n} is not a multiple of 16, so the packed rows are not aligned"
-        words = f"{unpacked / kernel:.2g}x the speed of unpacking first, {product / kernel:.2g}x that of a dense layer"
-        return unpacked > MARGIN * kernel, f"The packed kernel would have {words}"
-
-
-@dataclass(frozen=True)
-class GramProblem(Problem):
-    """X X^T for so many matrices X (n, k)."""
-
-    n: int = 0
-    k: int = 0
-    batch: int = 0
-
-    def seconds(self) -> tuple[float, float]:
-        """Of the kernel, and of the vendor library's product (16-bit, estimates)."""
-        from tritonsym.kernels.tiles import pick_square
-
-        tile = pick_square(2, self.target)
-        edge = -(-self.n // tile.block_m)
-        processors = MULTIPROCESSORS[self.target]
-        waves = -(-self.batch * edge * (edge + 1) // 2 // processors)
-        one = 2 * tile.block_m * tile.block_n * self.k * processors / (GRAM_EFFICIENCY * GEMM)
-        return LAUNCH + waves * one, LAUNCH + 2 * self.dense / GEMM
-
-    def compare(self) -> tuple[bool, str]:
-        """Whether the kernel is faster than the reference, and a reason."""
-        kernel, product = self.seconds()
-        return product > MARGIN * kernel, f"The kernel for half of it would have {product / kernel:.2g}x the speed"
-
 
 def linear_problem(shape: Sequence[int], target: str, dtype: str, never_unpack: bool = False) -> LinearProblem:
     """The problem of x S with x of this shape."""
@@ -481,14 +261,14 @@ def linear_plan(problem: LinearProblem) -> Plan:
 
 @lru_cache(maxsize=4096)
 def _linear_plan(problem: LinearProblem, backend: str, forced: str | None) -> Plan:
-    if forced == "shift" or (forced == "expand" and (problem.target == "cpu" or problem.dtype not in ITEMSIZE)):
+    if forced == "shift" or (forced == "expand" and (problem.target == "cpu" or problem.dtype not in costs.ITEMSIZE)):
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype} on {problem.target}; "
             "remove the switch (tritonsym.backend('triton') runs kernels in Triton's interpreter)"
         )
     if forced is not None:
         chosen, why = forced, "Forced by tritonsym.path."
-    elif backend == "auto" and problem.never_unpack and problem.target != "cpu" and problem.dtype in ITEMSIZE:
+    elif backend == "auto" and problem.never_unpack and problem.target != "cpu" and problem.dtype in costs.ITEMSIZE:
         chosen, why = "expand", "Never unpacked: half of the memory, at any speed."
     else:
         chosen, why = _choose(problem, backend, "expand")
@@ -499,7 +279,7 @@ def _linear_plan(problem: LinearProblem, backend: str, forced: str | None) -> Pl
         return Plan(problem, chosen, flops, flops, why)
     from tritonsym.kernels.tiles import pick_product, pick_square
 
-    itemsize = ITEMSIZE[problem.dtype]
+    itemsize = costs.ITEMSIZE[problem.dtype]
     picked = pick_product(problem.rows, itemsize, problem.target), pick_square(itemsize, problem.target)
     return Plan(problem, chosen, flops, flops, why, tiles=tuple(map(astuple, picked)))
 
@@ -516,22 +296,22 @@ def _gram_plan(problem: GramProblem, backend: str) -> Plan:
         return Plan(problem, chosen, 2 * problem.dense, 2 * problem.dense, why)
     from tritonsym.kernels.tiles import pick_square
 
-    tile = pick_square(ITEMSIZE[problem.dtype], problem.target)
+    tile = pick_square(costs.ITEMSIZE[problem.dtype], problem.target)
     flops = problem.batch * problem.n * (problem.n + 1) * problem.k
     return Plan(problem, chosen, flops, 2 * problem.dense, why, tiles=(astuple(tile),))
 
 
 def _choose(problem: LinearProblem | GramProblem, backend: str, kernel: str) -> tuple[str, str]:
     """The path `kernel` or the reference, and why."""
-    if problem.dtype not in ITEMSIZE:
+    if problem.dtype not in costs.ITEMSIZE:
         return "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
     if backend != "auto":
         return kernel if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
     if problem.target == "cpu" or find_spec("triton") is None:
         return "reference", "The Triton kernels need a GPU, and Triton."
-    if problem.target not in MULTIPROCESSORS:
+    if problem.target not in costs.MULTIPROCESSORS:
         return "reference", f"There is no estimate for {problem.target}; backend='triton' uses the kernel."
-    if ITEMSIZE[problem.dtype] != 2:
+    if costs.ITEMSIZE[problem.dtype] != 2:
         return "reference", "The estimates know 16-bit dtypes only; backend='triton' uses the kernel."
     is_faster, why = problem.compare()
     return kernel if is_faster else "reference", f"{why} (estimate)."

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tritonsym.dispatch import Problem
+    from tritonsym.costs import Problem
 
 Tiles = tuple[tuple[int, ...], ...]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonsym import dispatch, functional, reference
+from tritonsym import costs, dispatch, functional, reference
 from tritonsym.shift import Conv, Geometry
 from tritonsym.symmetry import Block, FilterLayout, Symmetry, parity_axes, tap_orbits, tied_blocks
 
@@ -122,7 +122,7 @@ class _SharedConv(nn.modules.conv._ConvNd):
         """One bias per filter of `expanded_weight`."""
         return self.bias
 
-    def problem(self, shape: Sequence[int], target: str, dtype: str) -> dispatch.Problem:
+    def problem(self, shape: Sequence[int], target: str, dtype: str) -> costs.Problem:
         """What `tritonsym.explain` plans on: this layer on an input of this shape."""
         where, ndim = type(self).__name__, len(self.kernel_size)
         if len(shape) not in (ndim + 1, ndim + 2) or shape[-ndim - 1] != self.in_channels:

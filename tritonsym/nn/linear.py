@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tritonsym import dispatch, functional, packing
+from tritonsym import costs, dispatch, functional, packing
 from tritonsym.nn.conv import Init, check_loaded, with_activation
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class SymmetricLinear(nn.Module):
     def expanded_bias(self) -> Tensor | None:
         return self.bias
 
-    def problem(self, shape: Sequence[int], target: str, dtype: str) -> dispatch.Problem:
+    def problem(self, shape: Sequence[int], target: str, dtype: str) -> costs.Problem:
         """What `tritonsym.explain` plans on. x S takes n^2 multiply-adds per row whatever is stored."""
         n = self.in_features
         if not shape or shape[-1] != n:

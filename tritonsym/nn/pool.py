@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonsym import dispatch, functional
+from tritonsym import costs, functional
 from tritonsym.nn.conv import check_loaded
 
 
@@ -71,14 +71,14 @@ class GlobalConv1d(nn.Module):
         text = f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
         return text + (f", activation={self.activation!r}" if self.activation else "")
 
-    def problem(self, shape: Sequence[int], target: str, dtype: str) -> dispatch.Problem:
+    def problem(self, shape: Sequence[int], target: str, dtype: str) -> costs.Problem:
         """What `tritonsym.explain` plans on; the dense layer is the wrap-around convolution."""
         if len(shape) not in (2, 3) or shape[-2] != self.in_channels:
             expected = f"(N, {self.in_channels}, L) or ({self.in_channels}, L)"
             raise ValueError(f"GlobalConv1d: expected an input {expected}, got {tuple(shape)}")
         length = shape[-1]
         one = math.prod(shape[:-2]) * self.in_channels * self.out_channels
-        return dispatch.Problem("GlobalConv1d", target, dtype, one * length * (2 * length + 1), one * (length + 1))
+        return costs.Problem("GlobalConv1d", target, dtype, one * length * (2 * length + 1), one * (length + 1))
 
     def expanded_weight(self, length: int) -> Tensor:
         """The kernel (out, in, 2 length + 1) of the equal convolution, with padding = length; differentiable."""
