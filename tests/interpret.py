@@ -92,7 +92,7 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     import torch
 
     from tritonsym import launch, reference
-    from tritonsym.convolution import _dense_conv
+    from tritonsym.convolution import dense_conv, expand_rows
 
     conv, dtype = build(**conv), getattr(torch, dtype)
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     x = draw(batch, conv.groups * channels, *sizes).requires_grad_()
     rows = draw(conv.groups, conv.rows, channels).requires_grad_()
     bias = draw(conv.out_channels)
-    y = _dense_conv(x, rows, conv)
+    y = dense_conv(x, expand_rows(rows, conv), None, conv)
     dy = draw(*y.shape[:1], 1, *y.shape[2:]).expand(y.shape) if layout == "sliced" else draw(*y.shape)
     dx, drows = torch.autograd.grad(y, (x, rows), dy)
     if conv.pool:  # shared by up to 8 winners: not exact

@@ -117,6 +117,6 @@ def test_nothing_is_kept_of_other_tensors_and_by_compiled_code():
     assert weight not in ops._kept
     layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv")
     with torch.no_grad():
-        torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
         torch.func.vmap(layer)(x[None])
     assert kept(layer) is None

@@ -2,13 +2,15 @@
 
 The rows of the stored weights, (groups, R, C), are ordered as `shift.Conv` says. For the backward pass only x and the
 rows are saved; d, the additions of dy, is computed once for both gradients. Derivatives of derivatives go through the
-dense convolution.
+dense convolution, and so does the path 'reference', whose dense weight is gathered from the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor
 from tritonsym import launch, reference, shift
 from tritonsym.dispatch import computing_dtype, needs_gradient
 from tritonsym.shift import Conv
-from tritonsym.symmetry import Block, FilterLayout
 
 if TYPE_CHECKING:
     from tritonsym.dispatch import Plan
@@ -35,8 +36,8 @@ def conv(
     x, rows, bias = x.to(dtype), rows.to(dtype), None if bias is None else bias.to(dtype)
     if layer.pool and not (plan.path == "shift" and plan.tiles):
         sizes = (layer.groups, len(layer.blocks[0].images), -1)
-        y = reference.reduce_images(conv(x, rows, None, replace(layer, pool=None), plan), sizes, layer.pool)
-        y = y if bias is None else y + bias[(...,) + (None,) * (y.ndim - 2)]
+        y = conv(x, rows, None, replace(layer, pool=None), plan)
+        y = _add_bias(reference.reduce_images(y, sizes, layer.pool), bias)
     elif plan.tiles and not needs_gradient(x, rows, bias):
         return launch.forward(x, rows, bias, layer.text, plan.path, plan.flat_tiles, activation, False)[0]
     else:
@@ -83,48 +84,149 @@ def _differentiable(
     if not inputs:
         return None, None
     with torch.enable_grad():
-        found = iter(torch.autograd.grad(_dense_conv(x, rows, layer), inputs, dy, create_graph=True))
+        y = dense_conv(x, expand_rows(rows, layer), None, layer)
+        found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     return next(found) if need_x else None, next(found) if need_rows else None
 
 
-def _dense_conv(x: Tensor, rows: Tensor, layer: Conv) -> Tensor:
-    """What `_Conv` computes, without bias, by torch's convolution with the expanded weight."""
-    entries = torch.tensor(layer.table, device=rows.device)
-    sign = entries.sign().to(rows.dtype)[..., None]
-    weight = rows[:, (entries.abs() - 1).clamp(min=0)] * sign  # [G, O, K, C]
-    weight = weight.mT.unflatten(-1, layer.geometry.kernel_size)  # [G, O, C, *k]
+# --- the dense weight -------------------------------------------------------------------------------------------------
+
+
+def dense_conv(x: Tensor, dense: Tensor, bias: Tensor | None, layer: Conv) -> Tensor:
+    """conv(x) + bias by torch's convolution with the expanded weight."""
     g = layer.geometry
     if g.transposed:
         transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
-        weight = weight.transpose(1, 2).flatten(0, 1)
-        return transposed(x, weight, None, g.stride, g.padding, g.output_padding, layer.groups, g.dilation)
+        return transposed(x, dense, bias, g.stride, g.padding, g.output_padding, layer.groups, g.dilation)
     plain: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
-    y = plain(x, weight.flatten(0, 1), None, g.stride, g.padding, g.dilation, layer.groups)
-    if layer.pool:
-        y = reference.reduce_images(y, (layer.groups, len(layer.blocks[0].images), -1), layer.pool)
-    return y
+    if layer.pool is None:
+        return plain(x, dense, bias, g.stride, g.padding, g.dilation, layer.groups)
+    y = plain(x, dense, None, g.stride, g.padding, g.dilation, layer.groups)
+    return _add_bias(reference.reduce_images(y, (layer.groups, len(layer.blocks[0].images), -1), layer.pool), bias)
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias[(...,) + (None,) * (y.ndim - 2)]
+
+
+def expand_rows(rows: Tensor, layer: Conv) -> Tensor:
+    """The dense weight of rows (groups, R, C), differentiable any number of times."""
+    entries = torch.tensor(layer.table, device=rows.device)
+    sign = entries.sign().to(rows.dtype)[..., None]
+    dense = rows[:, (entries.abs() - 1).clamp(min=0)] * sign  # [G, O, K, C]
+    return _from_lines(dense.flatten(0, 2), _dense_shape(layer, rows.shape[2]), layer).contiguous()
+
+
+def expand(layer: Conv, last: bool, *weights: Tensor) -> Tensor:
+    """The dense weight of the stored ones (see `stored_rows`), channels-last or not; not under `torch.func`."""
+    return _Expand.apply(layer, last, *weights)
+
+
+class _Expand(torch.autograd.Function):
+    """One gather of lines, and for the gradient one sum of lines: small layers notice every op and node."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Conv, last: bool, *weights: Tensor) -> Tensor:
+        ctx.layer, ctx.shapes = layer, [w.shape for w in weights]
+        lines = [_to_lines(w, layer) for w in weights]
+        there, ctx.back = _sums(layer, len(weights) > 1, lines[0].device)
+        dense = _add_up(lines[0] if len(lines) == 1 else torch.cat(lines), *there)
+        dense = _from_lines(dense, _dense_shape(layer, lines[0].shape[1]), layer)
+        return dense if last else dense.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, ddense: Tensor) -> Any:
+        lines, shapes, layer = _to_lines(ddense, ctx.layer), ctx.shapes, ctx.layer
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            lines = _add_up_differentiably(lines, *ctx.back)
+        else:
+            lines = _add_up(lines, *ctx.back)
+        parts = [lines] if len(shapes) == 1 else lines.split([shape.numel() // lines.shape[1] for shape in shapes])
+        return None, None, *(_from_lines(part, shape, layer) for part, shape in zip(parts, shapes, strict=True))
+
+
+def _dense_shape(layer: Conv, channels: int) -> Sequence[int]:
+    groups, filters = layer.groups, len(layer.table)
+    ends = (groups * channels, filters) if layer.geometry.transposed else (groups * filters, channels)
+    return (*ends, *layer.geometry.kernel_size)
+
+
+def _to_lines(w: Tensor, layer: Conv) -> Tensor:
+    """(F, C, *taps), or transposed (groups C, F / groups, *taps), as lines (F taps, C)."""
+    if layer.geometry.transposed:
+        w = w.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return w.movedim(1, -1).reshape(-1, w.shape[1])
+
+
+def _from_lines(lines: Tensor, shape: Sequence[int], layer: Conv) -> Tensor:
+    """The inverse of `_to_lines`, channels-last."""
+    if layer.geometry.transposed:
+        return lines.view(layer.groups, *shape[1:], lines.shape[1]).movedim(-1, 1).flatten(0, 1)
+    return lines.view(shape[0], *shape[2:], lines.shape[1]).movedim(-1, 1)
+
+
+def _add_up(source: Tensor, index: Tensor, starts: Tensor, signs: Tensor | None) -> Tensor:
+    """target[o] = sum_i signs[i] source[index[i]], where sum o takes i from starts[o] to starts[o + 1]."""
+    if signs is None and index.shape == starts.shape:  # one term each: only with signs a sum may be empty
+        return source.index_select(0, index)
+    signs = None if signs is None else signs.to(source.dtype)
+    return torch.embedding_bag(source, index, starts, False, 0, False, signs)[0]
+
+
+def _add_up_differentiably(source: Tensor, index: Tensor, starts: Tensor, signs: Tensor | None) -> Tensor:
+    """The same in ops that can be differentiated again, and mapped by `torch.func`."""
+    terms = source[index] if signs is None else source[index] * signs[:, None].to(source.dtype)
+    ends = torch.cat([starts[1:], starts.new_tensor([len(index)])])
+    into = torch.repeat_interleave(torch.arange(len(starts), device=index.device), ends - starts)
+    return terms.new_zeros(len(starts), source.shape[1]).index_add(0, into, terms)
+
+
+Sums = tuple[Tensor, Tensor, Tensor | None]  # arguments of `_add_up`
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _sums(layer: Conv, one_each: bool, device: torch.device) -> tuple[Sums, Sums]:
+    """From the lines of the stored weights to those of the dense one, and the adjoint."""
+    stored, base = [], 0  # of every row of a group: its line in the first group, lines from one group to the next
+    for block in layer.blocks:
+        filters = block.filters if one_each else sum(block.filters for block in layer.blocks)
+        for slot, u in product(range(block.slots), range(block.filters)):
+            stored.append((base + u * block.slots + slot, filters * block.slots))
+        base += block.filters * block.slots * (layer.groups if one_each else 1)
+    there: list[list[tuple[int, int]]] = []  # of every line of the dense weight: terms (line, sign)
+    for g, filter_ in product(range(layer.groups), layer.table):
+        for entry in filter_:
+            line, step = stored[abs(entry) - 1]
+            there.append([(line + g * step, 1 if entry > 0 else -1)] if entry else [])
+    back: list[list[tuple[int, int]]] = [[] for _ in range(layer.groups * layer.rows)]
+    for place, terms in enumerate(there):
+        for line, sign in terms:
+            back[line].append((place, sign))
+    is_signed = any(entry <= 0 for filter_ in layer.table for entry in filter_)
+
+    def tensors(sums: list[list[tuple[int, int]]]) -> Sums:
+        flat = [term for terms in sums for term in terms]
+        index = torch.tensor([line for line, _ in flat], dtype=torch.int64, device=device)
+        starts = torch.tensor([0, *accumulate(map(len, sums))][:-1], dtype=torch.int64, device=device)
+        signs = torch.tensor([float(sign) for _, sign in flat], device=device)
+        return index, starts, signs if is_signed else None
+
+    return tensors(there), tensors(back)
 
 
 # --- stored weights as rows -------------------------------------------------------------------------------------------
 
 
-def orbit_rows(weight: Tensor, layout: FilterLayout, blocks: tuple[Block, ...], transposed: bool) -> Tensor:
-    """The rows of (stored, C/groups, *k), or transposed (C, stored/groups, *k)."""
-    if transposed:
-        weight = weight.unflatten(0, (layout.groups, -1)).transpose(1, 2).flatten(0, 1)
-    taps_last = weight.flatten(2).unflatten(0, (layout.groups, -1))
-    return _rows(taps_last.split([block.filters for block in blocks], 1))
+def stored_rows(layer: Conv, *weights: Tensor) -> Tensor:
+    """(groups, R, C) of weights (filters, C, slots or *k), or transposed (groups C, filters / groups, *k).
 
-
-def tied_rows(weight: Tensor, free_weight: Tensor | None, groups: int) -> Tensor:
-    """The rows of tied filters (U, C/groups, orbits) with free ones (V, C/groups, *k) beside them."""
-    weights = [weight] if weight.shape[0] else []
-    if free_weight is not None and free_weight.shape[0]:
-        weights.append(free_weight.flatten(2))
-    return _rows([w.unflatten(0, (groups, -1)) for w in weights])
-
-
-def _rows(weights: Sequence[Tensor]) -> Tensor:
-    """(G, U, C, S) of every block -> (G, all S U, C)."""
-    rows = [w.permute(0, 3, 1, 2).flatten(1, 2) for w in weights]
-    return torch.cat(rows, 1) if len(rows) > 1 else rows[0].contiguous()
+    One weight holds the filters of all blocks, group by group, or there is one for every block.
+    """
+    filters = [block.filters for block in layer.blocks]
+    parts = []
+    for w, of in zip(weights, [filters] if len(weights) == 1 else [[count] for count in filters], strict=True):
+        w = w.flatten(2).unflatten(0, (layer.groups, -1))
+        w = w.permute(0, 3, 2, 1) if layer.geometry.transposed else w.permute(0, 3, 1, 2)  # [G, S, F, C]
+        parts += [part.flatten(1, 2) for part in (w.split(of, 2) if len(of) > 1 else [w])]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()

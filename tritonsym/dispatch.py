@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -115,13 +115,22 @@ def plan(problem: Problem) -> Plan:
     return _plan(problem, current_backend(), *_path.get(), torch.get_num_threads())
 
 
-def forget() -> None:
-    """Plan anew, from the tables of measurements (`tuned`) as the files are now."""
-    tuned.table.cache_clear()
-    _plan.cache_clear()
+def conv_plan(*problem: Any) -> Plan:
+    """``plan(conv_problem(*problem))``, remembered: what a call of a layer costs should be its convolution."""
+    return _conv_plan(problem, current_backend(), *_path.get(), torch.get_num_threads())
 
 
 @lru_cache(maxsize=4096)
+def _conv_plan(problem: tuple[Any, ...], *switches: Any) -> Plan:
+    return _plan(conv_problem(*problem), *switches)
+
+
+def forget() -> None:
+    """Plan anew, from the tables of measurements (`tuned`) as the files are now."""
+    tuned.table.cache_clear()
+    _conv_plan.cache_clear()
+
+
 def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tuned.Tiles, threads: int) -> Plan:
     work = problem.shift
     has_kernel = work is not None and problem.dtype in costs.ITEMSIZE and find_spec("triton") is not None
@@ -178,7 +187,6 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
     return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))
 
 
-@lru_cache(maxsize=4096)
 def conv_problem(
     layer: str,
     target: str,

@@ -44,6 +44,20 @@ def _constant(function: Function) -> Function:
     return function
 
 
+def _remembered(function: Function) -> Function:
+    """Keep results for arguments that can be hashed, not lists or symbolic sizes; a compiler traces the function."""
+    remember: Any = functools.lru_cache(maxsize=4096, typed=True)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args) if torch.compiler.is_compiling() else remember(*args)
+        except TypeError:  # an argument cannot be hashed, or is wrong
+            return function(*args)
+
+    return call  # type: ignore[return-value]
+
+
 @_constant
 def _stored_layout(where: str, spec: Spec, stored: int, groups: int, kernel_size: tuple[int, ...]) -> FilterLayout:
     layout = FilterLayout.from_stored(spec, stored, groups, where)
@@ -160,31 +174,30 @@ def resolve_padding(
     return [t // 2 for t in total], [t % 2 for t in total]
 
 
-def _pad(
+@_remembered
+def _extents(
     where: str,
-    x: Tensor,
-    padding: str | Ints,
+    sizes: tuple[int, ...],
     kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Tensor, list[int]]:
-    """x and the symmetric zero padding left for the op; an uneven 'same' padding is applied to x here."""
-    pads, extra = resolve_padding(where, padding, kernel_size, stride, dilation)
-    if any(extra):
-        x = F.pad(x, [side for e in reversed(extra) for side in (0, e)])
-    _check_extent(where, x, pads, kernel_size, dilation)
-    return x, pads
-
-
-def _check_extent(
-    where: str, x: Tensor, pads: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]
-) -> None:
-    for size, p, k, d in zip(x.shape[2:], pads, kernel_size, dilation, strict=True):
-        if size + 2 * p < d * (k - 1) + 1:
-            raise ValueError(
-                f"{where}: the kernel {tuple(kernel_size)} (dilation {tuple(dilation)}) exceeds the padded input "
-                f"{tuple(s + 2 * q for s, q in zip(x.shape[2:], pads, strict=True))}; pad more"
-            )
+    stride: Ints,
+    padding: str | Ints,
+    dilation: Ints,
+) -> tuple[tuple[int, ...], ...]:
+    """Stride, symmetric zero padding and dilation of every axis, and the padding an uneven 'same' adds, for `F.pad`."""
+    ndim = len(kernel_size)
+    strides, dilations = (
+        check_sizes(where, "stride", stride, ndim, 1),
+        check_sizes(where, "dilation", dilation, ndim, 1),
+    )
+    pads, extra = resolve_padding(where, padding, kernel_size, strides, dilations)
+    padded = tuple(n + 2 * p + e for n, p, e in zip(sizes, pads, extra, strict=True))
+    if any(size < d * (k - 1) + 1 for size, k, d in zip(padded, kernel_size, dilations, strict=True)):
+        raise ValueError(
+            f"{where}: the kernel {tuple(kernel_size)} (dilation {tuple(dilations)}) exceeds the padded input "
+            f"{padded}; pad more"
+        )
+    sides = tuple(side for e in reversed(extra) for side in (0, e)) if any(extra) else ()
+    return tuple(strides), tuple(pads), tuple(dilations), sides
 
 
 def _for_axes(ndim: int, generic: Callable[Concatenate[int, str, P], Tensor]) -> Callable[P, Tensor]:
@@ -261,8 +274,8 @@ def symmetric_conv(
     ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
     batched = check_input(where, x, weight.shape[1] * layout.groups, ndim)
     check_bias(where, bias, layout.out_channels, layout.stored_channels)
-    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
-    padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
+    stride, pads, dilation, extra = _extents(where, batched.shape[2:], kernel_size, stride, padding, dilation)
+    padded = F.pad(batched, extra) if extra else batched
     _check_dtypes(where, padded, weight=weight, bias=bias)
     y = ops.symmetric_conv(padded, weight, bias, layout.text, stride, pads, dilation, layout.groups, activation)
     return y if batched is x else y[0]
@@ -425,8 +438,8 @@ def tied_conv(
     ndim = len(kernel_size)
     batched = check_input(where, x, weight.shape[1] * groups, ndim)
     check_bias(where, bias, weight.shape[0] + (0 if free_weight is None else free_weight.shape[0]))
-    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
-    padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
+    stride, pads, dilation, extra = _extents(where, batched.shape[2:], kernel_size, stride, padding, dilation)
+    padded = F.pad(batched, extra) if extra else batched
     _check_dtypes(where, padded, weight=weight, free_weight=free_weight, bias=bias)
     y = ops.tied_conv(
         padded,
@@ -515,8 +528,8 @@ def orbit_pool_conv(
     if x.is_complex() and reduce in ("max", "min"):
         raise TypeError(f"{where}: reduce={reduce!r} needs real numbers, x is {x.dtype}; use 'sum' or 'mean'")
     check_bias(where, bias, weight.shape[0])
-    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
-    padded, pads = _pad(where, batched, padding, kernel_size, stride, dilation)
+    stride, pads, dilation, extra = _extents(where, batched.shape[2:], kernel_size, stride, padding, dilation)
+    padded = F.pad(batched, extra) if extra else batched
     _check_dtypes(where, padded, weight=weight, bias=bias)
     y = ops.orbit_pool_conv(padded, weight, bias, symmetry, reduce, stride, pads, dilation, groups, activation)
     return y if batched is x else y[0]

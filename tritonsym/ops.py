@@ -8,8 +8,10 @@ Ops take batched inputs and checked arguments; the public functions are in `trit
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -19,8 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonsym import convolution, dispatch, reference, symm
 from tritonsym.dispatch import needs_gradient
-from tritonsym.shift import Conv, Geometry
-from tritonsym.symmetry import FilterLayout, Symmetry, tap_orbits, tied_blocks
+from tritonsym.shift import Conv, Geometry, is_last
+from tritonsym.symmetry import FilterLayout, Symmetry, TapOrbits, tap_orbits, tied_blocks
+
+Ints = tuple[int, ...]
 
 _library = torch.library.Library("tritonsym", "DEF")
 
@@ -38,35 +42,84 @@ def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     return define
 
 
-_layout = cache(FilterLayout.from_string)
-_conv = lru_cache(maxsize=4096)(Conv)  # one object of equal ones: it keeps its text and table
-
-
 def _takes_reference(*tensors: Tensor | None) -> bool:
     """Whether no plan can be made: sizes are symbolic, or transforms are at work that an autograd.Function inside a
     composite op would stop."""
-    is_symbolic = any(isinstance(size, torch.SymInt) for t in tensors if t is not None for size in t.shape)
-    return is_symbolic or torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
+        return True
+    return any(isinstance(size, torch.SymInt) for t in tensors if t is not None for size in t.shape)
 
 
-def _plan(layer: str, tensors: Sequence[Tensor | None], conv: Conv) -> dispatch.Plan | None:
-    """The plan for this convolution, or None for the reference."""
-    x = tensors[0]
-    assert x is not None
+@lru_cache(maxsize=4096)
+def _orbit_conv(
+    layout: str, groups: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, *transposed: Any
+) -> tuple[FilterLayout, Conv]:
+    """The same objects for the same arguments: they keep their hashes and tables."""
+    filters = FilterLayout.from_string(layout, groups)
+    geometry = Geometry(kernel_size, stride, padding, dilation, *transposed)
+    return filters, Conv(filters.blocks(kernel_size), groups, geometry)
+
+
+@lru_cache(maxsize=4096)
+def _tied_conv(
+    symmetry: str, odd: str, tied: int, free: int, groups: int, kernel_size: Ints, *geometry: Any
+) -> tuple[TapOrbits, Conv]:
+    orbits = tap_orbits(Symmetry(symmetry), kernel_size, odd)
+    return orbits, Conv(tied_blocks(orbits, tied, free), groups, Geometry(kernel_size, *geometry))
+
+
+@lru_cache(maxsize=4096)
+def _pooled_conv(
+    symmetry: str, reduce: str, filters: int, groups: int, kernel_size: Ints, *geometry: Any
+) -> tuple[Symmetry, Conv]:
+    group, spatial = Symmetry(symmetry), Geometry(kernel_size, *geometry)
+    if reduce in ("sum", "mean"):  # one convolution with a kernel that is its own image
+        return group, Conv(tied_blocks(tap_orbits(group, kernel_size), filters, 0), groups, spatial)
+    layout = FilterLayout(((group, filters),), 0, groups)
+    return group, Conv(layout.blocks(kernel_size), groups, spatial, reduce)
+
+
+def _ints(*sizes: Sequence[int]) -> tuple[Ints, ...]:
+    return tuple(tuple(map(int, axes)) for axes in sizes)
+
+
+def _convolve(
+    layer: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    conv: Conv,
+    activation: str | None,
+    prepare: Callable[[Tensor], Tensor] = lambda w: w,
+) -> Tensor | None:
+    """act(conv(x) + bias) as planned, for a bias of every filter; None where the reference has to do."""
     if _takes_reference(x):
         return None
-    problem = dispatch.conv_problem(
-        layer,
-        x.device.type,
-        dispatch.dtype_name(x),
-        x.shape[0],
-        x.shape[1] // conv.groups,
-        tuple(x.shape[2:]),
-        conv,
-        training=dispatch.needs_gradient(*tensors),
+    dtype, kind, size = dispatch.computing_dtype(x), x.device.type, x.shape
+    training = needs_gradient(x, bias, *weights)
+    plan = dispatch.conv_plan(
+        layer, kind, str(dtype)[6:], size[0], size[1] // conv.groups, tuple(size[2:]), conv, 1, training
     )
-    plan = dispatch.plan(problem)
-    return None if plan.path == "reference" else plan
+    if plan.path != "reference":
+        return convolution.conv(x, convolution.stored_rows(conv, *map(prepare, weights)), bias, conv, plan, activation)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or dtype not in _GATHERED[kind]:
+        return None
+    last = is_last(x)
+
+    def expand() -> Tensor:
+        return convolution.expand(conv, last, *(prepare(w).to(dtype) for w in weights))
+
+    dense = _dense((layer, conv, last, dtype), expand, *weights)
+    y = convolution.dense_conv(x, expand() if dense is None else dense, bias, conv)
+    return reference.activate(y, activation)
+
+
+#: Dtypes of the rows that PyTorch's kernels add up well, by the type of the device.
+_GATHERED: dict[str, tuple[torch.dtype, ...]] = defaultdict(
+    tuple,
+    cpu=(torch.float32, torch.float64),
+    cuda=(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+)
 
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> (what of it, stored values, dense weight)
@@ -97,19 +150,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _geometry(
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    output_padding: Sequence[int] | None = None,
-) -> Geometry:
-    kernel, strides, pads, dilations = (tuple(map(int, sizes)) for sizes in (kernel_size, stride, padding, dilation))
-    if output_padding is None:
-        return Geometry(kernel, strides, pads, dilations)
-    return Geometry(kernel, strides, pads, dilations, True, tuple(map(int, output_padding)))
-
-
 @_op(
     "symmetric_conv(Tensor x, Tensor weight, Tensor? bias, str layout, SymInt[] stride, SymInt[] padding, "
     "SymInt[] dilation, int groups, str? activation=None) -> Tensor"
@@ -125,14 +165,13 @@ def symmetric_conv(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    filters = _layout(layout, groups)
-    geometry = _geometry(weight.shape[2:], stride, padding, dilation)
-    conv = _conv(filters.blocks(geometry.kernel_size), groups, geometry)
-    if plan := _plan("SymmetricConv", (x, weight, bias), conv):
-        rows = convolution.orbit_rows(weight, filters, conv.blocks, False)
-        return convolution.conv(x, rows, reference.full_bias(bias, filters), conv, plan, activation)
-    dense = _dense(filters, lambda: reference.expand_orbits(weight, filters), weight)
-    return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation, dense)
+    filters, conv = _orbit_conv(layout, groups, *_ints(weight.shape[2:], stride, padding, dilation))
+    bias = reference.full_bias(bias, filters)
+
+    y = _convolve("SymmetricConv", x, [weight], bias, conv, activation)
+    if y is None:
+        y = reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
+    return y
 
 
 @_op(
@@ -151,16 +190,16 @@ def symmetric_conv_transpose(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    filters = _layout(layout, groups)
-    geometry = _geometry(weight.shape[2:], stride, padding, dilation, output_padding)
-    conv = _conv(filters.blocks(geometry.kernel_size), groups, geometry)
-    if plan := _plan("SymmetricConvTranspose", (x, weight, bias), conv):
-        rows = convolution.orbit_rows(weight, filters, conv.blocks, True)
-        return convolution.conv(x, rows, reference.full_bias(bias, filters), conv, plan, activation)
-    dense = _dense(filters, lambda: reference.expand_orbits(weight, filters, transposed=True), weight)
-    return reference.symmetric_conv_transpose(
-        x, weight, bias, filters, stride, padding, output_padding, dilation, activation, dense
-    )
+    sizes = _ints(weight.shape[2:], stride, padding, dilation)
+    filters, conv = _orbit_conv(layout, groups, *sizes, True, *_ints(output_padding))
+    bias = reference.full_bias(bias, filters)
+
+    y = _convolve("SymmetricConvTranspose", x, [weight], bias, conv, activation)
+    if y is None:
+        y = reference.symmetric_conv_transpose(
+            x, weight, bias, filters, stride, padding, output_padding, dilation, activation
+        )
+    return y
 
 
 @_op(
@@ -181,23 +220,16 @@ def tied_conv(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    orbits = tap_orbits(Symmetry(symmetry), tuple(map(int, kernel_size)), odd)
-    geometry = _geometry(kernel_size, stride, padding, dilation)
-    blocks = tied_blocks(
-        orbits, int(weight.shape[0]) // groups, 0 if free_weight is None else int(free_weight.shape[0]) // groups
-    )
-    conv = _conv(blocks, groups, geometry)
-    if plan := _plan("TiedConv", (x, weight, free_weight, bias), conv):
-        rows = convolution.tied_rows(weight, free_weight, groups)
-        return convolution.conv(x, rows, bias, conv, plan, activation)
+    counts = (int(w.shape[0]) // groups if w is not None else 0 for w in (weight, free_weight))
+    orbits, conv = _tied_conv(symmetry, odd, *counts, groups, *_ints(kernel_size, stride, padding, dilation))
 
-    def expand() -> Tensor:
-        return reference.beside_free(reference.expand_ties(weight, orbits, geometry.kernel_size), free_weight, groups)
-
-    dense = _dense((orbits, groups), expand, weight, free_weight)
-    return reference.tied_conv(
-        x, weight, free_weight, bias, orbits, geometry.kernel_size, stride, padding, dilation, groups, activation, dense
-    )
+    stored = [w for w in (weight, free_weight) if w is not None and w.shape[0]]
+    y = _convolve("TiedConv", x, stored, bias, conv, activation)
+    if y is None:
+        y = reference.tied_conv(
+            x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
+        )
+    return y
 
 
 @_op(
@@ -216,24 +248,17 @@ def orbit_pool_conv(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    group = Symmetry(symmetry)
-    geometry = _geometry(weight.shape[2:], stride, padding, dilation)
     filters = int(weight.shape[0]) // groups
-    if reduce in ("sum", "mean"):
-        conv = _conv(tied_blocks(tap_orbits(group, geometry.kernel_size), filters, 0), groups, geometry)
-        if plan := _plan("OrbitPoolConv", (x, weight, bias), conv):
-            rows = convolution.tied_rows(reference.orbit_mean(weight, group, reduce), None, groups)
-            return convolution.conv(x, rows, bias, conv, plan, activation)
-    else:
-        layout = FilterLayout(((group, filters),), 0, groups)
-        conv = _conv(layout.blocks(geometry.kernel_size), groups, geometry, reduce)
-        if plan := _plan("OrbitPoolConv", (x, weight, bias), conv):
-            rows = convolution.orbit_rows(weight, layout, conv.blocks, False)
-            return convolution.conv(x, rows, bias, conv, plan, activation)
-    dense = _dense((group, reduce), lambda: reference.expand_pool(weight, group, reduce), weight)
-    return reference.orbit_pool_conv(
-        x, weight, bias, group, reduce, stride, padding, dilation, groups, activation, dense
-    )
+    sizes = _ints(weight.shape[2:], stride, padding, dilation)
+    group, conv = _pooled_conv(symmetry, reduce, filters, groups, *sizes)
+
+    def prepare(w: Tensor) -> Tensor:
+        return w if conv.pool else reference.orbit_mean(w, group, reduce)
+
+    y = _convolve("OrbitPoolConv", x, [weight], bias, conv, activation, prepare)
+    if y is None:
+        y = reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
+    return y
 
 
 def _cast(t: Tensor) -> Tensor:

@@ -174,13 +174,9 @@ def symmetric_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str | None = None,
-    dense: Tensor | None = None,
 ) -> Tensor:
-    """y = act(conv(x, expand(weight)) + b).  A bias of one value per stored filter is shared by its images.
-
-    Here and below `dense` is the expanded weight, if it is known.
-    """
-    dense = expand_orbits(weight, layout) if dense is None else dense
+    """y = act(conv(x, expand(weight)) + b).  A bias of one value per stored filter is shared by its images."""
+    dense = expand_orbits(weight, layout)
     y = _CONV[x.ndim - 2](x, dense, full_bias(bias, layout), stride, padding, dilation, layout.groups)
     return activate(y, activation)
 
@@ -195,10 +191,9 @@ def symmetric_conv_transpose(
     output_padding: Sequence[int],
     dilation: Sequence[int],
     activation: str | None = None,
-    dense: Tensor | None = None,
 ) -> Tensor:
     """y = act(conv_transpose(x, expand(weight)) + b)."""
-    dense = expand_orbits(weight, layout, transposed=True) if dense is None else dense
+    dense = expand_orbits(weight, layout, transposed=True)
     conv = _CONV_TRANSPOSE[x.ndim - 2]
     y = conv(x, dense, full_bias(bias, layout), stride, padding, output_padding, layout.groups, dilation)
     return activate(y, activation)
@@ -223,11 +218,9 @@ def tied_conv(
     dilation: Sequence[int],
     groups: int,
     activation: str | None = None,
-    dense: Tensor | None = None,
 ) -> Tensor:
     """y = act(conv(x, [expand(weight), free_weight]) + b)."""
-    if dense is None:
-        dense = beside_free(expand_ties(weight, orbits, kernel_size), free_weight, groups)
+    dense = beside_free(expand_ties(weight, orbits, kernel_size), free_weight, groups)
     return activate(_CONV[x.ndim - 2](x, dense, bias, stride, padding, dilation, groups), activation)
 
 
@@ -242,20 +235,14 @@ def orbit_pool_conv(
     dilation: Sequence[int],
     groups: int,
     activation: str | None = None,
-    dense: Tensor | None = None,
 ) -> Tensor:
     """y = act(reduce_g conv(x, g weight) + b).  'sum' and 'mean' are one convolution with the symmetrised kernel."""
-    dense = expand_pool(weight, symmetry, reduce) if dense is None else dense
     pooled = reduce in ("max", "min")
+    dense = orbit_images(weight, symmetry) if pooled else symmetrised(weight, symmetry, reduce)
     if bias is not None and pooled:
         bias = bias.repeat_interleave(symmetry.order)
     y = _CONV[x.ndim - 2](x, dense, bias, stride, padding, dilation, groups)
     return activate(reduce_images(y, (-1, symmetry.order), reduce) if pooled else y, activation)
-
-
-def expand_pool(weight: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
-    """The kernels that an orbit pool convolves with: all images of every filter, or one that stands for them."""
-    return orbit_images(weight, symmetry) if reduce in ("max", "min") else symmetrised(weight, symmetry, reduce)
 
 
 def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
@@ -272,7 +259,7 @@ def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
 def symmetric_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, dense: Tensor | None = None
 ) -> Tensor:
-    """y = act(x S + b)."""
+    """y = act(x S + b); `dense` is S, if it is known."""
     return activate(F.linear(x, unpack(packed) if dense is None else dense, bias), activation)
 
 

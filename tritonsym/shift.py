@@ -79,6 +79,13 @@ class Conv:
     geometry: Geometry
     pool: str | None = None
 
+    def __hash__(self) -> int:
+        return self._hash  # of the plan of every call
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.blocks, self.groups, self.geometry, self.pool))
+
     @cached_property
     def text(self) -> str:
         """As a string, for an op that takes no objects; `from_text` is the inverse."""

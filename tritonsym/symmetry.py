@@ -339,6 +339,8 @@ class FilterLayout:
     free: int  # free filters per group
     groups: int = 1
     text: str = field(init=False, repr=False, compare=False)  # kept, because Dynamo cannot trace the making of it
+    out_channels: int = field(init=False, repr=False, compare=False)
+    stored_channels: int = field(init=False, repr=False, compare=False)  # base filters + free filters
 
     @classmethod
     def parse(
@@ -451,6 +453,8 @@ class FilterLayout:
         if self.free:
             items.append(f"free:{self.free * self.groups}")
         object.__setattr__(self, "text", " ".join(items))
+        object.__setattr__(self, "out_channels", sum(self.counts.values()) + self.free * self.groups)
+        object.__setattr__(self, "stored_channels", self.stored_per_group * self.groups)
 
     def __str__(self) -> str:
         return self.text
@@ -463,15 +467,6 @@ class FilterLayout:
     @property
     def stored_per_group(self) -> int:
         return sum(bases for _, bases in self.orbits) + self.free
-
-    @property
-    def stored_channels(self) -> int:
-        """Stored filters = base filters + free filters."""
-        return self.stored_per_group * self.groups
-
-    @property
-    def out_channels(self) -> int:
-        return sum(self.counts.values()) + self.free * self.groups
 
     @cached_property
     def filters(self) -> tuple[tuple[int, Element], ...]:
