@@ -58,7 +58,6 @@ def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
     """The best tiles found by moving to a better neighbour of one tile after the other until there is none."""
     with tritonsym.path(path):
         best = dispatch.plan(job.problem).tiles
-    architecture, dtype = costs.architecture(job.device.type), job.problem.dtype
     seen = {best}
     used = range(len(best) if job.training else 1)  # the others are of gradients
     better = True
@@ -67,7 +66,7 @@ def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
         for i in used:
             for tile in neighbours(best[i]):
                 tiles = (*best[:i], tile, *best[i + 1 :])
-                if tiles in seen or not tuned.runs(path, tiles, dtype, architecture):
+                if tiles in seen or not job.problem.runs(path, tiles):
                     continue
                 if time.monotonic() > deadline:
                     return best
@@ -101,7 +100,7 @@ def search(job: Job, deadline: float) -> dict[str, Any]:
 
 def run(jobs: Sequence[Job], device: torch.device, budget: float, again: bool = False) -> tuple[dict[str, Any], bool]:
     """Tune every job that is not in the user's table; the entries of all that are, and whether none is left."""
-    by_key = {tuned.key(job.problem): job for job in jobs}
+    by_key = {job.problem.key: job for job in jobs}
     file = tuned.user_file(tuned.gpu(device.type))
     known = {} if again else tuned.read(file)
     entries = {key: known[key] for key in by_key if key in known}
@@ -137,7 +136,7 @@ def tune(model: nn.Module, example_input: Tensor, budget_s: float = 300) -> dict
         for training in (False, True):
             job = Job(layer, like, inputs[0].device, training)
             if job.problem.shift is not None:
-                calls.setdefault(tuned.key(job.problem), job)
+                calls.setdefault(job.problem.key, job)
 
     layers = [layer for layer in model.modules() if hasattr(layer, "problem") and hasattr(layer, "kernel_size")]
     hooks = [layer.register_forward_pre_hook(remember) for layer in layers]

@@ -39,7 +39,7 @@ def explain(channels=64, batch=8, size=16, target="sm_90", dtype=torch.bfloat16,
 
 
 def put(file, path, tiles, problem=None, version=tuned.VERSION):
-    entries = {tuned.key(problem or explain().problem): {"path": path, "tiles": tiles}}
+    entries = {(problem or explain().problem).key: {"path": path, "tiles": tiles}}
     file.write_text(json.dumps({"version": version, "entries": entries}))
     dispatch.forget()
 
@@ -81,7 +81,7 @@ def test_positions_and_products_are_told_apart():
     """With a stride of 4 every image of a filter has its own products."""
     options = {"kernel_size": 4, "padding": 0}
     patches, few, many = (
-        dict(word.split("=") for word in tuned.key(explain(size=size, stride=stride, **options).problem).split()[3:])
+        dict(word.split("=") for word in explain(size=size, stride=stride, **options).problem.key.split()[3:])
         for size, stride in ((64, 4), (19, 1), (34, 1))
     )
     assert [name for name in patches if patches[name] != few[name]] == ["z"]
@@ -93,7 +93,7 @@ def test_training_is_another_measurement():
     x = torch.empty(1, 8, 5, 5, device="meta")
     training = tritonsym.explain(module, x, "sm_90").problem
     with torch.no_grad():
-        assert tuned.key(training) != tuned.key(tritonsym.explain(module, x, "sm_90").problem)
+        assert training.key != tritonsym.explain(module, x, "sm_90").problem.key
 
 
 def test_names_of_a_layer_share_their_key():
@@ -103,7 +103,7 @@ def test_names_of_a_layer_share_their_key():
         patch.setattr(dispatch, "plan", lambda problem, plan=dispatch.plan: planned.append(problem) or plan(problem))
         layer(x)
         tritonsym.explain(layer, x)
-    assert planned[0].layer != planned[1].layer and len(set(map(tuned.key, planned))) == 1
+    assert planned[0].layer != planned[1].layer and len({problem.key for problem in planned}) == 1
 
 
 def test_the_users_table_comes_first():
