@@ -81,7 +81,7 @@ def forced(context, function):
 
 
 def failing_kernel():
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch._launching(X, W, "expand", [1, 2]):
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch.launching("expand", [1, 2], X, W):
         raise TypeError("broken")
 
 
