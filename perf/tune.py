@@ -161,7 +161,7 @@ def tune(model: nn.Module, example_input: Tensor, budget_s: float = 300) -> dict
 
 def _copy(layer: nn.Module, like: Tensor, device: torch.device) -> tuple[nn.Module, Tensor]:
     """The layer in the dtype of `like`, which is on the meta device, and an input like it."""
-    return copy.deepcopy(layer).to(like.dtype), torch.empty_like(like, device=device).normal_()
+    return copy.deepcopy(layer).to(like.dtype).requires_grad_(), torch.empty_like(like, device=device).normal_()
 
 
 def _jobs(case: Case, device: torch.device) -> Iterator[Job]:

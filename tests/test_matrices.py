@@ -222,6 +222,8 @@ def test_a_packed_matrix_is_multiplied_where_that_was_estimated_to_be_faster():
         assert linear(256, 8).path == "expand"
         with pytest.raises(ValueError, match="'expand' is forced"):
             linear(256, 8, target="cpu")
+        with tritonsym.backend("triton"):
+            assert linear(256, 8, target="cpu").path == "expand"
 
 
 def test_half_a_product_where_that_was_estimated_to_be_faster():
@@ -234,6 +236,14 @@ def test_half_a_product_where_that_was_estimated_to_be_faster():
     assert half(4096, 4096, dtype="float32").path == half(4096, 4096, target="cpu").path == "reference"
     with tritonsym.backend("triton"):
         assert half(3, 4, target="cpu").path == "expand"
+    with tritonsym.path("expand"):
+        assert half(3, 4).path == "expand"
+        for options in ({"target": "cpu"}, {"dtype": "float64"}):
+            with pytest.raises(ValueError, match="'expand' is forced, but it cannot compute gram"):
+                half(3, 4, **options)
+    with tritonsym.path("reference"):
+        assert half(4096, 4096).path == "reference"
+        assert torch.equal(T.gram(torch.eye(3)), torch.eye(3))
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
