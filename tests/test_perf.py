@@ -418,6 +418,14 @@ def test_tune_finds_tiles_of_products_with_a_symmetric_result(pretended_matrix_k
     assert tune.main(arguments) == 0
 
 
+def test_the_first_of_equal_jobs_is_timed(pretended_matrix_kernels):
+    layer, x, made = nn.SymmetricLinear(8, 8), torch.randn(2, 8), []
+    problem = layer.problem(x.shape, "cpu", "float32")
+    jobs = [tune.Job(problem, lambda i=i: made.append(i) or (layer, x)) for i in range(2)]
+    tune.run(jobs, x.device, 100)
+    assert made == [0]
+
+
 @pytest.mark.parametrize("kind", ["gram", "symmetric_mm", "newton_schulz"])
 def test_functions_are_gated_on_every_path(pretended_kernels, monkeypatch, kind):
     """With inputs that they are meant for; `pretended_kernels` let everything through."""

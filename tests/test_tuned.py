@@ -218,6 +218,7 @@ def test_what_decides_on_the_path_of_a_matrix(explain, tiles):
         assert planned() == ("expand", other, forced)
     with tritonsym.path("reference"):
         assert planned() == ("reference", (), forced)
+    tuned.user_file("cpu").write_text(tuned.user_file("sm_90").read_text())  # as the tuner does in the interpreter
     with tritonsym.backend("triton"):
         assert planned() == ("expand", tiles, measured)
         assert explain(target="cpu").tiles != tiles
@@ -281,6 +282,16 @@ def test_keys_of_matrices():
     rounded = {rows: int(linear(rows=rows).problem.key.split("=")[-1]) for rows in (0, 1, 2, 5, 8, 9, 64, 65, 129)}
     assert rounded == {0: 1, 1: 1, 2: 2, 5: 8, 8: 8, 9: 16, 64: 64, 65: 128, 129: 256}
     assert len({gram(n, k, batch).problem.key for n in (255, 256) for k in (7, 8) for batch in (0, 1, 2, 5)}) == 16
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_packed_layer_plans_as_explained(training):
+    layer, x, planned = tritonsym.nn.SymmetricLinear(8, 8), torch.randn(2, 3, 8), []
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
+        patch.setattr(dispatch, "plan", lambda problem, plan=dispatch.plan: planned.append(problem) or plan(problem))
+        layer(x)
+        tritonsym.explain(layer, x)
+    assert planned[0] == planned[1] and planned[0].training == training
 
 
 def test_a_tile_that_fits_some_rows_fits_all_with_their_key():
