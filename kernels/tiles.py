@@ -118,9 +118,14 @@ SQUARE_TILES = {
 }
 
 
+def fits_square(tile: GemmTile, itemsize: int, target: str) -> bool:
+    """`fits`, for a product that is computed on one side of its diagonal."""
+    return tile.block_m == tile.block_n and fits(tile, itemsize, target)
+
+
 def pick_square(itemsize: int, target: str) -> GemmTile:
     """The preferred square tile that fits the target."""
-    return next(tile for tile in SQUARE_TILES[itemsize] if fits(tile, itemsize, target))
+    return next(tile for tile in SQUARE_TILES[itemsize] if fits_square(tile, itemsize, target))
 
 
 #: Most rows of x for which x S is computed strip by strip, every entry of S being read once.
@@ -140,8 +145,15 @@ STRIP_TILES = {
 }
 
 
+def fits_product(tile: GemmTile, rows: int, itemsize: int, target: str) -> bool:
+    """`fits`, for x S with so many rows of x: a strip holds them all, and whole steps end where the diagonal begins."""
+    if rows > STRIP_ROWS:
+        return tile.block_k <= tile.block_n and fits(tile, itemsize, target)
+    return rows <= tile.block_n <= STRIP_ROWS and tile.block_k <= tile.block_m and fits(tile, itemsize, target)
+
+
 def pick_product(rows: int, itemsize: int, target: str) -> GemmTile:
     """The tile for x S with so many rows of x: a strip that holds them all, or a square tile."""
     if rows > STRIP_ROWS:
         return pick_square(itemsize, target)
-    return next(tile for tile in STRIP_TILES[itemsize] if tile.block_n >= rows and fits(tile, itemsize, target))
+    return next(tile for tile in STRIP_TILES[itemsize] if fits_product(tile, rows, itemsize, target))

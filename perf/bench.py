@@ -93,11 +93,9 @@ def _row(
 ) -> Row:
     names = list(dict.fromkeys(name.split()[0] for name in samples))
     best = {name: _best(samples, name) for name in names}
-    plan: Any = None
-    if not isinstance(layer, Function):
-        with torch.set_grad_enabled(mode == "training"):
-            plan = tritonsym.explain(layer, x)
-    work, needs = getattr(plan and plan.problem, "shift", None), cost(case, mode)
+    with torch.set_grad_enabled(mode == "training"):
+        plan = tritonsym.explain(layer, x)
+    work, needs = plan.problem.shift, cost(case, mode)
     dtype = str(x.dtype).removeprefix("torch.")
     least = roofline(case, mode, dtype, _device_name(x.device))
 
@@ -114,9 +112,9 @@ def _row(
         "dtype": dtype,
         "mode": mode,
         "cache": cache,
-        "plan": plan.path if plan else "function",
-        "why": plan.why if plan else "",
-        "tiles": plan.tiles if plan else (),
+        "plan": plan.path,
+        "why": plan.why,
+        "tiles": plan.tiles,
         "dense_multiply_adds": needs.dense,
         "useful_multiply_adds": needs.useful,
         "values": needs.values,
@@ -133,7 +131,7 @@ def _row(
 
 COLUMNS = f"{'case':28} {'dtype':8} {'mode':8} {'cache':5} {'dense ms':>9} {'spread':>6}" + "".join(
     f" {name:>9}"
-    for name in ("reference", "compiled", "expand", "shift", "triton", "auto", "launch us", "TFLOP/s", "useful", "roof")
+    for name in ("reference", "compiled", "expand", "shift", "auto", "launch us", "TFLOP/s", "useful", "roof")
 )
 
 
@@ -150,7 +148,7 @@ def line(row: Row) -> str:
     return (
         f"{row['case']:28} {row['dtype']:8} {row['mode']:8} {row['cache']:5} {dense * 1e3:9.3f} "
         f"{row['rates']['dense']['spread']:6.0%}"
-        + "".join(shown(speed.get(name)) for name in ("reference", "compiled", "expand", "shift", "triton", "auto"))
+        + "".join(shown(speed.get(name)) for name in ("reference", "compiled", "expand", "shift", "auto"))
         + shown(min(launch_auto, default=None), ".1f", 1e6)
         + "".join(shown(auto.get(name), ".1f") for name in ("effective_tflops", "useful_tflops"))
         + shown(auto.get("roofline"), ".0%")

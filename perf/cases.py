@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonsym.nn as tnn
-from tritonsym import functional
+from tritonsym import costs, dispatch, functional
 
 
 class Function(nn.Module):
@@ -26,6 +26,10 @@ class Function(nn.Module):
 
     def to_dense(self) -> Function:
         return Function(self.dense, self.dense)
+
+    def problem(self, shape: tuple[int, ...], target: str, dtype: str) -> costs.Problem:
+        """Of every product with a symmetric result in it, for a square matrix."""
+        return dispatch.gram_problem(shape, target, dtype)
 
 
 def _function(name: str, dense: Callable[[Tensor], Tensor], **options: Any) -> Callable[[int], nn.Module]:

@@ -46,17 +46,13 @@ class Samples:
 
 
 def forced(path: str, tiles: Any = ()) -> Any:
-    """The context that computes by a path; 'triton' is the kernel of a function, 'auto' whatever dispatch chooses."""
-    if path == "triton":
-        return tritonsym.backend("triton")
+    """The context that computes by a path; 'auto' is whatever dispatch chooses."""
     return tritonsym.path(path, tiles) if path in PATHS else contextlib.nullcontext()
 
 
 def paths(layer: nn.Module, x: Tensor) -> list[str]:
     """'auto', and the paths that can be forced on this layer and run on the device of x."""
     possible = ["auto"]
-    if isinstance(layer, Function):
-        return [*possible, "triton"] if launch.runs_on(x.device) else possible
     for path in PATHS:
         try:
             with tritonsym.path(path):
@@ -90,12 +86,12 @@ def make_step(module: nn.Module, x: Tensor, training: bool, path: str | None = N
 
 
 def gate(layer: nn.Module, x: Tensor, path: str, tiles: Any = ()) -> None:
-    """One image through the path is as right as through torch's own layer.
+    """One image, or a whole matrix, through the path is as right as through torch's own layer.
 
     Raises:
         AssertionError: it is not.
     """
-    x = x[:1] if x.ndim > 2 else x
+    x = x[:1] if hasattr(layer, "kernel_size") else x
     with forced(path, tiles):
         if isinstance(layer, Function):
             return _gate_function(layer, x)

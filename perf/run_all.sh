@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.." || exit 2
 if [ "$mode" = --dry ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     device=(--device cpu --tiny --filter 3x3-hv,linear,gram)
-    tuning=(--budget 3)
+    tuning=(--budget 8)
     tests=(-k "kernels_are_exact and pixel")
 else
     export TRITONSYM_TEST_DEVICE=cuda

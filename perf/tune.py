@@ -1,5 +1,7 @@
 """Find the fastest path, and tiles of its kernels, on this GPU, for the layers of a model or for named cases.
 
+Convolutions, `SymmetricLinear` and, among the cases, products with a symmetric result.
+
     python -m tritonsym tune [--filter c256] [--budget 300] [--output kernels/tuned/GPU.json]
 
 What is found goes into the user's table (`tritonsym.tuned`), from which every later plan takes it. Layers that are in
@@ -12,9 +14,9 @@ from __future__ import annotations
 import copy
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tqdm import tqdm
 import tritonsym
 from tritonsym import costs, dispatch, launch, tuned
 from tritonsym.perf.bench import UNFINISHED, kernels_if_interpreted, parser, prepare
+from tritonsym.perf.cases import Case
 from tritonsym.perf.measure import gate, make_step, measure, paths
 
 #: A tile is better if its median time is below this share of the best one's.
@@ -33,50 +36,48 @@ BETTER = 0.98
 
 @dataclass(frozen=True)
 class Job:
-    """A layer and the input to time it with, which is on the meta device until then."""
+    """A problem, and what makes a layer and an input that pose it."""
 
-    layer: nn.Module
-    like: Tensor
-    device: torch.device
-    training: bool
-
-    @property
-    def problem(self) -> costs.Problem:
-        dtype = str(self.like.dtype).removeprefix("torch.")
-        found = self.layer.problem(tuple(self.like.shape), self.device.type, dtype)  # type: ignore[operator]
-        return replace(found, training=self.training)
+    problem: costs.Problem
+    make: Callable[[], tuple[nn.Module, Tensor]]
 
 
 def neighbours(tile: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Tiles with one number halved or doubled, the stages (the fifth) one less or more; many do not fit."""
+    """Tiles with one number halved or doubled, the stages (the fifth) one less or more; many do not fit.
+
+    Of a matrix product also those with both sides halved or doubled: where tiles are square, no others fit.
+    """
     for i, n in enumerate(tile):
         for other in (n - 1, n + 1) if i == 4 else (n // 2, 2 * n):
             yield (*tile[:i], other, *tile[i + 1 :])
+    if len(tile) == 5:
+        m, n, *rest = tile
+        yield (m // 2, n // 2, *rest)
+        yield (2 * m, 2 * n, *rest)
 
 
-def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
+def climb(problem: costs.Problem, layer: nn.Module, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
     """The best tiles found by moving to a better neighbour of one tile after the other until there is none."""
     with tritonsym.path(path):
-        best = dispatch.plan(job.problem).tiles
-    architecture, dtype = costs.architecture(job.device.type), job.problem.dtype
+        best = dispatch.plan(problem).tiles
     seen = {best}
-    used = range(len(best) if job.training else 1)  # the others are of gradients
+    used = range(len(best) if problem.training else 1)  # the others are of gradients
     better = True
     while better:
         better = False
         for i in used:
             for tile in neighbours(best[i]):
                 tiles = (*best[:i], tile, *best[i + 1 :])
-                if tiles in seen or not tuned.runs(path, tiles, dtype, architecture):
+                if tiles in seen or not problem.runs(path, tiles):
                     continue
                 if time.monotonic() > deadline:
                     return best
                 seen.add(tiles)
                 try:
-                    steps = {t: make_step(job.layer, x, job.training, path, t) for t in (best, tiles)}
-                    samples = measure(steps, 5, job.device)
+                    steps = {t: make_step(layer, x, problem.training, path, t) for t in (best, tiles)}
+                    samples = measure(steps, 5, x.device)
                     if samples[tiles].median < BETTER * samples[best].median:
-                        gate(job.layer, x, path, tiles)
+                        gate(layer, x, path, tiles)
                         best, better = tiles, True
                 except (RuntimeError, AssertionError):
                     continue  # does not run, or not right
@@ -85,23 +86,25 @@ def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
 
 def search(job: Job, deadline: float) -> dict[str, Any]:
     """The entry of a table for a job: the fastest of the paths that are right, each with its best tiles."""
-    x = torch.empty_like(job.like, device=job.device).normal_()
+    (layer, x), problem = job.make(), job.problem
     tiles: dict[str, tuned.Tiles] = {}
-    for path in paths(job.layer, x)[1:]:  # not 'auto'
+    for path in paths(layer, x)[1:]:  # not 'auto'
         try:
-            gate(job.layer, x, path)
-            tiles[path] = () if path == "reference" else climb(job, x, path, deadline)
+            gate(layer, x, path)
+            tiles[path] = () if path == "reference" else climb(problem, layer, x, path, deadline)
         except (RuntimeError, AssertionError) as error:
             tqdm.write(f"    {path} is left out: {str(error).splitlines()[0]}")
-    steps = {path: make_step(job.layer, x, job.training, path, t) for path, t in tiles.items()}
-    seconds = {path: samples.median for path, samples in measure(steps, 9, job.device).items()}
+    steps = {path: make_step(layer, x, problem.training, path, t) for path, t in tiles.items()}
+    seconds = {path: samples.median for path, samples in measure(steps, 9, x.device).items()}
     best = min(seconds, key=lambda path: seconds[path])
     return {"path": best, "tiles": tiles[best], "seconds": seconds}
 
 
 def run(jobs: Sequence[Job], device: torch.device, budget: float, again: bool = False) -> tuple[dict[str, Any], bool]:
     """Tune every job that is not in the user's table; the entries of all that are, and whether none is left."""
-    by_key = {tuned.key(job.problem): job for job in jobs}
+    by_key: dict[str, Job] = {}
+    for job in jobs:
+        by_key.setdefault(job.problem.key, job)
     file = tuned.user_file(tuned.gpu(device.type))
     known = {} if again else tuned.read(file)
     entries = {key: known[key] for key in by_key if key in known}
@@ -130,28 +133,53 @@ def tune(model: nn.Module, example_input: Tensor, budget_s: float = 300) -> dict
     if not isinstance(example_input, Tensor) or not launch.runs_on(example_input.device):
         got = example_input.device if isinstance(example_input, Tensor) else type(example_input).__name__
         raise ValueError(f"tune: expected an example_input on a GPU, got {got}; move the model and the input to 'cuda'")
-    calls: dict[str, Job] = {}
+    jobs: list[Job] = []
 
     def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        like = torch.empty_like(inputs[0], device="meta", dtype=dispatch.computing_dtype(inputs[0]))
-        for training in (False, True):
-            job = Job(layer, like, inputs[0].device, training)
-            if job.problem.shift is not None:
-                calls.setdefault(tuned.key(job.problem), job)
+        x = inputs[0]
+        like = torch.empty_like(x, device="meta", dtype=dispatch.computing_dtype(x))
+        problem = layer.problem(tuple(x.shape), x.device.type, dispatch.dtype_name(x))  # type: ignore[operator]
+        if problem.has_kernel:
+            make = partial(_copy, layer, like, x.device)
+            jobs.extend(Job(replace(problem, training=training), make) for training in (False, True))
 
-    layers = [layer for layer in model.modules() if hasattr(layer, "problem") and hasattr(layer, "kernel_size")]
-    hooks = [layer.register_forward_pre_hook(remember) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(remember) for layer in model.modules() if hasattr(layer, "problem")]
     try:
         with torch.no_grad():
             model(example_input)
     finally:
         for hook in hooks:
             hook.remove()
-    if not calls:
-        raise ValueError(f"tune: {type(model).__name__} runs no convolution of tritonsym.nn; see replace_layers")
-    jobs = [replace(job, layer=copy.deepcopy(job.layer).to(job.like.dtype)) for job in calls.values()]
+    if not jobs:
+        raise ValueError(
+            f"tune: {type(model).__name__} runs no convolution and no SymmetricLinear of tritonsym.nn in a dtype that "
+            "kernels compute; see replace_layers"
+        )
     with kernels_if_interpreted(example_input.device):
         return run(jobs, example_input.device, budget_s)[0]
+
+
+def _copy(layer: nn.Module, like: Tensor, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """The layer in the dtype of `like`, which is on the meta device, and an input like it."""
+    return copy.deepcopy(layer).to(like.dtype).requires_grad_(), torch.empty_like(like, device=device).normal_()
+
+
+def _jobs(case: Case, device: torch.device) -> Iterator[Job]:
+    """Of a case in its first dtype, every mode; images are channels-last."""
+    dtype = case.dtypes[0]
+
+    def make() -> tuple[nn.Module, Tensor]:
+        with device:
+            layer = case.build().to(getattr(torch, dtype))
+        x = case.input(getattr(torch, dtype), device)
+        if not case.sizes:
+            return layer, x
+        return layer, x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+    with torch.device("meta"):
+        problem = case.build().problem(case.shape, device.type, dtype)  # type: ignore[operator]
+    for mode in case.modes:
+        yield Job(replace(problem, training=mode == "training"), make)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,14 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     device, cases = prepare(args, program)
     if not launch.runs_on(device):
         program.error("there are no kernels to tune on the CPU: this needs an NVIDIA GPU and a CUDA build of torch")
-    jobs = []
-    for case, training in product(cases, (False, True)):
-        if case.sizes:
-            with device:
-                layer = case.build().to(getattr(torch, case.dtypes[0]))
-            last = torch.channels_last if len(case.sizes) == 2 else torch.channels_last_3d
-            x = torch.empty(case.shape, device="meta", dtype=layer.weight.dtype)
-            jobs.append(Job(layer, x.to(memory_format=last), device, training))
+    jobs = [job for case in cases for job in _jobs(case, device)]
     try:
         with kernels_if_interpreted(device):
             entries, complete = run(jobs, device, args.budget, args.again)

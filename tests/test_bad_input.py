@@ -80,8 +80,13 @@ def forced(context, function):
         function()
 
 
+def kernels(function, *args):
+    with tritonsym.backend("triton"):
+        function(*args)
+
+
 def failing_kernel():
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch._launching(X, W, "expand", [1, 2]):
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), launch.launching("expand", [1, 2], X, W):
         raise TypeError("broken")
 
 
@@ -662,6 +667,18 @@ CASES = [
         lambda: forced(tritonsym.path("shift", ((4096, 64, 4), (64, 32, 4))), conv),
         ValueError,
         "'shift' tiles (4096, 64, 4) float32 cpu Plan.tiles",
+    ),
+    (
+        "tiles of a matrix that do not fit",
+        lambda: forced(tritonsym.path("expand", ((64, 32, 32, 4, 2),)), lambda: kernels(T.gram, torch.ones(3, 4))),
+        ValueError,
+        "'expand' tiles (64, 32, 32, 4, 2) float32 cpu Plan.tiles",
+    ),
+    (
+        "shifts of a matrix",
+        lambda: forced(tritonsym.path("shift"), lambda: T.gram(torch.ones(3, 4))),
+        ValueError,
+        "'shift' forced gram float32 cpu remove",
     ),
     ("environment", lambda: with_environment("gpu"), ValueError, "TRITONSYM_BACKEND='gpu' auto, reference, triton"),
     ("kernels on a CPU", lambda: forced(tritonsym.path("expand"), conv), RuntimeError, "cpu TRITON_INTERPRET=1 auto"),

@@ -67,6 +67,32 @@ def test_kernels_equal_torch():
     assert [(case, right) for case, right in zip(cases, results, strict=True) if not all(right)] == []
 
 
+TILES = """
+import json, os, torch
+from itertools import product
+from tritonsym.kernels import symm
+from tritonsym.kernels.tiles import GemmTile, fits_product
+from tritonsym.packing import pack, unpack
+torch.set_default_device(os.environ["TRITONSYM_TEST_DEVICE"])
+torch.use_deterministic_algorithms(True)  # what is not written is NaN
+torch.manual_seed(0)
+packed = pack(torch.randint(-2, 3, (70, 70)).float(), "lower")
+for rows in (3, 70):
+    x = torch.randint(-2, 3, (rows, 70)).float()
+    exact = x.double() @ unpack(packed.double())
+    for blocks in product((16, 32, 64), repeat=3):
+        tile = GemmTile(*blocks, 4, 2)
+        is_right = torch.equal(symm.product(x, packed, None, None, tile, "ieee").double(), exact)
+        print(json.dumps([rows, blocks, fits_product(tile, rows, 4, "sm_90"), is_right]))
+"""
+
+
+def test_tiles_fit_where_they_are_right():
+    found = [json.loads(line) for line in run(TILES).splitlines()]
+    assert len(found) == 2 * 27
+    assert [case for case in found if case[2] != case[3]] == []
+
+
 LAYERS = """
 import itertools, os, torch, tritonsym
 from torch.utils._python_dispatch import TorchDispatchMode

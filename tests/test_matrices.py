@@ -194,7 +194,7 @@ def linear(n, rows, dtype=torch.bfloat16, target="sm_90", **options):
 
 
 def half(n, k, batch=1, dtype="bfloat16", target="sm_90"):
-    return dispatch.gram_plan(dispatch.gram_problem((batch, n, k), target, dtype))
+    return dispatch.plan(dispatch.gram_problem((batch, n, k), target, dtype))
 
 
 def test_a_packed_matrix_is_multiplied_where_that_was_estimated_to_be_faster():
@@ -222,18 +222,28 @@ def test_a_packed_matrix_is_multiplied_where_that_was_estimated_to_be_faster():
         assert linear(256, 8).path == "expand"
         with pytest.raises(ValueError, match="'expand' is forced"):
             linear(256, 8, target="cpu")
+        with tritonsym.backend("triton"):
+            assert linear(256, 8, target="cpu").path == "expand"
 
 
 def test_half_a_product_where_that_was_estimated_to_be_faster():
     pytest.importorskip("triton")
     for plan in (half(4096, 4096), half(8192, 1024), half(1024, 1024, batch=32)):
-        assert plan.path == "half" and len(plan.tiles) == 1 and "estimate" in plan.why
+        assert plan.path == "expand" and len(plan.tiles) == 1 and "estimate" in plan.why
         assert plan.dense_flops / 2 < plan.flops < 0.51 * plan.dense_flops
     for plan in (half(1024, 1024), half(128, 4096, 64), half(4096, 0), half(0, 5), half(4096, 4096, batch=0)):
         assert plan.path == "reference"
     assert half(4096, 4096, dtype="float32").path == half(4096, 4096, target="cpu").path == "reference"
     with tritonsym.backend("triton"):
-        assert half(3, 4, target="cpu").path == "half"
+        assert half(3, 4, target="cpu").path == "expand"
+    with tritonsym.path("expand"):
+        assert half(3, 4).path == "expand"
+        for options in ({"target": "cpu"}, {"dtype": "float64"}):
+            with pytest.raises(ValueError, match="'expand' is forced, but it cannot compute gram"):
+                half(3, 4, **options)
+    with tritonsym.path("reference"):
+        assert half(4096, 4096).path == "reference"
+        assert torch.equal(T.gram(torch.eye(3)), torch.eye(3))
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])

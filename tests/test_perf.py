@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -360,6 +361,97 @@ def test_tiles_that_are_wrong_or_fail_are_not_taken(pretended_kernels, monkeypat
         assert entry["seconds"].keys() == {"reference", "shift"}
 
 
+@pytest.fixture
+def pretended_matrix_kernels(pretended_kernels, monkeypatch):
+    """The nearer its tiles are to these, the faster a product with a symmetric matrix."""
+    best = {"product": (64, 128, 32, 4, 3), "square": (32, 32, 64, 2, 4)}
+
+    def distance(tile, kind):
+        return sum(abs(math.log2(a / b)) for a, b in zip(tile, best[kind], strict=True))
+
+    def seconds(path, tiles, training):
+        if path == "reference":
+            return 100.0
+        *products, square = tiles
+        used = training or not products
+        return 1 + sum(distance(tile, "product") for tile in products) + (distance(square, "square") if used else 0)
+
+    def pretend(steps, rounds, device):
+        return {name: measure.Samples([seconds(*step)] * rounds) for name, step in steps.items()}
+
+    monkeypatch.setattr(tune, "measure", pretend)
+    return best
+
+
+def test_tune_finds_tiles_of_packed_matrices(pretended_matrix_kernels):
+    layers, x = [nn.SymmetricLinear(8, 8) for _ in range(2)], torch.randn(20, 5, 8)
+    entries = tritonsym.tune(torch.nn.Sequential(*layers, torch.nn.Tanh()), x)
+    assert entries.keys() == {f"SymmetricLinear float32 {mode} n=8 rows=128" for mode in ("inference", "training")}
+    for key, entry in entries.items():
+        assert entry["path"] == "expand" and entry["seconds"].keys() == {"reference", "expand"}
+        product, square = entry["tiles"]
+        assert product == pretended_matrix_kernels["product"]
+        assert (square == pretended_matrix_kernels["square"]) == ("training" in key)
+    tuned.user_file("cpu").rename(tuned.user_file("sm_90"))  # as if it had been that GPU
+    dispatch.forget()
+    plan = tritonsym.explain(layers[1], x, "sm_90")
+    assert plan.why.startswith("Measured") and plan.tiles == tuple(pretended_matrix_kernels.values())
+
+
+def test_tune_leaves_packed_what_is_never_unpacked(pretended_matrix_kernels):
+    layer, x = nn.SymmetricLinear(8, 8, never_unpack=True), torch.randn(2, 8)
+    job = tune.Job(layer.problem(x.shape, "cpu", "float32"), lambda: (layer, x))
+    with tritonsym.backend("triton"):
+        entries, _ = tune.run([job], x.device, 100)
+    [(key, entry)] = entries.items()
+    assert key.endswith(" packed") and entry["seconds"].keys() == {"expand"}
+
+
+def test_tune_finds_tiles_of_products_with_a_symmetric_result(pretended_matrix_kernels, monkeypatch, capsys):
+    arguments = [*TINY_TUNE[:-1], "gram,symmetric_mm,newton_schulz"]
+    assert tune.main(arguments) == 0
+    assert "1 of 1 layers" in capsys.readouterr().out, "one product"
+    [(key, entry)] = tuned.read(tuned.user_file("cpu")).items()
+    assert key == "gram float32 n=8 k=8 batch=1"
+    assert (entry["path"], entry["tiles"]) == ("expand", [list(pretended_matrix_kernels["square"])])
+    monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched again"))
+    assert tune.main(arguments) == 0
+
+
+def test_the_first_of_equal_jobs_is_timed(pretended_matrix_kernels):
+    layer, x, made = nn.SymmetricLinear(8, 8), torch.randn(2, 8), []
+    problem = layer.problem(x.shape, "cpu", "float32")
+    jobs = [tune.Job(problem, lambda i=i: made.append(i) or (layer, x)) for i in range(2)]
+    tune.run(jobs, x.device, 100)
+    assert made == [0]
+
+
+@pytest.mark.parametrize("kind", ["gram", "symmetric_mm", "newton_schulz"])
+def test_functions_are_gated_on_every_path(pretended_kernels, monkeypatch, kind):
+    """With inputs that they are meant for; `pretended_kernels` let everything through."""
+    monkeypatch.setattr(tune, "gate", measure.gate)
+    entries, _ = tune.run([*tune._jobs(cases.Case(kind, 8, 8), torch.device("cpu"))], torch.device("cpu"), 100)
+    assert [entry["seconds"].keys() for entry in entries.values()] == [{"reference"}], "no kernel runs here"
+
+
+def test_images_are_gated_one_by_one_and_matrices_whole(monkeypatch):
+    seen = []
+    monkeypatch.setattr(measure.testing, "assert_matches_reference", lambda layer, x: seen.append(tuple(x.shape)))
+    for layer, x in (
+        (nn.SymmetricConv2d(8, 8, 3, symmetry="hv"), torch.randn(4, 8, 5, 5)),
+        (nn.SymmetricLinear(8, 8), torch.randn(4, 20, 8)),
+    ):
+        measure.gate(layer, x, "reference")
+    assert seen == [(1, 8, 5, 5), (4, 20, 8)]
+
+
+def test_frozen_layers_are_tuned_for_training(monkeypatch):
+    layer = nn.SymmetricLinear(8, 8).requires_grad_(False)
+    copied, x = tune._copy(layer, torch.empty(2, 8, device="meta"), torch.device("cpu"))
+    measure.make_step(copied, x, True, "reference")()
+    assert not layer.weight.requires_grad
+
+
 def test_neighbours():
     assert set(tune.neighbours((64, 32, 4))) == {
         (32, 32, 4),
@@ -370,6 +462,8 @@ def test_neighbours():
         (64, 32, 8),
     }
     assert {tile[4] for tile in tune.neighbours((64, 32, 32, 4, 3))} == {2, 3, 4}
+    square = {tile for tile in tune.neighbours((64, 64, 32, 4, 3)) if tile[0] == tile[1] != 64}
+    assert square == {(32, 32, 32, 4, 3), (128, 128, 32, 4, 3)}
 
 
 @pytest.mark.parametrize(
@@ -385,8 +479,14 @@ def test_tune_needs_a_gpu(model, x, message):
 
 
 def test_tune_needs_a_layer(pretended_kernels):
-    with pytest.raises(ValueError, match="Linear runs no convolution"):
-        tritonsym.tune(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    x = torch.ones(1, 2, 2)
+    for model, data in (
+        (torch.nn.Linear(2, 2), x),
+        (nn.GlobalConv1d(2, 2), x),
+        (nn.SymmetricLinear(2, 2).double(), x.double()),
+    ):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} runs no convolution and no SymmetricLinear"):
+            tritonsym.tune(model, data)
 
 
 def test_tune_needs_its_extra(monkeypatch):
@@ -419,7 +519,7 @@ def run_all(*arguments):
 def test_run_all(tmp_path):
     """What a machine with a GPU will run, in the interpreter, each time going on where the time was up."""
     pytest.importorskip("triton")  # Linux only
-    for _ in range(3):
+    for _ in range(5):
         run = run_all(tmp_path, "--dry")
         assert run.returncode in (0, bench.UNFINISHED), run.stdout + run.stderr
         if run.returncode == 0:
@@ -430,13 +530,22 @@ def test_run_all(tmp_path):
     assert {row["case"] for row in rows} == {"n1-c8-3x3-hv", "n8-c8-linear", "n8-c8-gram"}
     assert rows[0]["speedup"].keys() == {"auto", "reference", "shift", "expand"}
     entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
-    assert {word for key in entries for word in key.split()[2:3]} == {"inference", "training"}
+    assert sorted(" ".join(key.split()[:3]) for key in entries) == [
+        *(
+            f"{layer} float32 {mode}"
+            for layer in ("SymmetricConv", "SymmetricLinear")
+            for mode in ("inference", "training")
+        ),
+        "gram float32 n=8",
+    ]
+    assert rows[-1]["speedup"].keys() == rows[-2]["speedup"].keys() == {"auto", "reference", "expand"}
     assert "2 passed" in (tmp_path / "tests.log").read_text()
     for step in ("bench", "tune"):
         (tmp_path / f"{step}.done").unlink()
     again = run_all(tmp_path, "--dry")
     assert again.returncode == 0 and again.stdout.count("done before") == 3
     assert "forward" not in (tmp_path / "bench.log").read_text(), "all its rows were there"
+    assert " us" not in (tmp_path / "tune.log").read_text(), "all its entries were there"
 
 
 def test_run_all_says_how_to_call_it():

@@ -5,7 +5,10 @@ import json
 import subprocess
 import sys
 import warnings
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +42,7 @@ def explain(channels=64, batch=8, size=16, target="sm_90", dtype=torch.bfloat16,
 
 
 def put(file, path, tiles, problem=None, version=tuned.VERSION):
-    entries = {tuned.key(problem or explain().problem): {"path": path, "tiles": tiles}}
+    entries = {(problem or explain().problem).key: {"path": path, "tiles": tiles}}
     file.write_text(json.dumps({"version": version, "entries": entries}))
     dispatch.forget()
 
@@ -81,11 +84,19 @@ def test_positions_and_products_are_told_apart():
     """With a stride of 4 every image of a filter has its own products."""
     options = {"kernel_size": 4, "padding": 0}
     patches, few, many = (
-        dict(word.split("=") for word in tuned.key(explain(size=size, stride=stride, **options).problem).split()[3:])
+        dict(word.split("=") for word in explain(size=size, stride=stride, **options).problem.key.split()[3:])
         for size, stride in ((64, 4), (19, 1), (34, 1))
     )
     assert [name for name in patches if patches[name] != few[name]] == ["z"]
     assert [name for name in patches if patches[name] != many[name]] == ["positions"]
+
+
+def test_keys_are_those_of_this_version():
+    """Of tables that users have: whoever changes them changes `tuned.VERSION`."""
+    assert tuned.VERSION == 1
+    assert explain().problem.key == (
+        "SymmetricConv bfloat16 inference channels=64 outputs=64 filters=16 taps=9 stored=9216 positions=2048 z=262144"
+    )
 
 
 def test_training_is_another_measurement():
@@ -93,7 +104,7 @@ def test_training_is_another_measurement():
     x = torch.empty(1, 8, 5, 5, device="meta")
     training = tritonsym.explain(module, x, "sm_90").problem
     with torch.no_grad():
-        assert tuned.key(training) != tuned.key(tritonsym.explain(module, x, "sm_90").problem)
+        assert training.key != tritonsym.explain(module, x, "sm_90").problem.key
 
 
 def test_names_of_a_layer_share_their_key():
@@ -103,7 +114,7 @@ def test_names_of_a_layer_share_their_key():
         patch.setattr(dispatch, "plan", lambda problem, plan=dispatch.plan: planned.append(problem) or plan(problem))
         layer(x)
         tritonsym.explain(layer, x)
-    assert planned[0].layer != planned[1].layer and len(set(map(tuned.key, planned))) == 1
+    assert planned[0].layer != planned[1].layer and len({problem.key for problem in planned}) == 1
 
 
 def test_the_users_table_comes_first():
@@ -160,6 +171,156 @@ def test_a_table_that_is_no_file_is_ignored():
     with pytest.warns(UserWarning, match="cannot be read"):
         assert "estimate" in explain().why
 
+
+# --- symmetric matrices -----------------------------------------------------------------------------------------------
+
+
+def linear(rows=8, n=256, target="sm_90", dtype=torch.bfloat16, training=False, **options):
+    layer = tritonsym.nn.SymmetricLinear(n, n, device="meta", **options)
+    with torch.set_grad_enabled(training):
+        return tritonsym.explain(layer, torch.empty(rows, n, device="meta", dtype=dtype), target)
+
+
+def gram(n=256, k=256, batch=1, target="sm_90", dtype="bfloat16"):
+    return dispatch.plan(dispatch.gram_problem((batch, n, k), target, dtype))
+
+
+#: Plans, and tiles that no plan takes unless told to.
+MATRICES = {
+    "strips": (linear, ((64, 16, 32, 4, 2), (64, 64, 32, 4, 2))),
+    "tiles": (partial(linear, rows=100), ((64, 128, 32, 8, 2), (64, 64, 32, 4, 2))),
+    "training": (partial(linear, training=True), ((64, 16, 32, 4, 2), (64, 64, 32, 4, 2))),
+    "gram": (gram, ((64, 64, 32, 4, 2),)),
+}
+
+
+@pytest.mark.parametrize(("explain", "tiles"), MATRICES.values(), ids=MATRICES)
+def test_what_decides_on_the_path_of_a_matrix(explain, tiles):
+    """A forced path, the backend 'reference', the measurement, the estimate, in this order."""
+    pytest.importorskip("triton")
+
+    def planned(**options):
+        plan = explain(**options)
+        return plan.path, plan.tiles, plan.why.split(".")[0]
+
+    forced, measured = "Forced by tritonsym", "Measured on sm_90: the fastest path"
+    other = ((16, 16, 16, 1, 1),) * len(tiles)
+    with tritonsym.backend("triton"):
+        picked = explain().tiles
+    assert len({picked, tiles, other}) == 3
+    assert explain().path == "reference" and "estimate" in explain().why
+    assert explain(n=4096).path == "expand" and "estimate" in explain(n=4096).why
+    put(tuned.user_file("sm_90"), "expand", tiles, explain().problem)
+    assert planned() == ("expand", tiles, measured)
+    with tritonsym.path("expand"):
+        assert planned() == ("expand", tiles, forced)
+    with tritonsym.path("expand", other):
+        assert planned() == ("expand", other, forced)
+    with tritonsym.path("reference"):
+        assert planned() == ("reference", (), forced)
+    tuned.user_file("cpu").write_text(tuned.user_file("sm_90").read_text())  # as the tuner does in the interpreter
+    with tritonsym.backend("triton"):
+        assert planned() == ("expand", tiles, measured)
+        assert explain(target="cpu").tiles != tiles
+    with tritonsym.backend("reference"):
+        assert planned() == ("reference", (), "Forced by the backend 'reference'")
+        with tritonsym.path("expand"):
+            assert planned() == ("expand", picked, forced)
+    put(tuned.user_file("sm_90"), "reference", [], explain().problem)
+    assert planned() == ("reference", (), measured)
+    with tritonsym.backend("triton"):
+        assert planned() == ("expand", picked, "Forced by the backend 'triton'")
+    put(tuned.user_file("sm_90"), "reference", [], explain(n=4096).problem)
+    assert planned(n=4096) == ("reference", (), measured)
+
+
+def test_a_matrix_that_is_never_unpacked_is_measured_by_itself():
+    pytest.importorskip("triton")
+    packed = partial(linear, never_unpack=True)
+    put(tuned.user_file("sm_90"), "expand", MATRICES["strips"][1], linear().problem)
+    assert packed().why.startswith("Never unpacked")
+    put(tuned.user_file("sm_90"), "reference", [], packed().problem)
+    assert packed().path == "expand" and packed().why.startswith("Never unpacked")
+    put(tuned.user_file("sm_90"), "expand", MATRICES["strips"][1], packed().problem)
+    assert packed().tiles == MATRICES["strips"][1] and packed().why.startswith("Measured")
+
+
+SQUARE, STRIP = (64, 64, 32, 4, 2), (64, 32, 32, 4, 2)
+UNFIT = [
+    (linear, "shift", [(64, 16, 4)] * 2),
+    (linear, "expand", [STRIP]),
+    (linear, "expand", [STRIP, (64, 32, 32, 4, 2)]),  # half of the gradient mirrors a square
+    (linear, "expand", [STRIP, "square"]),
+    (linear, "expand", [(64, 128, 32, 8, 2), SQUARE]),
+    (linear, "expand", [(32, 32, 64, 4, 2), SQUARE]),  # steps across the diagonal
+    (linear, "expand", [(48, 32, 16, 4, 2), SQUARE]),
+    (partial(linear, rows=33), "expand", [STRIP, SQUARE]),
+    (partial(linear, rows=65), "expand", [(64, 32, 64, 4, 2), SQUARE]),  # steps across the diagonal
+    (partial(linear, rows=65), "expand", [(256, 128, 128, 8, 4), SQUARE]),  # shared memory
+    (partial(linear, target="sm_86"), "expand", [STRIP, (128, 128, 64, 8, 4)]),
+    (gram, "expand", [(64, 32, 32, 4, 2)]),
+    (gram, "expand", [SQUARE, SQUARE]),
+    (gram, "expand", [(128, 128, 64, 2, 2)]),  # registers
+]
+
+
+@pytest.mark.parametrize(("explain", "path", "tiles"), UNFIT)
+def test_tiles_of_matrices_that_do_not_fit(explain, path, tiles):
+    """Those in a table are ignored, those that are forced an error."""
+    pytest.importorskip("triton")
+    put(tuned.user_file(explain().problem.target), path, tiles, explain().problem)
+    assert "estimate" in explain().why
+    with tritonsym.path(path, tuple(tiles)), pytest.raises(ValueError, match=f"'{path}' is forced"):
+        explain()
+
+
+def test_keys_of_matrices():
+    assert linear().problem.key == "SymmetricLinear bfloat16 inference n=256 rows=8"
+    assert linear(training=True).problem.key == "SymmetricLinear bfloat16 training n=256 rows=8"
+    assert linear(never_unpack=True).problem.key == "SymmetricLinear bfloat16 inference n=256 rows=8 packed"
+    assert gram(batch=3).problem.key == "gram bfloat16 n=256 k=256 batch=4"
+    rounded = {rows: int(linear(rows=rows).problem.key.split("=")[-1]) for rows in (0, 1, 2, 5, 8, 9, 64, 65, 129)}
+    assert rounded == {0: 1, 1: 1, 2: 2, 5: 8, 8: 8, 9: 16, 64: 64, 65: 128, 129: 256}
+    assert len({gram(n, k, batch).problem.key for n in (255, 256) for k in (7, 8) for batch in (0, 1, 2, 5)}) == 16
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_packed_layer_plans_as_explained(training):
+    layer, x, planned = tritonsym.nn.SymmetricLinear(8, 8), torch.randn(2, 3, 8), []
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
+        patch.setattr(dispatch, "plan", lambda problem, plan=dispatch.plan: planned.append(problem) or plan(problem))
+        layer(x)
+        tritonsym.explain(layer, x)
+    assert planned[0] == planned[1] and planned[0].training == training
+
+
+def test_a_tile_that_fits_some_rows_fits_all_with_their_key():
+    by_key = {}
+    for rows in range(1, 200):
+        problem = dispatch.linear_problem((rows, 256), "sm_90", "bfloat16")
+        by_key.setdefault(problem.key, []).append(problem)
+    for problems, columns in product(by_key.values(), (16, 32, 64, 128)):
+        tiles = ((64, columns, 16, 4, 2), SQUARE)
+        assert len({problem.runs("expand", tiles) for problem in problems}) == 1
+
+
+def test_matrices_on_a_gpu_that_is_there(monkeypatch):
+    """Its table by its name, its estimate by its architecture."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    for explain in (linear, gram):
+        for n in (256, 4096):
+            here, there = explain(n=n, target="cuda"), explain(n=n)
+            assert (here.path, here.tiles, here.why) == (there.path, there.tiles, there.why)
+        tiles = MATRICES["strips" if explain is linear else "gram"][1]
+        put(tuned.user_file("nvidia-h200"), "expand", tiles, explain(target="cuda").problem)
+        assert explain(target="cuda").tiles == tiles and "Measured on nvidia-h200" in explain(target="cuda").why
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 RECORD = """
 import sys

@@ -18,7 +18,8 @@ __version__ = "0.1.0"
 
 
 def tune(model: Module, example_input: Tensor, budget_s: float = 300) -> dict[str, Any]:
-    """Find the fastest path and tiles on this GPU for every convolution of a model, and use them from now on.
+    """Find the fastest path and tiles on this GPU for every convolution and `SymmetricLinear` of a model, and use them
+    from now on.
 
     The model runs once on `example_input` to learn the inputs of its layers; every layer is then searched for inference
     and for training, within `budget_s` seconds in all. What is found is kept in the user's cache directory
@@ -28,7 +29,7 @@ def tune(model: Module, example_input: Tensor, budget_s: float = 300) -> dict[st
         The entries {key: {"path": .., "tiles": .., "seconds": ..}} of the model's layers.
     Raises:
         ImportError: the packages of "tritonsym[perf]" are missing.
-        ValueError: the input is not on a GPU, or no convolution of `tritonsym.nn` is called.
+        ValueError: the input is not on a GPU, or no such layer is called in a dtype that kernels compute.
     """
     try:
         from tritonsym.perf import tune as perf

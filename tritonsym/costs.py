@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
 
 from tritonsym import shift
+from tritonsym.tuned import Tiles
 
 #: Bytes of an operand, for the dtypes that the kernels know.
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -48,6 +51,52 @@ class Problem:
     shift: Work | None = None  # None where the kernels and the shift path cannot compute the layer
     training: bool = False  # whether a gradient is needed
     traffic: Traffic | None = None  # of a convolution
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether some Triton kernel computes the layer in this dtype."""
+        return self.shift is not None and self.dtype in ITEMSIZE
+
+    @property
+    def key(self) -> str:
+        """What decides how fast it is, for `tuned`; sizes that may vary are rounded to powers of two.
+
+        Positions are those of all groups and images of the batch; z says how often the stored rows are multiplied.
+        """
+        work, traffic = self.shift, self.traffic
+        assert work is not None and traffic is not None
+        positions = self.expanded // max(work.taps * work.channels * work.outputs, 1)
+        return (
+            f"{re.sub('[123]d$', '', self.layer)} {self.dtype} {'training' if self.training else 'inference'} "
+            f"channels={work.channels} outputs={work.outputs} filters={work.filters} taps={work.taps} "
+            f"stored={traffic.stored} positions={_bucket(positions)} z={_bucket(work.z)}"
+        )
+
+    def runs(self, path: str, tiles: Tiles) -> bool:
+        """Whether these are tiles of the path's kernels that fit."""
+        try:
+            return all(fits(*tile) for fits, tile in zip(self._rules()[path], tiles, strict=True))
+        except (KeyError, TypeError, ValueError):
+            return False
+
+    def _rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
+        """By path, for each tile of its kernels: whether one of these numbers fits."""
+        from tritonsym.kernels.tiles import GemmTile, Tile, fits
+
+        def fit(kind: type[Tile | GemmTile]) -> Callable[..., bool]:
+            return lambda *numbers: fits(kind(*numbers), *self._where, taps=True)
+
+        return {"reference": (), "shift": (fit(Tile),) * 2, "expand": (fit(GemmTile),) * 3}
+
+    @property
+    def _where(self) -> tuple[int, str]:
+        """Bytes of an operand, and the architecture: what `kernels.tiles` asks for."""
+        return ITEMSIZE.get(self.dtype, 2), architecture(self.target)
+
+
+def _bucket(number: int) -> int:
+    """The power of two nearest on a logarithmic scale."""
+    return 0 if number == 0 else 1 << (number * number).bit_length() // 2
 
 
 def architecture(target: str) -> str:
@@ -174,12 +223,52 @@ SMALL_N = 2048
 
 
 @dataclass(frozen=True)
-class LinearProblem(Problem):
-    """x S with a packed n x n matrix S, for so many rows of x."""
+class _MatrixProblem(Problem):
+    """A product with an n x n matrix that is symmetric; the path of its kernel is 'expand'."""
 
     n: int = 0
+    never_unpack: bool = False  # if the reference will not do
+
+    @property
+    def has_kernel(self) -> bool:
+        return self.dtype in ITEMSIZE
+
+
+@dataclass(frozen=True)
+class LinearProblem(_MatrixProblem):
+    """x S with a packed n x n matrix S, for so many rows of x."""
+
     rows: int = 0
-    never_unpack: bool = False
+
+    @property
+    def key(self) -> str:
+        """Rows are rounded up, so that a strip holds all that are rounded to as many; strips end at a power of two."""
+        mode = "training" if self.training else "inference"
+        rows = 1 << max(self.rows - 1, 0).bit_length()
+        return f"SymmetricLinear {self.dtype} {mode} n={self.n} rows={rows}" + " packed" * self.never_unpack
+
+    @property
+    def flops(self) -> int:
+        """Of the kernel."""
+        return 2 * self.dense
+
+    def pick(self) -> Tiles:
+        """Tiles of the product and of the gradient that fit: not measured."""
+        from tritonsym.kernels.tiles import pick_product, pick_square
+
+        return astuple(pick_product(self.rows, *self._where)), astuple(pick_square(*self._where))
+
+    def _rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
+        from tritonsym.kernels.tiles import GemmTile, fits_product, fits_square
+
+        where = self._where
+        return {
+            "reference": (),
+            "expand": (
+                lambda *numbers: fits_product(GemmTile(*numbers), self.rows, *where),
+                lambda *numbers: fits_square(GemmTile(*numbers), *where),
+            ),
+        }
 
     def seconds(self) -> tuple[float, float, float]:
         """Of the kernel, of unpacking and the vendor library's product, and of the product alone (16-bit, estimates).
@@ -188,7 +277,7 @@ class LinearProblem(Problem):
         """
         from tritonsym.kernels.tiles import SEGMENT_STEPS, STRIP_ROWS, pick_product
 
-        n, rows, tile = self.n, self.rows, pick_product(self.rows, 2, self.target)
+        n, rows, tile = self.n, self.rows, pick_product(self.rows, 2, architecture(self.target))
         flops, moved = 2 * rows * n * n, n * n + 4 * rows * n
         product = LAUNCH + max((moved + n * n) / MEMORY, flops / GEMM)
         if rows > STRIP_ROWS:
@@ -212,20 +301,39 @@ class LinearProblem(Problem):
 
 
 @dataclass(frozen=True)
-class GramProblem(Problem):
+class GramProblem(_MatrixProblem):
     """X X^T for so many matrices X (n, k)."""
 
-    n: int = 0
     k: int = 0
     batch: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"gram {self.dtype} n={self.n} k={self.k} batch={_bucket(self.batch)}"
+
+    @property
+    def flops(self) -> int:
+        """Of the kernel."""
+        return self.batch * self.n * (self.n + 1) * self.k
+
+    def pick(self) -> Tiles:
+        """A tile that fits: not measured."""
+        from tritonsym.kernels.tiles import pick_square
+
+        return (astuple(pick_square(*self._where)),)
+
+    def _rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
+        from tritonsym.kernels.tiles import GemmTile, fits_square
+
+        return {"reference": (), "expand": (lambda *numbers: fits_square(GemmTile(*numbers), *self._where),)}
 
     def seconds(self) -> tuple[float, float]:
         """Of the kernel, and of the vendor library's product (16-bit, estimates)."""
         from tritonsym.kernels.tiles import pick_square
 
-        tile = pick_square(2, self.target)
+        target = architecture(self.target)
+        tile, processors = pick_square(2, target), MULTIPROCESSORS[target]
         edge = -(-self.n // tile.block_m)
-        processors = MULTIPROCESSORS[self.target]
         waves = -(-self.batch * edge * (edge + 1) // 2 // processors)
         one = 2 * tile.block_m * tile.block_n * self.k * processors / (GRAM_EFFICIENCY * GEMM)
         return LAUNCH + waves * one, LAUNCH + 2 * self.dense / GEMM
@@ -234,3 +342,6 @@ class GramProblem(Problem):
         """Whether the kernel is faster than the reference, and a reason."""
         kernel, product = self.seconds()
         return product > MARGIN * kernel, f"The kernel for half of it would have {product / kernel:.2g}x the speed"
+
+
+MatrixProblem = LinearProblem | GramProblem

@@ -1,8 +1,10 @@
 """Which path computes a layer: one pure function of the problem, and the switches that override it.
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
-``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one implicit GEMM that
-reads the stored weights through the symmetry: all multiply-adds of the dense layer, no expanded weight).
+``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one kernel that works on
+one half, or less, and reads or writes the rest through the symmetry: an implicit GEMM that expands the stored weights
+where it reads them, with all multiply-adds of the dense layer; a product with a packed matrix; one triangle of a
+symmetric product, and its mirror image).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tritonsym import costs, shift, tuned
-from tritonsym.costs import GramProblem, LinearProblem, Problem, Traffic, Work, architecture
+from tritonsym.costs import GramProblem, LinearProblem, MatrixProblem, Problem, Traffic, Work, architecture
 from tritonsym.shift import Conv
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def backend(name: str) -> Iterator[None]:
 def path(name: str, tiles: tuned.Tiles = ()) -> Iterator[None]:
     """Within the block force one path, 'reference', 'expand' or 'shift', for tests and benchmarks.
 
-    `tiles`: also those of its kernels (`Plan.tiles`), for the tuner.
+    'expand' is also the kernel of `SymmetricLinear`, `gram` and `symmetric_mm`, on a GPU or under backend('triton');
+    they have no 'shift'. `tiles`: also those of the path's kernels (`Plan.tiles`), for the tuner.
     """
     if name not in PATHS:
         raise ValueError(f"path: expected one of {', '.join(map(repr, PATHS))}, got {name!r}")
@@ -109,9 +112,10 @@ def plan(problem: Problem) -> Plan:
 
     Raises:
         ValueError: a path is forced on a layer that it cannot compute, or with tiles that do not fit.
+        NotImplementedError: a layer must never unpack, but has to.
     """
-    if isinstance(problem, LinearProblem):
-        return linear_plan(problem)
+    if isinstance(problem, MatrixProblem):
+        return _matrix_plan(problem, current_backend(), *_path.get())
     return _plan(problem, current_backend(), *_path.get(), torch.get_num_threads())
 
 
@@ -129,22 +133,27 @@ def forget() -> None:
     """Plan anew, from the tables of measurements (`tuned`) as the files are now."""
     tuned.table.cache_clear()
     _conv_plan.cache_clear()
+    _matrix_plan.cache_clear()
+
+
+def _check_tiles(problem: Problem, forced: str | None, tiles: tuned.Tiles) -> None:
+    if forced and tiles and not problem.runs(forced, tiles):
+        raise ValueError(
+            f"path {forced!r} is forced with tiles {tiles}, which are not its or do not fit "
+            f"{problem.dtype} on {problem.target}; Plan.tiles shows some that do"
+        )
 
 
 def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tuned.Tiles, threads: int) -> Plan:
     work = problem.shift
-    has_kernel = work is not None and problem.dtype in costs.ITEMSIZE and find_spec("triton") is not None
+    has_kernel = problem.has_kernel and find_spec("triton") is not None
     if (forced == "shift" and work is None) or (forced == "expand" and not has_kernel):
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
         )
-    if forced and forced_tiles and not tuned.runs(forced, forced_tiles, problem.dtype, architecture(problem.target)):
-        raise ValueError(
-            f"path {forced!r} is forced with tiles {forced_tiles}, which are not its or do not fit "
-            f"{problem.dtype} on {problem.target}; Plan.tiles shows some that do"
-        )
+    _check_tiles(problem, forced, forced_tiles)
     on_gpu = has_kernel and problem.target != "cpu" and backend != "reference"
-    measured = tuned.find(problem, architecture(problem.target)) if on_gpu else None
+    measured = tuned.find(problem) if on_gpu else None
     if work is not None and work.multiply_adds == 0:
         chosen, why = "reference", "There is nothing to multiply."
     elif forced is not None:
@@ -234,19 +243,22 @@ def conv_problem(
 # --- symmetric matrices -----------------------------------------------------------------------------------------------
 
 
-def linear_problem(shape: Sequence[int], target: str, dtype: str, never_unpack: bool = False) -> LinearProblem:
+def linear_problem(
+    shape: Sequence[int], target: str, dtype: str, never_unpack: bool = False, training: bool = False
+) -> LinearProblem:
     """The problem of x S with x of this shape."""
     n, rows = shape[-1], math.prod(shape[:-1])
     dense = rows * n * n
-    target = architecture(target)
-    return LinearProblem("SymmetricLinear", target, dtype, dense, dense, n=n, rows=rows, never_unpack=never_unpack)
+    return LinearProblem(
+        "SymmetricLinear", target, dtype, dense, dense, training=training, n=n, rows=rows, never_unpack=never_unpack
+    )
 
 
 def gram_problem(shape: Sequence[int], target: str, dtype: str) -> GramProblem:
     """The problem of X X^T with X of this shape."""
     *batch, n, k = shape
     dense = math.prod(batch) * n * n * k
-    return GramProblem("gram", architecture(target), dtype, dense, dense, n=n, k=k, batch=math.prod(batch))
+    return GramProblem("gram", target, dtype, dense, dense, n=n, k=k, batch=math.prod(batch))
 
 
 def cannot_stay_packed(what: str) -> NotImplementedError:
@@ -257,72 +269,50 @@ def cannot_stay_packed(what: str) -> NotImplementedError:
     )
 
 
-def linear_plan(problem: LinearProblem) -> Plan:
-    """The path of x S: 'reference' unpacks S, 'expand' reads it packed. Pure but for the switches.
-
-    Raises:
-        ValueError: a path is forced that cannot compute the layer.
-        NotImplementedError: the layer must never unpack, but has to.
-    """
-    return _linear_plan(problem, current_backend(), _path.get()[0])
-
-
 @lru_cache(maxsize=4096)
-def _linear_plan(problem: LinearProblem, backend: str, forced: str | None) -> Plan:
-    if forced == "shift" or (forced == "expand" and (problem.target == "cpu" or problem.dtype not in costs.ITEMSIZE)):
+def _matrix_plan(problem: MatrixProblem, backend: str, forced: str | None, forced_tiles: tuned.Tiles) -> Plan:
+    on_gpu, has_kernel = problem.target != "cpu", problem.has_kernel and find_spec("triton") is not None
+    can_run = has_kernel and (on_gpu or backend == "triton")
+    if forced == "shift" or (forced == "expand" and not can_run):
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype} on {problem.target}; "
             "remove the switch (tritonsym.backend('triton') runs kernels in Triton's interpreter)"
         )
+    _check_tiles(problem, forced, forced_tiles)
+    measured = tuned.find(problem) if can_run and on_gpu and backend != "reference" else None
     if forced is not None:
         chosen, why = forced, "Forced by tritonsym.path."
-    elif backend == "auto" and problem.never_unpack and problem.target != "cpu" and problem.dtype in costs.ITEMSIZE:
+    elif backend == "reference":
+        chosen, why = "reference", "Forced by the backend 'reference'."
+    elif not problem.has_kernel:
+        chosen, why = "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+    elif not can_run:
+        chosen, why = "reference", "The Triton kernels need a GPU, and Triton."
+    elif measured and (measured[0] == "expand" or (backend == "auto" and not problem.never_unpack)):
+        chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
+    elif backend == "triton":
+        chosen, why = "expand", "Forced by the backend 'triton'."
+    elif problem.never_unpack:
         chosen, why = "expand", "Never unpacked: half of the memory, at any speed."
     else:
-        chosen, why = _choose(problem, backend, "expand")
-    flops = 2 * problem.dense
+        chosen, why = _estimate(problem)
     if chosen == "reference":
         if problem.never_unpack:
             raise cannot_stay_packed(f"{problem.dtype} tensors on {problem.target} under these switches")
-        return Plan(problem, chosen, flops, flops, why)
-    from tritonsym.kernels.tiles import pick_product, pick_square
-
-    itemsize = costs.ITEMSIZE[problem.dtype]
-    picked = pick_product(problem.rows, itemsize, problem.target), pick_square(itemsize, problem.target)
-    return Plan(problem, chosen, flops, flops, why, tiles=tuple(map(astuple, picked)))
-
-
-def gram_plan(problem: GramProblem) -> Plan:
-    """The path of X X^T: 'reference' computes all of it, 'half' one triangle. Pure but for the switches."""
-    return _gram_plan(problem, current_backend())
-
-
-@lru_cache(maxsize=4096)
-def _gram_plan(problem: GramProblem, backend: str) -> Plan:
-    chosen, why = _choose(problem, backend, "half")
-    if chosen == "reference":
         return Plan(problem, chosen, 2 * problem.dense, 2 * problem.dense, why)
-    from tritonsym.kernels.tiles import pick_square
-
-    tile = pick_square(costs.ITEMSIZE[problem.dtype], problem.target)
-    flops = problem.batch * problem.n * (problem.n + 1) * problem.k
-    return Plan(problem, chosen, flops, 2 * problem.dense, why, tiles=(astuple(tile),))
+    tiles = forced_tiles or (measured[1] if measured and measured[0] == chosen else problem.pick())
+    return Plan(problem, chosen, problem.flops, 2 * problem.dense, why, tiles)
 
 
-def _choose(problem: LinearProblem | GramProblem, backend: str, kernel: str) -> tuple[str, str]:
-    """The path `kernel` or the reference, and why."""
-    if problem.dtype not in costs.ITEMSIZE:
-        return "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
-    if backend != "auto":
-        return kernel if backend == "triton" else "reference", f"Forced by the backend {backend!r}."
-    if problem.target == "cpu" or find_spec("triton") is None:
-        return "reference", "The Triton kernels need a GPU, and Triton."
-    if problem.target not in costs.MULTIPROCESSORS:
-        return "reference", f"There is no estimate for {problem.target}; backend='triton' uses the kernel."
+def _estimate(problem: MatrixProblem) -> tuple[str, str]:
+    """The path on a GPU where nothing was measured, and why."""
+    target = architecture(problem.target)
+    if target not in costs.MULTIPROCESSORS:
+        return "reference", f"There is no estimate for {target}; backend='triton' uses the kernel."
     if costs.ITEMSIZE[problem.dtype] != 2:
         return "reference", "The estimates know 16-bit dtypes only; backend='triton' uses the kernel."
     is_faster, why = problem.compare()
-    return kernel if is_faster else "reference", f"{why} (estimate)."
+    return "expand" if is_faster else "reference", f"{why} (estimate)."
 
 
 def computing_dtype(t: Tensor) -> torch.dtype:

@@ -36,16 +36,18 @@ def check_device(x: Tensor) -> None:
 
 
 @contextmanager
-def _launching(x: Tensor, rows: Tensor, path: str, tiles: Sequence[int]) -> Iterator[None]:
-    """Launch on the device of x, and say what was launched if that fails."""
+def launching(path: str, tiles: Sequence[int], *operands: Tensor) -> Iterator[None]:
+    """Launch on the device of the operands, and say what was launched if that fails."""
+    x = operands[0]
     check_device(x)
     try:
         with torch.cuda.device_of(x):
             yield
     except Exception as error:
         raise RuntimeError(
-            f"tritonsym: the kernels of path {path!r} with tiles {list(tiles)} failed for x {tuple(x.shape)} {x.dtype} "
-            f"and stored rows {tuple(rows.shape)} on {x.device}: {error}; tritonsym.backend('reference') does without"
+            f"tritonsym: the kernels of path {path!r} with tiles {list(tiles)} failed for {x.dtype} tensors "
+            f"{', '.join(str(tuple(t.shape)) for t in operands)} on {x.device}: {error}; "
+            "tritonsym.backend('reference') does without"
         ) from error
 
 
@@ -67,7 +69,7 @@ def forward(
     layer = Conv.from_text(conv)
     y = _like(x, layer.out_shape(x))
     winners = torch.empty_like(y, dtype=torch.uint8) if keep else y.new_empty(0, dtype=torch.uint8)
-    with _launching(x, rows, path, tiles):
+    with launching(path, tiles, x, rows):
         run = _shift_forward if path == "shift" else _expand_forward
         run(x, rows, bias, layer, tiles, activation, y, winners if keep else None)
     return y, winners
@@ -104,7 +106,7 @@ def backward(
     layer = Conv.from_text(conv)
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     drows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
-    with _launching(x, rows, path, tiles):
+    with launching(path, tiles, x, rows):
         run = _shift_backward if path == "shift" else _expand_backward
         run(
             dy,

@@ -271,10 +271,11 @@ def symmetric_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, never_unpack: bool = False
 ) -> Tensor:
     if not _takes_reference(x, packed):
-        problem = dispatch.linear_problem(x.shape, x.device.type, dispatch.dtype_name(x), never_unpack)
-        plan = dispatch.linear_plan(problem)
+        training = needs_gradient(x, packed, bias)
+        dtype = dispatch.dtype_name(x)
+        plan = dispatch.plan(dispatch.linear_problem(x.shape, x.device.type, dtype, never_unpack, training))
         if plan.tiles:
-            fused = None if dispatch.needs_gradient(x, packed, bias) else activation
+            fused = None if training else activation
             y = symm.linear(_cast(x), _cast(packed), None if bias is None else _cast(bias), fused, *plan.tiles)
             return y if fused else reference.activate(y, activation)
     elif never_unpack:
@@ -286,7 +287,7 @@ def symmetric_linear(
 @_op("gram(Tensor x, Tensor? a, float alpha, float beta) -> Tensor")
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
     if not _takes_reference(x, a):
-        plan = dispatch.gram_plan(dispatch.gram_problem(x.shape, x.device.type, dispatch.dtype_name(x)))
+        plan = dispatch.plan(dispatch.gram_problem(x.shape, x.device.type, dispatch.dtype_name(x)))
         if plan.tiles:
             return symm.gram(_cast(x), None if a is None else _cast(a), alpha, beta, *plan.tiles)
     return reference.gram(x, a, alpha, beta)

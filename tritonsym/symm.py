@@ -31,10 +31,9 @@ def _precision() -> str:
 @torch.library.custom_op("tritonsym::packed_product", mutates_args=())
 def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
     """act(x U(packed) + bias) for x (B, n)."""
-    launch.check_device(x)
-    from tritonsym.kernels import symm, tiles
+    with launch.launching("expand", tile, x, packed):
+        from tritonsym.kernels import symm, tiles
 
-    with torch.cuda.device_of(x):  # the launch follows the tensor
         return symm.product(x, packed.contiguous(), bias, activation, tiles.GemmTile(*tile), _precision())
 
 
@@ -46,10 +45,9 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, ti
 @torch.library.custom_op("tritonsym::packed_gradient", mutates_args=())
 def packed_gradient(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
     """U*(x^T dy) for x, dy (B, n)."""
-    launch.check_device(x)
-    from tritonsym.kernels import symm, tiles
+    with launch.launching("expand", tile, x, dy):
+        from tritonsym.kernels import symm, tiles
 
-    with torch.cuda.device_of(x):
         return symm.gradient(x, dy, tiles.GemmTile(*tile), _precision())
 
 
@@ -61,10 +59,9 @@ def _(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
 @torch.library.custom_op("tritonsym::half_gram", mutates_args=())
 def half_gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
     """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M), of which the lower triangle counts."""
-    launch.check_device(x)
-    from tritonsym.kernels import gram, tiles
+    with launch.launching("expand", tile, x):
+        from tritonsym.kernels import gram, tiles
 
-    with torch.cuda.device_of(x):
         return gram.gram(x, a, alpha, beta, tiles.GemmTile(*tile), _precision())
 
 

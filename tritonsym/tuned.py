@@ -1,4 +1,4 @@
-"""Tables of what was measured on a GPU: the fastest path for a layer, and the tiles of its kernels.
+"""Tables of what was measured on a GPU: the fastest path for a layer or function, and the tiles of its kernels.
 
 A table is a JSON file named after its GPU, {"version": .., "entries": {key: {"path": .., "tiles": [[..], ..]}}}. Those
 that ship with the library lie in `kernels/tuned`; `tritonsym.tune` writes the user's into the cache directory
@@ -25,28 +25,9 @@ if TYPE_CHECKING:
 
 Tiles = tuple[tuple[int, ...], ...]
 
-#: Of the keys and of what the numbers of a tile mean: raise it when either changes, and older tables are ignored.
+#: Of the keys (`costs.Problem.key`) and of what the numbers of a tile mean: raise it when either changes, and older
+#: tables are ignored.
 VERSION = 1
-
-
-def key(problem: Problem) -> str:
-    """What decides how fast a convolution is, sizes that may vary rounded to powers of two.
-
-    Positions are those of all groups and images of the batch; z says how often the stored rows are multiplied.
-    """
-    work, traffic = problem.shift, problem.traffic
-    assert work is not None and traffic is not None
-    positions = problem.expanded // max(work.taps * work.channels * work.outputs, 1)
-    return (
-        f"{re.sub('[123]d$', '', problem.layer)} {problem.dtype} {'training' if problem.training else 'inference'} "
-        f"channels={work.channels} outputs={work.outputs} filters={work.filters} taps={work.taps} "
-        f"stored={traffic.stored} positions={_bucket(positions)} z={_bucket(work.z)}"
-    )
-
-
-def _bucket(number: int) -> int:
-    """The power of two nearest on a logarithmic scale."""
-    return 0 if number == 0 else 1 << (number * number).bit_length() // 2
 
 
 def gpu(target: str) -> str:
@@ -91,29 +72,16 @@ def read(file: Path) -> dict[str, Any]:
     return {}
 
 
-def find(problem: Problem, architecture: str) -> tuple[str, Tiles] | None:
+def find(problem: Problem) -> tuple[str, Tiles] | None:
     """The path and tiles measured for such a problem, if they can run there."""
-    entry = table(gpu(problem.target)).get(key(problem))
+    entry = table(gpu(problem.target)).get(problem.key)
     if entry is None:
         return None
     try:
         tiles = tuple(tuple(map(int, tile)) for tile in entry["tiles"])
     except (TypeError, ValueError):
         return None
-    return (entry["path"], tiles) if runs(entry["path"], tiles, problem.dtype, architecture) else None
-
-
-def runs(path: str, tiles: Tiles, dtype: str, architecture: str) -> bool:
-    """Whether these are tiles of the path's kernels that fit (`kernels.tiles.fits`)."""
-    from tritonsym.kernels.tiles import GemmTile, Tile, fits
-
-    kinds: dict[str, tuple[type, ...]] = {"reference": (), "shift": (Tile,) * 2, "expand": (GemmTile,) * 3}
-    itemsize = 4 if dtype == "float32" else 2
-    try:
-        made = [kind(*tile) for kind, tile in zip(kinds[path], tiles, strict=True)]
-    except (KeyError, TypeError, ValueError):
-        return False
-    return all(fits(tile, itemsize, architecture, taps=True) for tile in made)
+    return (entry["path"], tiles) if problem.runs(entry["path"], tiles) else None
 
 
 def record(file: Path, entries: dict[str, Any]) -> None:
