@@ -16,7 +16,7 @@ from torch import nn
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import FilterLayout, Symmetry, launch
+from tritonsym import FilterLayout, Symmetry, dispatch, launch
 from tritonsym.dispatch import current_backend
 from tritonsym.symmetry import tap_orbits
 
@@ -71,7 +71,7 @@ def enter(context):
 
 def with_environment(value):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITONSYM_BACKEND", value)
+        patch.setattr(dispatch, "ENVIRONMENT", value)
         current_backend()
 
 

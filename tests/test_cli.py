@@ -10,12 +10,13 @@ from matplotlib.image import imread
 
 import tritonsym
 from tritonsym import __main__ as command_line
-from tritonsym import demo, reference
+from tritonsym import calls, demo, dispatch, reference
 from tritonsym.__main__ import main
 
 
 def test_info(capsys, monkeypatch):
     monkeypatch.setenv("TRITONSYM_BACKEND", "reference")
+    monkeypatch.setattr(dispatch, "ENVIRONMENT", "reference")
     assert main(["info"]) == 0
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["tritonsym"] == tritonsym.__version__
@@ -60,8 +61,10 @@ def test_check_all(capsys):
 
 
 def test_check_reports_what_is_wrong(capsys, monkeypatch):
-    right = reference.tied_conv
-    monkeypatch.setattr(reference, "tied_conv", lambda *args: 1.01 * right(*args))
+    right = calls.Call.run
+    monkeypatch.setattr(
+        calls.Call, "run", lambda call, *args: right(call, *args) * (1.01 if call.layer == "TiedConv" else 1)
+    )
     monkeypatch.setattr(command_line, "DTYPES", (torch.float32,))
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()

@@ -24,6 +24,7 @@ ORDER = [
     {"costs"},
     {"reference", "dispatch", "launch"},
     {"convolution", "symm"},
+    {"calls"},
     {"ops"},
     {"functional"},
     {"nn"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tritonsym
-from tritonsym import ops
+from tritonsym import calls
 
 
 def load(layer):
@@ -71,7 +71,7 @@ def test_changes_of_a_matrix_are_seen(change):
 
 
 def kept(layer):
-    return ops._kept.get(layer.weight)
+    return calls._kept.find(layer.weight)
 
 
 def test_kept_while_values_stay_and_no_longer():
@@ -114,7 +114,7 @@ def test_a_weight_kept_in_inference_mode_serves_gradients_of_the_input():
 def test_nothing_is_kept_of_other_tensors_and_by_compiled_code():
     weight, x = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 6, 6)
     tritonsym.functional.symmetric_conv2d(x, weight, symmetry="hv")
-    assert weight not in ops._kept
+    assert calls._kept.find(weight) is None
     layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv")
     with torch.no_grad():
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "reference", "triton")
 PATHS = ("reference", "expand", "shift")
 
+#: The environment variable TRITONSYM_BACKEND when this was imported.
+ENVIRONMENT = os.environ.get("TRITONSYM_BACKEND") or "auto"
+
 _backend: ContextVar[str | None] = ContextVar("tritonsym_backend", default=None)
 _path: ContextVar[tuple[str | None, tuned.Tiles]] = ContextVar("tritonsym_path", default=(None, ()))
 
@@ -41,8 +44,8 @@ def backend(name: str) -> Iterator[None]:
 
     On CPU tensors 'triton' runs Triton's interpreter, slowly, and needs TRITON_INTERPRET=1 from the start.
 
-    The environment variable TRITONSYM_BACKEND sets the same outside of any block. A function that `torch.compile` or
-    `torch.export` has traced keeps the choice in force when it was traced.
+    The environment variable TRITONSYM_BACKEND, read on import, sets the same outside of any block. A function that
+    `torch.compile` or `torch.export` has traced keeps the choice in force when it was traced.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
@@ -71,10 +74,15 @@ def path(name: str, tiles: tuned.Tiles = ()) -> Iterator[None]:
 
 def current_backend() -> str:
     """The backend in force: of the innermost `backend` block, else of TRITONSYM_BACKEND, else 'auto'."""
-    name = _backend.get() or os.environ.get("TRITONSYM_BACKEND") or "auto"
+    name = _backend.get() or ENVIRONMENT
     if name not in BACKENDS:
         raise ValueError(f"TRITONSYM_BACKEND={name!r}: expected one of {', '.join(BACKENDS)}")
     return name
+
+
+def switches() -> tuple[str, str | None, tuned.Tiles, int]:
+    """All that a plan depends on besides its problem and the tables: backend, forced path, its tiles, threads."""
+    return current_backend(), *_path.get(), torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -116,12 +124,12 @@ def plan(problem: Problem) -> Plan:
     """
     if isinstance(problem, MatrixProblem):
         return _matrix_plan(problem, current_backend(), *_path.get())
-    return _plan(problem, current_backend(), *_path.get(), torch.get_num_threads())
+    return _plan(problem, *switches())
 
 
 def conv_plan(*problem: Any) -> Plan:
     """``plan(conv_problem(*problem))``, remembered: what a call of a layer costs should be its convolution."""
-    return _conv_plan(problem, current_backend(), *_path.get(), torch.get_num_threads())
+    return _conv_plan(problem, *switches())
 
 
 @lru_cache(maxsize=4096)

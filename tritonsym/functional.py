@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonsym import ops
+from tritonsym import calls, ops
 from tritonsym.dispatch import computing_dtype
 from tritonsym.packing import check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
@@ -259,6 +259,7 @@ def _symmetric_conv(
     return symmetric_conv(where, x, weight, bias, layout, stride, padding, dilation, activation)
 
 
+@calls.repeating(weights=1)
 def symmetric_conv(
     where: str,
     x: Tensor,
@@ -320,6 +321,7 @@ def _symmetric_conv_transpose(
     )
 
 
+@calls.repeating(weights=1)
 def symmetric_conv_transpose(
     where: str,
     x: Tensor,
@@ -419,6 +421,7 @@ def _tied_conv(
     )
 
 
+@calls.repeating(weights=2)
 def tied_conv(
     where: str,
     x: Tensor,
@@ -509,6 +512,7 @@ def pool_symmetry(where: str, symmetry: str, kernel_size: tuple[int, ...]) -> st
     return value.name
 
 
+@calls.repeating(weights=1)
 def orbit_pool_conv(
     where: str,
     x: Tensor,

@@ -8,20 +8,17 @@ Ops take batched inputs and checked arguments; the public functions are in `trit
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.nn import Parameter
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from tritonsym import convolution, dispatch, reference, symm
+from tritonsym import calls, dispatch, reference, symm
 from tritonsym.dispatch import needs_gradient
-from tritonsym.shift import Conv, Geometry, is_last
+from tritonsym.shift import Conv, Geometry
 from tritonsym.symmetry import FilterLayout, Symmetry, TapOrbits, tap_orbits, tied_blocks
 
 Ints = tuple[int, ...]
@@ -83,71 +80,12 @@ def _ints(*sizes: Sequence[int]) -> tuple[Ints, ...]:
     return tuple(tuple(map(int, axes)) for axes in sizes)
 
 
-def _convolve(
-    layer: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    conv: Conv,
-    activation: str | None,
-    prepare: Callable[[Tensor], Tensor] = lambda w: w,
-) -> Tensor | None:
-    """act(conv(x) + bias) as planned, for a bias of every filter; None where the reference has to do."""
+def _plan(layer: str, x: Tensor, *args: Any, **options: Any) -> calls.Call | None:
+    """`calls.plan`; None where the reference has to do."""
     if _takes_reference(x):
         return None
-    dtype, kind, size = dispatch.computing_dtype(x), x.device.type, x.shape
-    training = needs_gradient(x, bias, *weights)
-    plan = dispatch.conv_plan(
-        layer, kind, str(dtype)[6:], size[0], size[1] // conv.groups, tuple(size[2:]), conv, 1, training
-    )
-    if plan.path != "reference":
-        return convolution.conv(x, convolution.stored_rows(conv, *map(prepare, weights)), bias, conv, plan, activation)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or dtype not in _GATHERED[kind]:
-        return None
-    last = is_last(x)
-
-    def expand() -> Tensor:
-        return convolution.expand(conv, last, *(prepare(w).to(dtype) for w in weights))
-
-    dense = _dense((layer, conv, last, dtype), expand, *weights)
-    y = convolution.dense_conv(x, expand() if dense is None else dense, bias, conv)
-    return reference.activate(y, activation)
-
-
-#: Dtypes of the rows that PyTorch's kernels add up well, by the type of the device.
-_GATHERED: dict[str, tuple[torch.dtype, ...]] = defaultdict(
-    tuple,
-    cpu=(torch.float32, torch.float64),
-    cuda=(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-)
-
-
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> (what of it, stored values, dense weight)
-
-
-def _dense(what: object, make: Callable[[], Tensor], *weights: Tensor | None) -> Tensor | None:
-    """The expanded weight, kept for inference on the CPU; None where it is not kept.
-
-    It is used again only while the stored values are bitwise those it was made of, which costs a fraction of expanding
-    them: no change of the parameters, however it comes about, can be missed. Training drops it.
-    """
-    weight = weights[0]
-    stored = [w for w in weights if w is not None]
-    if not isinstance(weight, Parameter) or weight.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    if needs_gradient(*stored) or weight.is_inference() or torch._C._are_functorch_transforms_active():
-        _kept.pop(weight, None)
-        return None
-    known, values, dense = _kept.get(weight, (None, [], None))
-    if known != what or not all(map(_same, stored, values)):
-        with torch.inference_mode(False), torch.no_grad():
-            dense = make()
-            _kept[weight] = (what, [w.detach().clone() for w in stored], dense)
-    return dense
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+    call = calls.plan(layer, x, *args, **options)
+    return call if call.runs(x.device) else None
 
 
 @_op(
@@ -166,12 +104,9 @@ def symmetric_conv(
     activation: str | None = None,
 ) -> Tensor:
     filters, conv = _orbit_conv(layout, groups, *_ints(weight.shape[2:], stride, padding, dilation))
-    bias = reference.full_bias(bias, filters)
-
-    y = _convolve("SymmetricConv", x, [weight], bias, conv, activation)
-    if y is None:
-        y = reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
-    return y
+    if call := _plan("SymmetricConv", x, [weight], bias, conv, activation=activation, shared=filters):
+        return call.run(x, [weight], bias)
+    return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
 
 
 @_op(
@@ -192,14 +127,11 @@ def symmetric_conv_transpose(
 ) -> Tensor:
     sizes = _ints(weight.shape[2:], stride, padding, dilation)
     filters, conv = _orbit_conv(layout, groups, *sizes, True, *_ints(output_padding))
-    bias = reference.full_bias(bias, filters)
-
-    y = _convolve("SymmetricConvTranspose", x, [weight], bias, conv, activation)
-    if y is None:
-        y = reference.symmetric_conv_transpose(
-            x, weight, bias, filters, stride, padding, output_padding, dilation, activation
-        )
-    return y
+    if call := _plan("SymmetricConvTranspose", x, [weight], bias, conv, activation=activation, shared=filters):
+        return call.run(x, [weight], bias)
+    return reference.symmetric_conv_transpose(
+        x, weight, bias, filters, stride, padding, output_padding, dilation, activation
+    )
 
 
 @_op(
@@ -222,14 +154,12 @@ def tied_conv(
 ) -> Tensor:
     counts = (int(w.shape[0]) // groups if w is not None else 0 for w in (weight, free_weight))
     orbits, conv = _tied_conv(symmetry, odd, *counts, groups, *_ints(kernel_size, stride, padding, dilation))
-
     stored = [w for w in (weight, free_weight) if w is not None and w.shape[0]]
-    y = _convolve("TiedConv", x, stored, bias, conv, activation)
-    if y is None:
-        y = reference.tied_conv(
-            x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
-        )
-    return y
+    if call := _plan("TiedConv", x, stored, bias, conv, activation=activation):
+        return call.run(x, stored, bias)
+    return reference.tied_conv(
+        x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
+    )
 
 
 @_op(
@@ -251,14 +181,10 @@ def orbit_pool_conv(
     filters = int(weight.shape[0]) // groups
     sizes = _ints(weight.shape[2:], stride, padding, dilation)
     group, conv = _pooled_conv(symmetry, reduce, filters, groups, *sizes)
-
-    def prepare(w: Tensor) -> Tensor:
-        return w if conv.pool else reference.orbit_mean(w, group, reduce)
-
-    y = _convolve("OrbitPoolConv", x, [weight], bias, conv, activation, prepare)
-    if y is None:
-        y = reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
-    return y
+    prepare = None if conv.pool else partial(reference.orbit_mean, symmetry=group, reduce=reduce)
+    if call := _plan("OrbitPoolConv", x, [weight], bias, conv, activation=activation, prepare=prepare):
+        return call.run(x, [weight], bias)
+    return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
 
 
 def _cast(t: Tensor) -> Tensor:
@@ -280,7 +206,7 @@ def symmetric_linear(
             return y if fused else reference.activate(y, activation)
     elif never_unpack:
         raise dispatch.cannot_stay_packed("symbolic sizes or torch.func transforms")
-    dense = _dense("unpacked", lambda: reference.unpack(packed), packed)
+    dense = calls.kept("unpacked", lambda: reference.unpack(packed), packed)
     return reference.symmetric_linear(x, packed, bias, activation, dense)
 
 

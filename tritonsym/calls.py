@@ -1,0 +1,185 @@
+"""What a layer remembers from one call to the next, so that small layers cost little more than their convolution.
+
+The plan of a convolution, for a call with equal arguments; and on the CPU, for inference, its expanded weight.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from torch.nn import Parameter
+
+from tritonsym import convolution, dispatch, reference
+from tritonsym.dispatch import needs_gradient
+from tritonsym.shift import Conv, is_last
+from tritonsym.symmetry import FilterLayout
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+#: Dtypes of the rows that PyTorch's kernels add up well, by the type of the device.
+_GATHERED: dict[str, tuple[torch.dtype, ...]] = defaultdict(
+    tuple,
+    cpu=(torch.float32, torch.float64),
+    cuda=(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+)
+
+
+def is_eager() -> bool:
+    """Whether tensors are what they seem: nothing compiles, traces, transforms or intercepts."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or fwAD._current_level >= 0
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A convolution as planned: act(conv(x) + bias) of prepared weights."""
+
+    layer: str
+    conv: Conv
+    plan: dispatch.Plan
+    activation: str | None
+    shape: torch.Size  # of x
+    last: bool  # whether x is channels-last
+    dtype: torch.dtype  # to compute in
+    prepare: Callable[[Tensor], Tensor] | None = None  # the weights
+    shared: FilterLayout | None = None  # where a bias may be shared by the images of a filter
+
+    def runs(self, device: torch.device) -> bool:
+        """Whether this is one of the plan's paths or a reference that gathers its weight."""
+        return self.plan.path != "reference" or (is_eager() and self.dtype in _GATHERED[device.type])
+
+    def run(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        if self.shared is not None:
+            bias = reference.full_bias(bias, self.shared)
+        if self.plan.path != "reference":
+            rows = convolution.stored_rows(self.conv, *self._prepared(weights))
+            return convolution.conv(x, rows, bias, self.conv, self.plan, self.activation)
+        dense = kept((self.layer, self.conv, self.last, self.dtype), partial(self._expand, weights), *weights)
+        y = convolution.dense_conv(x, self._expand(weights) if dense is None else dense, bias, self.conv)
+        return reference.activate(y, self.activation)
+
+    def _prepared(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        return weights if self.prepare is None else [self.prepare(w) for w in weights]
+
+    def _expand(self, weights: Sequence[Tensor]) -> Tensor:
+        return convolution.expand(self.conv, self.last, *(w.to(self.dtype) for w in self._prepared(weights)))
+
+
+class _ByTensor(dict[int, Any]):
+    """Values by the identity of a tensor, while it lives."""
+
+    def find(self, t: Tensor) -> Any:
+        owner, value = self.get(id(t), (None, None))
+        return value if owner is not None and owner() is t else None
+
+    def remember(self, t: Tensor, value: Any) -> None:
+        key = id(t)
+        self[key] = weakref.ref(t, lambda _: self.pop(key, None)), value
+
+    def forget(self, t: Tensor) -> None:
+        self.pop(id(t), None)
+
+
+class _Latest(threading.local):
+    """The call planned last in this thread."""
+
+    call: Call | None = None
+
+
+_latest = _Latest()
+_calls = _ByTensor()  # by the first weight: key and call
+_kept = _ByTensor()  # by the first weight: what of it, stored values, dense weight
+
+
+def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, conv: Conv, **options: Any) -> Call:
+    """The call act(conv(x) + bias) as planned now."""
+    dtype = dispatch.computing_dtype(x)
+    chosen = dispatch.conv_plan(
+        layer,
+        x.device.type,
+        str(dtype).removeprefix("torch."),
+        x.shape[0],
+        x.shape[1] // conv.groups,
+        tuple(x.shape[2:]),
+        conv,
+        1,
+        needs_gradient(x, bias, *weights),
+    )
+    call = Call(layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, **options)
+    _latest.call = call if call.runs(x.device) else None
+    return call
+
+
+def repeating(weights: int) -> Callable[[Function], Function]:
+    """Let a function of (where, x, weights, bias, ...) repeat its last call for its first weight, if that had equal
+    arguments, without checking and planning anew."""
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def call(where: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+            if torch.compiler.is_compiling() or type(weight) is not Parameter or type(x) is not Tensor:
+                return function(where, x, weight, *rest)
+            key, known = _key(x, weight, rest), _calls.find(weight)
+            if known is not None and known[0] == key and is_eager():
+                stored = [weight, *(w for w in rest[: weights - 1] if w is not None and w.shape[0])]
+                return known[1].run(x, stored, rest[weights - 1])
+            _latest.call = None
+            y = function(where, x, weight, *rest)
+            latest = _latest.call
+            if latest is not None and latest.shape == x.shape and is_eager():  # x as it was: not padded, with a batch
+                _calls.remember(weight, (key, latest))
+            return y
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _key(x: Tensor, weight: Tensor, rest: Sequence[Any]) -> tuple[Any, ...]:
+    """All that checks and plans look at."""
+    tensors = [_form(t) if isinstance(t, Tensor) else t for t in rest]
+    state = torch.is_grad_enabled(), dispatch.computing_dtype(x), dispatch.switches()
+    return (_form(x), x.stride(), _form(weight), *tensors, *state)
+
+
+def _form(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.device, t.requires_grad
+
+
+def kept(what: object, make: Callable[[], Tensor], *weights: Tensor) -> Tensor | None:
+    """The expanded weight, kept for inference on the CPU; None where it is not kept.
+
+    It is used again only while the stored values are bitwise those it was made of, which costs a fraction of expanding
+    them: no change of the parameters, however it comes about, can be missed. Training drops it.
+    """
+    weight = weights[0]
+    if type(weight) is not Parameter or weight.device.type != "cpu":
+        return None
+    if needs_gradient(*weights) or weight.is_inference() or not is_eager():
+        _kept.forget(weight)
+        return None
+    known, values, dense = _kept.find(weight) or (None, [], None)
+    if known != what or not all(map(_same, weights, values)):
+        with torch.inference_mode(False), torch.no_grad():
+            dense = make()
+            _kept.remember(weight, (what, [w.detach().clone() for w in weights], dense))
+    return dense
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
