@@ -111,11 +111,8 @@ def test_names_of_a_layer_share_their_key():
     layer, x = tritonsym.nn.SymmetricConv2d(8, 8, 3, symmetry="hv"), torch.randn(2, 8, 6, 6)
     planned = []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(
-            dispatch,
-            "_plan",
-            lambda problem, *args, plan=dispatch._plan: planned.append(problem) or plan(problem, *args),
-        )
+        plan = dispatch._plan
+        patch.setattr(dispatch, "_plan", lambda problem, *args: planned.append(problem) or plan(problem, *args))
         layer(x)
         tritonsym.explain(layer, x)
     assert planned[0].layer != planned[1].layer and len({problem.key for problem in planned}) == 1
@@ -292,11 +289,7 @@ def test_keys_of_matrices():
 def test_a_packed_layer_plans_as_explained(training):
     layer, x, planned = tritonsym.nn.SymmetricLinear(8, 8), torch.randn(2, 3, 8), []
     with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(training):
-        patch.setattr(
-            dispatch,
-            "_plan",
-            lambda problem, *args, plan=dispatch._plan: planned.append(problem) or plan(problem, *args),
-        )
+        patch.setattr(dispatch, "plan", lambda problem, plan=dispatch.plan: planned.append(problem) or plan(problem))
         layer(x)
         tritonsym.explain(layer, x)
     assert planned[0] == planned[1] and planned[0].training == training
