@@ -134,7 +134,7 @@ def repeating(weights: int) -> Callable[[Function], Function]:
         def call(where: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
             if torch.compiler.is_compiling() or type(weight) is not Parameter or type(x) is not Tensor:
                 return function(where, x, weight, *rest)
-            key, known = _key(x, weight, rest), _calls.find(weight)
+            key, known = (function, *_key(x, weight, rest)), _calls.find(weight)
             if known is not None and known[0] == key and is_eager():
                 stored = [weight, *(w for w in rest[: weights - 1] if w is not None and w.shape[0])]
                 return known[1].run(x, stored, rest[weights - 1])
@@ -152,9 +152,9 @@ def repeating(weights: int) -> Callable[[Function], Function]:
 
 def _key(x: Tensor, weight: Tensor, rest: Sequence[Any]) -> tuple[Any, ...]:
     """All that checks and plans look at."""
-    tensors = [_form(t) if isinstance(t, Tensor) else t for t in rest]
-    state = torch.is_grad_enabled(), dispatch.computing_dtype(x), dispatch.switches()
-    return (_form(x), x.stride(), _form(weight), *tensors, *state)
+    options = [_form(o) if isinstance(o, Tensor) else tuple(o) if isinstance(o, list) else o for o in rest]
+    state = torch.is_grad_enabled(), dispatch.computing_dtype(x), dispatch.switches(), dispatch.generation
+    return (_form(x), x.stride(), _form(weight), *options, *state)
 
 
 def _form(t: Tensor) -> tuple[Any, ...]:

@@ -34,6 +34,9 @@ PATHS = ("reference", "expand", "shift")
 #: The environment variable TRITONSYM_BACKEND when this was imported.
 ENVIRONMENT = os.environ.get("TRITONSYM_BACKEND") or "auto"
 
+#: How often plans were forgotten (`forget`).
+generation = 0
+
 _backend: ContextVar[str | None] = ContextVar("tritonsym_backend", default=None)
 _path: ContextVar[tuple[str | None, tuned.Tiles]] = ContextVar("tritonsym_path", default=(None, ()))
 
@@ -139,6 +142,8 @@ def _conv_plan(problem: tuple[Any, ...], *switches: Any) -> Plan:
 
 def forget() -> None:
     """Plan anew, from the tables of measurements (`tuned`) as the files are now."""
+    global generation
+    generation += 1
     tuned.table.cache_clear()
     _conv_plan.cache_clear()
     _matrix_plan.cache_clear()
