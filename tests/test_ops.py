@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import dispatch
+from tritonsym import dispatch, ops, tuned
 from tritonsym.dispatch import current_backend
 
 
@@ -356,6 +356,34 @@ def test_switches_nest_and_are_restored(monkeypatch):
             torch.testing.assert_close(LAYER(X2D), expected)
         assert tritonsym.explain(LAYER, X2D).path == "expand"
     assert torch.equal(LAYER(X2D), expected)
+
+
+def test_compilers_can_tell_bodies_apart(monkeypatch, tmp_path):
+    """They keep on disk what they compiled, by the op and its arguments."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def state():
+        found = []
+
+        def backend(graph, _):
+            found.extend(node.kwargs["state"] for node in graph.graph.nodes if "tritonsym" in str(node.target))
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(LAYER, backend=backend, fullgraph=True)(X2D)
+        return found[0]
+
+    states = [state(), state()]
+    for switch in (tritonsym.path("shift"), tritonsym.path("reference"), tritonsym.backend("reference")):
+        with switch:
+            states.append(state())
+    tuned.record(tuned.user_file("sm_90"), {})
+    states.append(state())
+    monkeypatch.setattr(ops, "_sources", lambda: "other code")
+    states.append(state())
+    assert states[0] == states[1] and len(set(states)) == len(states) - 1
+    exported = torch.export.export(LAYER, (X2D,)).graph
+    assert not any(node.kwargs.get("state") for node in exported.nodes)
 
 
 def test_switches_are_restored_after_an_exception():

@@ -23,7 +23,7 @@ from tritonsym.dispatch import needs_gradient
 from tritonsym.shift import Conv, is_last
 from tritonsym.symmetry import FilterLayout
 
-Function = TypeVar("Function", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Dtypes of the rows that PyTorch's kernels add up well, by the type of the device.
 _GATHERED: dict[str, tuple[torch.dtype, ...]] = defaultdict(
@@ -43,6 +43,15 @@ def is_eager() -> bool:
         or torch._C._get_tracing_state()
         or fwAD._current_level >= 0
     )
+
+
+def constant(function: Function) -> Function:
+    """Let Dynamo call this function instead of tracing it: what `torch.compiler.assume_constant_result` does.
+
+    (Which would import all of Dynamo to do so.) The arguments must be plain values.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)

@@ -157,14 +157,13 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
         arithmetic = 2 * multiply_adds * slower / rate
         return max(values * itemsize / rates.memory, arithmetic, terms * itemsize / rates.l1) + rates.launch
 
-    expanding = seconds(2 * traffic.expanded)
     dense = seconds(traffic.x + traffic.y + traffic.expanded, problem.expanded)
     rows = seconds(2 * traffic.stored)
     passes = -(-work.z * itemsize // shift.SCRATCH_BYTES)  # every chunk has its launches
     gemm = seconds(traffic.x + work.z + traffic.stored, work.multiply_adds, rates.gemm)
     additions = seconds(work.z + traffic.y, terms=work.additions)
     return {
-        "reference": expanding + dense,
+        "reference": rows + seconds(2 * traffic.expanded) + dense,
         "shift": rows + gemm + additions + 2 * (passes - 1) * rates.launch,
         "expand": rows + seconds(traffic.x + traffic.y + traffic.stored, problem.expanded, TRITON * rates.conv),
     }

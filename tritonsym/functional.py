@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonsym import calls, ops
+from tritonsym.calls import constant
 from tritonsym.dispatch import computing_dtype
 from tritonsym.packing import check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
@@ -35,15 +36,6 @@ POOL_REDUCTIONS = ("max", "min", "sum", "mean")
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def _constant(function: Function) -> Function:
-    """Let Dynamo call this function instead of tracing it: what `torch.compiler.assume_constant_result` does.
-
-    (Which would import all of Dynamo to do so.) The arguments must be plain values.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 def _remembered(function: Function) -> Function:
     """Keep results for arguments that can be hashed, not lists or symbolic sizes; a compiler traces the function."""
     remember: Any = functools.lru_cache(maxsize=4096, typed=True)(function)
@@ -58,14 +50,14 @@ def _remembered(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-@_constant
+@constant
 def _stored_layout(where: str, spec: Spec, stored: int, groups: int, kernel_size: tuple[int, ...]) -> FilterLayout:
     layout = FilterLayout.from_stored(spec, stored, groups, where)
     layout.check_kernel(kernel_size, where)
     return layout
 
 
-@_constant
+@constant
 def _tie(where: str, symmetry: str, parity: Parity, kernel_size: tuple[int, ...]) -> tuple[str, str, int]:
     """Canonical name, odd axes and number of orbits."""
     value = Symmetry(symmetry)
@@ -502,7 +494,7 @@ def _orbit_pool_conv(
     return orbit_pool_conv(where, x, weight, bias, name, reduce, stride, padding, dilation, groups, activation)
 
 
-@_constant
+@constant
 def pool_symmetry(where: str, symmetry: str, kernel_size: tuple[int, ...]) -> str:
     """The canonical name of the symmetry to pool over, checked against the kernel."""
     value = Symmetry(symmetry)
@@ -769,7 +761,7 @@ def order_length(over: object) -> int:
     return len(over[0]) if isinstance(over, Sequence) and over and isinstance(over[0], Sequence) else 0
 
 
-@_constant
+@constant
 def orders_of(over: Any, n: int, where: str) -> tuple[tuple[int, ...], ...]:
     """The group of re-orderings of n entries that `over` names: order[i] is the entry that comes to place i."""
     identity = tuple(range(n))

@@ -8,15 +8,17 @@ Ops take batched inputs and checked arguments; the public functions are in `trit
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from tritonsym import calls, dispatch, reference, symm
+from tritonsym import calls, dispatch, reference, symm, tuned
 from tritonsym.dispatch import needs_gradient
 from tritonsym.shift import Conv, Geometry
 from tritonsym.symmetry import FilterLayout, Symmetry, TapOrbits, tap_orbits, tied_blocks
@@ -27,16 +29,43 @@ _library = torch.library.Library("tritonsym", "DEF")
 
 
 def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Define a composite op; the decorated function is its body."""
+    """Define a composite op; the decorated function is its body.
+
+    Compilers keep what they made of a call on disk, by its arguments: `state` is all else that the body depends on.
+    """
 
     def define(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name = _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, body, "CompositeImplicitAutograd")
+        name = _library.define(schema.replace(") ->", ', *, str state="") ->'), tags=(torch.Tag.pt2_compliant_tag,))
+
+        def kernel(*args: Any, state: str = "", **kwargs: Any) -> Tensor:
+            return body(*args, **kwargs)
+
+        _library.impl(name, kernel, "CompositeImplicitAutograd")
         # the same body under vmap: without it functorch runs a composite op sample by sample
-        _library.impl(name, body, "FuncTorchBatchedDecomposition")
-        return getattr(torch.ops.tritonsym, name)
+        _library.impl(name, kernel, "FuncTorchBatchedDecomposition")
+        op = getattr(torch.ops.tritonsym, name)
+
+        def call(*args: Any) -> Tensor:
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                return op(*args, state=_state())
+            return op(*args)
+
+        return call
 
     return define
+
+
+@calls.constant
+def _state() -> str:
+    return f"{_sources()} {dispatch.switches()} {tuned.stamp()}"
+
+
+@cache
+def _sources() -> str:
+    """A digest of the library's own code."""
+    folder = Path(__file__).parent
+    files = [*folder.rglob("*.py"), *tuned.shipped_file("").parent.parent.glob("*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def _takes_reference(*tensors: Tensor | None) -> bool:

@@ -56,6 +56,11 @@ def table(name: str) -> dict[str, Any]:
     return {**read(shipped_file(name)), **read(user_file(name))}
 
 
+def stamp() -> tuple[int, ...]:
+    """When the user's tables were last written."""
+    return tuple(sorted(file.stat().st_mtime_ns for file in user_file("").parent.glob("*.json")))
+
+
 def read(file: Path) -> dict[str, Any]:
     """The entries of a file; none, with a warning, if it is corrupt or of another version, and none if not there."""
     try:
