@@ -35,7 +35,21 @@ from tritonsym.perf.measure import Samples, Step, gate, make_step, measure, path
 #: The exit code of a run whose time was up before all cases were measured.
 UNFINISHED = 75
 
+#: Variants compiled by torch, by the path they are traced under.
+COMPILED = {"reference": "compiled", "shift": "compiled-shift"}
+
 Row = dict[str, Any]
+
+
+class Named(nn.Module):
+    """A layer with a name that Dynamo sees: code compiled under one `tritonsym.path` is not taken for another's."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.layer, self.name = layer, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.name else x
 
 
 def _steps(case: Case, layer: nn.Module, x: Tensor, mode: str, ours: list[str], compiled: bool) -> dict[str, Step]:
@@ -52,7 +66,9 @@ def _steps(case: Case, layer: nn.Module, x: Tensor, mode: str, ours: list[str], 
             steps[f"{path} {form}"] = make_step(layer, data, training, path)
         if compiled:
             torch.compiler.reset()  # else, after some layers, it falls back to eager
-            steps[f"compiled {form}"] = make_step(torch.compile(layer), data, training, "reference")  # type: ignore[arg-type]
+            for path in set(ours) & {"reference", "shift"}:
+                step = make_step(torch.compile(Named(layer, path)), data, training, path)  # type: ignore[arg-type]
+                steps[f"{COMPILED[path]} {form}"] = step
     return steps
 
 
@@ -131,7 +147,18 @@ def _row(
 
 COLUMNS = f"{'case':28} {'dtype':8} {'mode':8} {'cache':5} {'dense ms':>9} {'spread':>6}" + "".join(
     f" {name:>9}"
-    for name in ("reference", "compiled", "expand", "shift", "auto", "launch us", "TFLOP/s", "useful", "roof")
+    for name in (
+        "reference",
+        "compiled",
+        "expand",
+        "shift",
+        "c-shift",
+        "auto",
+        "launch us",
+        "TFLOP/s",
+        "useful",
+        "roof",
+    )
 )
 
 
@@ -148,7 +175,9 @@ def line(row: Row) -> str:
     return (
         f"{row['case']:28} {row['dtype']:8} {row['mode']:8} {row['cache']:5} {dense * 1e3:9.3f} "
         f"{row['rates']['dense']['spread']:6.0%}"
-        + "".join(shown(speed.get(name)) for name in ("reference", "compiled", "expand", "shift", "auto"))
+        + "".join(
+            shown(speed.get(name)) for name in ("reference", "compiled", "expand", "shift", "compiled-shift", "auto")
+        )
         + shown(min(launch_auto, default=None), ".1f", 1e6)
         + "".join(shown(auto.get(name), ".1f") for name in ("effective_tflops", "useful_tflops"))
         + shown(auto.get("roofline"), ".0%")
@@ -225,6 +254,7 @@ def kernels_if_interpreted(device: torch.device) -> Any:
 def main(argv: list[str] | None = None) -> int:
     program = parser("bench", __doc__)
     program.add_argument("--quick", action="store_true", help="3 rounds instead of 9, bfloat16 alone, no torch.compile")
+    program.add_argument("--compiled", action="store_true", help="also what torch.compile makes of the torch paths")
     program.add_argument("--output", type=Path, help="write the samples to this JSON file, and plots beside it")
     program.add_argument("--resume", action="store_true", help="keep the rows that --output has, and measure the rest")
     program.add_argument("--baseline", type=Path, help="exit with 1 if a path is slower than in this older output")
@@ -252,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
                 if time.monotonic() - start > args.budget:
                     code = UNFINISHED
                     break
-                compiled = device.type == "cuda" and not args.quick
+                compiled = args.compiled or (device.type == "cuda" and not args.quick)
                 try:
                     for row in bench(case, dtype, device, rounds, compiled, done):
                         tqdm.write(line(row))

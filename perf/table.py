@@ -101,7 +101,13 @@ def plot(result: dict[str, Any], output: Path) -> list[Path]:
     figure = Figure(figsize=(5 * len(modes), 4), layout="constrained")
     figure.suptitle(f"{result['device']}, torch {result['torch']}, {rows[0]['dtype']}", fontsize=9)
     for axes, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
-        for path, marker in {"reference": "x", "compiled": "+", "expand": "s", "shift": "o"}.items():
+        for path, marker in {
+            "reference": "x",
+            "compiled": "+",
+            "expand": "s",
+            "shift": "o",
+            "compiled-shift": "D",
+        }.items():
             points = [
                 (int(re.findall(r"-c(\d+)", row["case"])[0]), row["speedup"][path])
                 for row in rows

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import dispatch, ops, tuned
+from tritonsym import calls, dispatch, ops, tuned
 from tritonsym.dispatch import current_backend
 
 
@@ -384,6 +384,19 @@ def test_compilers_can_tell_bodies_apart(monkeypatch, tmp_path):
     assert states[0] == states[1] and len(set(states)) == len(states) - 1
     exported = torch.export.export(LAYER, (X2D,)).graph
     assert not any(node.kwargs.get("state") for node in exported.nodes)
+
+
+def test_compiled_code_is_planned_for_fused_additions():
+    """At 64 channels the additions are worth it once a compiler fuses them."""
+    layer, x, planned = tnn.SymmetricConv2d(64, 64, 3, padding=1, symmetry="hv"), torch.randn(2, 64, 56, 56), []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        run = calls.Call.run
+        patch.setattr(calls.Call, "run", lambda call, *args: planned.append(call.plan) or run(call, *args))
+        expected = layer(x)
+        torch._dynamo.reset()  # or sizes may be symbolic, which takes the reference
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert planned[0].path == "reference" and {plan.path for plan in planned[1:]} == {"shift"}
 
 
 def test_switches_are_restored_after_an_exception():

@@ -129,8 +129,18 @@ def test_compiled_variant(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     case = cases.Case("hv", 1, 8, (3, 3))
     rows = [*bench.bench(case, "float32", torch.device("cpu"), 1, True, set())]
-    assert [row["speedup"]["compiled"] > 0 for row in rows] == [True, True]
+    for name in ("compiled", "compiled-shift"):
+        assert [row["speedup"][name] > 0 for row in rows] == [True, True]
     assert bench.line(rows[0]).split()[7] != "-", "column compiled"
+
+
+def test_code_compiled_for_one_path_is_not_taken_for_another(monkeypatch):
+    layer, x, graphs = tritonsym.nn.SymmetricConv2d(2, 4, 3, symmetry="h"), torch.randn(1, 2, 5, 5), []
+    torch.compiler.reset()
+    for path in ("reference", "shift"):
+        with tritonsym.path(path):
+            torch.compile(bench.Named(layer, path), backend=lambda graph, _: graphs.append(graph) or graph)(x)
+    assert len(graphs) == 2
 
 
 def test_interrupted_and_resumed(tmp_path, capsys, monkeypatch):

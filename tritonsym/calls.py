@@ -128,6 +128,7 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
         conv,
         1,
         needs_gradient(x, bias, *weights),
+        torch.compiler.is_compiling(),
     )
     call = Call(layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, **options)
     _latest.call = call if call.runs(x.device) else None

@@ -51,6 +51,7 @@ class Problem:
     shift: Work | None = None  # None where the kernels and the shift path cannot compute the layer
     training: bool = False  # whether a gradient is needed
     traffic: Traffic | None = None  # of a convolution
+    compiled: bool = False  # whether a compiler will fuse the additions
 
     @property
     def has_kernel(self) -> bool:
@@ -186,9 +187,9 @@ def fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]:
 
 #: What the shift path's work costs on a CPU, in multiply-adds of the dense convolution that take as long: one addition,
 #: one value of x, y or z, and one pass of additions however short. Fitted to perf/results/*-cpu.json (2 threads).
-ADDITION = 40
-VALUE = 50
-PASS = 1_500_000
+EAGER = (40, 50, 1_500_000)
+#: Where a compiler fuses the additions, in inference and in training: perf/results/*-cpu-compiled.json.
+COMPILED, COMPILED_TRAINING = (35, 0, 0), (50, 0, 0)
 #: Speedup by the fit below which the reference is taken all the same.
 CPU_MARGIN = 1.1
 
@@ -197,7 +198,10 @@ def cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, str
     """Compare multiply-adds, with additions counted as such; in doubt the reference."""
     assert problem.traffic is not None
     values = problem.traffic.x + problem.traffic.y + work.z
-    cost = work.multiply_adds + ADDITION * work.additions + VALUE * values + PASS * work.passes
+    addition, value, one_pass = EAGER
+    if problem.compiled:
+        addition, value, one_pass = COMPILED_TRAINING if problem.training else COMPILED
+    cost = work.multiply_adds + addition * work.additions + value * values + one_pass * work.passes
     ratio = problem.expanded / max(cost, 1)
     words = f"{problem.expanded / max(work.multiply_adds, 1):.3g}x fewer multiply-adds, {work.additions:,} additions"
     if problem.dtype != "float32":

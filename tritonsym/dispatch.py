@@ -219,6 +219,7 @@ def conv_problem(
     conv: Conv,
     dense_factor: int = 1,
     training: bool = False,
+    compiled: bool = False,
 ) -> Problem:
     """The problem of a convolution of x (batch, groups * channels, *sizes), x as padded before the op.
 
@@ -250,7 +251,8 @@ def conv_problem(
         groups * conv.rows * channels,
         groups * len(conv.table) * math.prod(geometry.kernel_size) * channels,
     )
-    return Problem(layer, target, dtype, dense, expanded, work, training, traffic)
+    fused = compiled and not shift.has_steps(additions)
+    return Problem(layer, target, dtype, dense, expanded, work, training, traffic, fused)
 
 
 # --- symmetric matrices -----------------------------------------------------------------------------------------------

@@ -457,7 +457,7 @@ def chunks(x: Tensor, additions: Additions, groups: int) -> list[slice]:
 def add(additions: Additions, sources: Sequence[Tensor], groups: int, bias: Tensor | None = None) -> list[Tensor]:
     """The targets of the additions, plus the bias of every channel."""
     grouped = [channels_last(source).unflatten(1, (groups, -1)) for source in sources]
-    add = _fused if torch.compiler.is_compiling() and not _has_steps(additions) else _in_place
+    add = _fused if torch.compiler.is_compiling() and not has_steps(additions) else _in_place
     return [target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped, bias)]
 
 
@@ -479,7 +479,7 @@ def _in_place(additions: Additions, sources: Sequence[Tensor], bias: Tensor | No
     return targets
 
 
-def _has_steps(additions: Additions) -> bool:
+def has_steps(additions: Additions) -> bool:
     """Whether some places are not contiguous, as in a transposed convolution with a stride."""
     return any(at.step not in (None, 1) for m in additions.moves for at in (*m.of_at[1:], *m.to_at[1:]))
 
