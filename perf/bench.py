@@ -145,20 +145,11 @@ def _row(
     }
 
 
+#: Columns of speedups: variant and heading.
+SHOWN = {name: name for name in ("reference", "compiled", "expand", "shift", "compiled-shift", "auto")}
+SHOWN["compiled-shift"] = "c-shift"
 COLUMNS = f"{'case':28} {'dtype':8} {'mode':8} {'cache':5} {'dense ms':>9} {'spread':>6}" + "".join(
-    f" {name:>9}"
-    for name in (
-        "reference",
-        "compiled",
-        "expand",
-        "shift",
-        "c-shift",
-        "auto",
-        "launch us",
-        "TFLOP/s",
-        "useful",
-        "roof",
-    )
+    f" {name:>9}" for name in (*SHOWN.values(), "launch us", "TFLOP/s", "useful", "roof")
 )
 
 
@@ -175,9 +166,7 @@ def line(row: Row) -> str:
     return (
         f"{row['case']:28} {row['dtype']:8} {row['mode']:8} {row['cache']:5} {dense * 1e3:9.3f} "
         f"{row['rates']['dense']['spread']:6.0%}"
-        + "".join(
-            shown(speed.get(name)) for name in ("reference", "compiled", "expand", "shift", "compiled-shift", "auto")
-        )
+        + "".join(shown(speed.get(name)) for name in SHOWN)
         + shown(min(launch_auto, default=None), ".1f", 1e6)
         + "".join(shown(auto.get(name), ".1f") for name in ("effective_tflops", "useful_tflops"))
         + shown(auto.get("roofline"), ".0%")

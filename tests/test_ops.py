@@ -386,12 +386,13 @@ def test_compilers_can_tell_bodies_apart(monkeypatch, tmp_path):
     assert not any(node.kwargs.get("state") for node in exported.nodes)
 
 
-def test_compiled_code_is_planned_for_fused_additions():
+def test_compiled_code_is_planned_for_fused_additions(monkeypatch):
     """At 64 channels the additions are worth it once a compiler fuses them."""
     layer, x, planned = tnn.SymmetricConv2d(64, 64, 3, padding=1, symmetry="hv"), torch.randn(2, 64, 56, 56), []
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        run = calls.Call.run
-        patch.setattr(calls.Call, "run", lambda call, *args: planned.append(call.plan) or run(call, *args))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    run = calls.Call.run
+    monkeypatch.setattr(calls.Call, "run", lambda call, *args: planned.append(call.plan) or run(call, *args))
+    with torch.no_grad():
         expected = layer(x)
         torch._dynamo.reset()  # or sizes may be symbolic, which takes the reference
         y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
