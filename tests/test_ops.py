@@ -433,3 +433,15 @@ with tritonsym.backend("triton"):
     )
     assert result.returncode == 1
     assert "TRITON_INTERPRET=1" in result.stderr.splitlines()[-1]
+
+
+def test_many_gradients_at_once(convolution):
+    """`is_grads_batched` maps the backward pass over gradients; so do vectorised Jacobians."""
+    module, x = convolution.make(dtype=torch.float64), convolution.input(dtype=torch.float64).requires_grad_()
+    y = module(x)
+    inputs = [x, *module.parameters()]
+    many = torch.randn(2, *y.shape, dtype=y.dtype)
+    batched = torch.autograd.grad(y, inputs, many, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(many):
+        for found, expected in zip(batched, torch.autograd.grad(y, inputs, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(found[i], expected)

@@ -67,13 +67,21 @@ class _Conv(torch.autograd.Function):
         layer, path, tiles = ctx.options
         need_x, need_rows, need_bias, *_ = ctx.needs_input_grad
         dbias = dy.sum((0, *range(2, dy.ndim))) if need_bias else None
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or _is_mapped(dy):
             dx, drows = _differentiable(dy, x, rows, layer, need_x, need_rows)
         elif not tiles:
             dx, drows = shift.backward(dy, x, rows, layer, need_x, need_rows)
         else:
             dx, drows = launch.backward(dy, x, rows, winners, layer.text, path, tiles, need_x, need_rows)
         return dx if need_x else None, drows if need_rows else None, dbias, None, None, None
+
+
+def _is_mapped(gradient: Tensor) -> bool:
+    """Whether a backward pass is mapped over gradients, by `torch.func` or ``is_grads_batched``, as Jacobians are."""
+    return torch._C._are_functorch_transforms_active() or torch._C._dispatch_keys(gradient).has(_MAPPED)
+
+
+_MAPPED: Any = torch._C._parse_dispatch_key("Batched")
 
 
 def _differentiable(
@@ -137,7 +145,7 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ddense: Tensor) -> Any:
         lines, shapes, layer = _to_lines(ddense, ctx.layer), ctx.shapes, ctx.layer
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_grad_enabled() or _is_mapped(lines):
             lines = _add_up_differentiably(lines, *ctx.back)
         else:
             lines = _add_up(lines, *ctx.back)
@@ -154,15 +162,18 @@ def _dense_shape(layer: Conv, channels: int) -> Sequence[int]:
 def _to_lines(w: Tensor, layer: Conv) -> Tensor:
     """(F, C, *taps), or transposed (groups C, F / groups, *taps), as lines (F taps, C)."""
     if layer.geometry.transposed:
-        w = w.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
-    return w.movedim(1, -1).reshape(-1, w.shape[1])
+        c = w.shape[0] // layer.groups
+        w = w.reshape(layer.groups, c, *w.shape[1:]).transpose(1, 2).reshape(-1, c, *w.shape[2:])
+    return w.permute(0, *range(2, w.ndim), 1).reshape(-1, w.shape[1])
 
 
 def _from_lines(lines: Tensor, shape: Sequence[int], layer: Conv) -> Tensor:
     """The inverse of `_to_lines`, channels-last."""
     if layer.geometry.transposed:
-        return lines.view(layer.groups, *shape[1:], lines.shape[1]).movedim(-1, 1).flatten(0, 1)
-    return lines.view(shape[0], *shape[2:], lines.shape[1]).movedim(-1, 1)
+        w = lines.reshape(layer.groups, *shape[1:], lines.shape[1])
+        return w.permute(0, -1, *range(1, w.ndim - 1)).reshape(shape)
+    w = lines.reshape(shape[0], *shape[2:], lines.shape[1])
+    return w.permute(0, -1, *range(1, w.ndim - 1))
 
 
 def _add_up(source: Tensor, index: Tensor, starts: Tensor, signs: Tensor | None) -> Tensor:
