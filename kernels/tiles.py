@@ -74,12 +74,13 @@ def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) 
 TILES = (Tile(64, 32, 4), Tile(128, 16, 4), Tile(64, 16, 4))
 
 
-def pick(filters: int, taps: int) -> Tile:
+def pick(filters: int, taps: int, reads: int = 0) -> Tile:
     """Tile for sums of `filters` channels (the most of any block), no wider than they need, of up to `taps` terms.
 
-    A starting point from compiled code (no spills, 128-bit accesses), not from timings.
+    `reads`: the terms of all sums together, where the source may be channels-first. A starting point from compiled code
+    (no spills, 128-bit accesses), not from timings.
     """
-    if taps > 9:  # long sums need the registers for addresses
+    if taps > 9 or reads > 36:  # addresses need the registers
         return TILES[2]
     return TILES[0] if filters > 16 else TILES[1]
 

@@ -171,8 +171,7 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
     from tritonsym.kernels import tiles
 
     if path == "shift":
-        tile = astuple(tiles.pick(work.filters, work.taps))
-        return (tile, tile)
+        return tuple(astuple(tiles.pick(work.filters, work.taps, reads)) for reads in (0, work.passes))
     itemsize, target = costs.ITEMSIZE[problem.dtype], architecture(problem.target)
     both = (tiles.pick_gemm(columns, itemsize, target) for columns in (work.outputs, work.channels))
     return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))

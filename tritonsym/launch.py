@@ -197,10 +197,10 @@ def _shift_backward(
     total = None if drows is None else torch.zeros_like(rows, dtype=torch.float32)
     for n in shift.chunks(x, additions, conv.groups):
         d = _scratch(x[n], additions, conv.groups)
-        dy_n, won = channels_last(dy[n]), None
+        dy_n, won = dy[n], None
         if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
             won = channels_last(winners[n])
-            dy_n = dy_n / _bits(won)
+            dy_n = torch.div(dy_n, _bits(won), out=torch.empty_like(won, dtype=dy.dtype))
         kernel.add(_to_3d(dy_n), table, _to_3d(d), conv.groups, Tile(*tiles[3:]), won=won)
         _multiply_backward(d, x[n], rows, gemms, additions, conv.groups, None if dx is None else dx[n], total)
     if drows is not None and total is not None:
@@ -264,8 +264,7 @@ def _multiply(x: Tensor, rows: Tensor, gemms: Sequence[Gemm], additions: Additio
     z = _scratch(x, additions, groups)
     for g, to in zip(gemms, _parts(z, additions, groups), strict=True):
         w = shift.pick(rows, g.rows)  # [G, R, C]
-        if groups == 1 and not is_last(x) and x.ndim > 2 and g.whole and x.is_contiguous():
-            # channels first: one product per image reads x as it lies
+        if _by_image(x, g, groups):
             torch.bmm(x.flatten(2).mT, w.mT.expand(x.shape[0], -1, -1), out=to[:, 0].flatten(2).mT)
         else:
             torch.bmm(_matrices(x, g, z.shape[2:], groups), w.mT, out=_by_group(to))
@@ -301,17 +300,24 @@ def _multiply_backward(
             w = shift.pick(rows, g.rows)
             if g.whole and is_last(dx):
                 torch.bmm(d_g, w, out=_by_group(dx.unflatten(1, (groups, -1))))
+            elif _by_image(dx, g, groups):
+                torch.bmm(w.mT.expand(x.shape[0], -1, -1), part[:, 0].flatten(2), out=dx.flatten(2))
             else:
                 found = torch.bmm(d_g, w).transpose(0, 1)  # [P, G, C]
                 found = found.reshape(x.shape[0], *d.shape[2:], -1).movedim(-1, 1)
                 dx[g.x_at] = found[shift.corner(sizes)]
-        if drows is not None:
+        if drows is not None:  # channels-first x is copied: its product per image would write an R x C matrix for each
             shift.add_rows(drows, torch.bmm(d_g.mT, _matrices(x, g, d.shape[2:], groups)), g.rows)
 
 
 def _parts(z: Tensor, additions: Additions, groups: int) -> Sequence[Tensor]:
     """The z of every GEMM: (N, groups, rows, *sizes)."""
     return z.unflatten(1, (groups, -1)).split([channels for channels, _ in additions.sources], 2)
+
+
+def _by_image(x: Tensor, gemm: Gemm, groups: int) -> bool:
+    """Whether x is channels-first, so that one product per image reads, or writes, it as it lies."""
+    return groups == 1 and gemm.whole and not is_last(x) and x.is_contiguous()
 
 
 def _by_group(z: Tensor) -> Tensor:
