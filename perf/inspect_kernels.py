@@ -3,8 +3,8 @@
     python -m tritonsym.perf.inspect_kernels [--targets sm_90,gfx942]
 
 Columns: registers per thread, spilled bytes, shared memory, machine instructions (of the additions: per term of a
-value; of a product: per 1000 multiply-adds of one step), tensor-core instructions, widest load and store in bits. AMD
-targets only show that the kernel compiles.
+value; of a product: per 1000 multiply-adds of one step; depthwise: per multiply-add of one tap), tensor-core
+instructions, widest load and store in bits. AMD targets only show that the kernel compiles.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from triton.compiler import ASTSource
 
 from tritonsym import launch, shift
 from tritonsym.kernels import conv as conv_kernels
+from tritonsym.kernels import depthwise as depthwise_kernels
 from tritonsym.kernels import gram as gram_kernels
 from tritonsym.kernels import shift as shift_kernels
 from tritonsym.kernels import symm as symm_kernels
 from tritonsym.kernels.tiles import (
     CONV_TILES,
+    DEPTHWISE_TILES,
     GROUP,
     SEGMENT_STEPS,
     SQUARE_TILES,
@@ -117,7 +119,18 @@ def entries() -> Iterator[Entry]:
     more = {"TRANSPOSED": False, "IMAGES": 4, "dy_c": 1, "x_c": 1}
     types = {"images_ptr": "*i32", "work_ptr": "*fp32"}
     yield _product("dw", conv_kernels._weight_gradient_kernel, WEIGHT_TILE, more, types)
+    for tile in DEPTHWISE_TILES:
+        for name in ("y", "dx", "dw"):
+            for channels_first in (False, True) if tile.block_u > 1 else (True,):
+                yield _depthwise(name, tile, channels_first)
     yield from _matrices()
+
+
+def _strides(images: tuple[str, ...], channels_first: bool) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Strides that are 1, and those that channels-first images of any size need not keep aligned."""
+    if not channels_first:
+        return {f"{name}_c": 1 for name in images}, ()
+    return {f"{name}_w": 1 for name in images}, tuple(f"{name}_{axis}" for name in images for axis in "ncdh")
 
 
 def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], types: dict[str, str]) -> Entry:
@@ -129,7 +142,7 @@ def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], type
 
 
 def _additions(conv: shift.Conv, adjoint: bool, tile: Tile, channels_first: bool = False) -> Entry:
-    """`channels_first`: y or dy, in a way that no image's size is known to keep aligned."""
+    """`channels_first`: y or dy; z and d never are."""
     table = shift_kernels.Table(*launch.table_fields(conv, (8,) * len(conv.geometry.kernel_size), adjoint))
     channels = (conv.rows, conv.out_channels)
     fixed = shift_kernels.constants(
@@ -137,18 +150,33 @@ def _additions(conv: shift.Conv, adjoint: bool, tile: Tile, channels_first: bool
     )
     unused = ("bias_ptr",) if adjoint else ()
     unused += () if conv.pool else ("winners_ptr",)
-    fixed |= {"source_c": 1, "target_c": 1} | dict.fromkeys(unused)
-    image, odd = "source" if adjoint else "target", ODD
-    if channels_first:
-        del fixed[f"{image}_c"]
-        fixed[f"{image}_w"] = 1
-        odd += tuple(f"{image}_{axis}" for axis in "ncdh")
+    image, z = ("source", "target") if adjoint else ("target", "source")
+    units, odd = _strides((image,), channels_first)
+    fixed |= units | {f"{z}_c": 1} | dict.fromkeys(unused)
     symmetry = f"{len(conv.blocks[0].images)} images{' pooled' if conv.pool else ''} {len(conv.geometry.kernel_size)}-D"
     name = (
         f"shift {'d' if adjoint else 'y'} {symmetry} {tile.block_p}x{tile.block_u}{' NCHW' if channels_first else ''}"
     )
     work = sum(map(len, table.terms)) * tile.block_p * tile.block_u / (32 * tile.warps)
-    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "*u8"}, odd)
+    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "*u8"}, ODD + odd)
+
+
+def _depthwise(name: str, tile: Tile, channels_first: bool) -> Entry:
+    """7x7 kernels, one filter per group; 16 divides the groups."""
+    where = launch.grid(layer("hv", (7, 7), 1).geometry, name == "dx").constants()
+    fixed = {**where, "WIDE": False, "BLOCK_P": tile.block_p, "BLOCK_U": tile.block_u}
+    units, odd = _strides(("dy", "x") if name == "dw" else ("source", "target"), channels_first)
+    if name == "dw":
+        kernel = depthwise_kernels._depthwise_weight_kernel
+        fixed |= {"F": 1, "IMAGES": 4, "TRANSPOSED": False}
+    else:
+        kernel = depthwise_kernels._depthwise_kernel
+        fixed |= {"SOURCE_F": 1, "TARGET_F": 1, "SIGNED": False, "ACTIVATION": ""}
+        fixed |= {"bias_ptr": None} if name == "dx" else {}
+    title = f"depthwise {name} {tile.block_p}x{tile.block_u}{' NCHW' if channels_first else ''}"
+    types = {"table_ptr": "*i32", "images_ptr": "*i32", "work_ptr": "*fp32"}
+    odd += ("R", *(size for size in ODD if size != "GROUPS"))
+    return Entry(title, kernel, fixed | units, tile, tile.block_p * tile.block_u / (32 * tile.warps), types, odd)
 
 
 def matrix_constants(kernel: Any, tile: GemmTile, itemsize: int) -> dict[str, Any]:

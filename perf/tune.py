@@ -58,7 +58,7 @@ def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
     """The best tiles found by moving to a better neighbour of one tile after the other until there is none."""
     with tritonsym.path(path):
         best = dispatch.plan(job.problem).tiles
-    architecture, dtype = costs.architecture(job.device.type), job.problem.dtype
+    architecture = costs.architecture(job.device.type)
     seen = {best}
     used = range(len(best) if job.training else 1)  # the others are of gradients
     better = True
@@ -67,7 +67,7 @@ def climb(job: Job, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
         for i in used:
             for tile in neighbours(best[i]):
                 tiles = (*best[:i], tile, *best[i + 1 :])
-                if tiles in seen or not tuned.runs(path, tiles, dtype, architecture):
+                if tiles in seen or not tuned.runs(path, tiles, job.problem, architecture):
                     continue
                 if time.monotonic() > deadline:
                     return best

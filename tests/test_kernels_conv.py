@@ -30,6 +30,8 @@ def test_kernels_are_exact(interpreter, name, path):
     conv, batch, channels, sizes = CASES[name]
     if conv.get("pool") and path == "expand":
         conv = {**conv, "pool": None}
+    if path == "expand" and channels == 1:
+        pytest.skip("test_kernels_depthwise.py")
     number = list(CASES).index(name) + (path == "expand")
     for dtype, layout in (VARIANTS[number % 4], VARIANTS[(number + 1) % 4], *BFLOAT16):
         tiles = TILES[path][number // 4 % 2]

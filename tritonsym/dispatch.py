@@ -1,8 +1,9 @@
 """Which path computes a layer: one pure function of the problem, and the switches that override it.
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
-``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one implicit GEMM that
-reads the stored weights through the symmetry: all multiply-adds of the dense layer, no expanded weight).
+``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one kernel that reads the
+stored weights through the symmetry: all multiply-adds of the dense layer, no expanded weight; an implicit GEMM or, with
+one input channel per group, plain sums).
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tune
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
         )
-    if forced and forced_tiles and not tuned.runs(forced, forced_tiles, problem.dtype, architecture(problem.target)):
+    if forced and forced_tiles and not tuned.runs(forced, forced_tiles, problem, architecture(problem.target)):
         raise ValueError(
             f"path {forced!r} is forced with tiles {forced_tiles}, which are not its or do not fit "
             f"{problem.dtype} on {problem.target}; Plan.tiles shows some that do"
@@ -156,7 +157,8 @@ def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tune
     elif not has_kernel:
         chosen, why = "reference", f"No Triton kernel computes {problem.dtype}."
     else:
-        chosen, why = costs.fastest_on_gpu(problem, ("reference", "shift"))
+        own = ("shift", "expand") if work.depthwise else ("shift",)
+        chosen, why = costs.fastest_on_gpu(problem, ("reference", *own))
     if chosen == "reference" or work is None:
         return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
     tiles: tuple[tuple[int, ...], ...] = ()
@@ -172,6 +174,8 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
 
     if path == "shift":
         return tuple(astuple(tiles.pick(work.filters, work.taps, reads)) for reads in (0, work.passes))
+    if work.depthwise:
+        return (astuple(tiles.pick_depthwise(work.groups)),) * 3
     itemsize, target = costs.ITEMSIZE[problem.dtype], architecture(problem.target)
     both = (tiles.pick_gemm(columns, itemsize, target) for columns in (work.outputs, work.channels))
     return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))
@@ -212,6 +216,7 @@ def conv_problem(
         math.prod(geometry.kernel_size),
         channels,
         len(conv.table),
+        groups,
     )
     traffic = Traffic(
         batch * groups * channels * math.prod(sizes),

@@ -1,8 +1,9 @@
 """Convolutions by Triton kernels: opaque ops that lay out the tensors, bound the scratch and launch.
 
 Two paths. `shift`: the GEMMs of `tritonsym.shift` by the vendor's library, its additions by `kernels.shift`, which also
-adds the bias, applies the activation and pools. `expand`: one implicit GEMM, `kernels.conv`, that reads the stored
-rows through `Conv.table`. Both save nothing but x and the rows (and one byte per value of a pooled orbit).
+adds the bias, applies the activation and pools. `expand`: one kernel that reads the stored rows through `Conv.table`,
+the implicit GEMM `kernels.conv` or, with one input channel per group, `kernels.depthwise`. Both save nothing but x and
+the rows (and one byte per value of a pooled orbit).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -348,23 +349,25 @@ def _expand_forward(
     y: Tensor,
     winners: Tensor | None,
 ) -> None:
-    import tritonsym.kernels.conv as kernel
-    from tritonsym.kernels.tiles import GemmTile
+    _expand(x, rows, y, conv, tiles[: len(tiles) // 3], gradient=False, bias=bias, activation=activation)
 
-    table, signed = _device_table(conv, x.device)
-    kernel.conv(
-        _to_3d(x),
-        rows,
-        table,
-        _to_3d(y),
-        grid(conv.geometry, conv.geometry.transposed),
-        GemmTile(*tiles[:5]),
-        gradient=False,
-        signed=signed,
-        precision=_precision(),
-        bias=bias,
-        activation=activation,
-    )
+
+def _expand(
+    source: Tensor, rows: Tensor, target: Tensor, conv: Conv, tile: Sequence[int], gradient: bool, **epilogue: Any
+) -> None:
+    """Fill y from x, or dx from dy."""
+    import tritonsym.kernels.conv as kernel
+    from tritonsym.kernels import depthwise
+    from tritonsym.kernels.tiles import GemmTile, Tile
+
+    table, epilogue["signed"] = _device_table(conv, source.device)
+    source, target = _to_3d(source), _to_3d(target)
+    where = grid(conv.geometry, conv.geometry.transposed != gradient)
+    if rows.shape[2] == 1:
+        depthwise.conv(source, rows[..., 0].mT.contiguous(), table, target, where, Tile(*tile), **epilogue)
+    else:
+        epilogue |= {"gradient": gradient, "precision": _precision()}
+        kernel.conv(source, rows, table, target, where, GemmTile(*tile), **epilogue)
 
 
 def _expand_backward(
@@ -378,40 +381,30 @@ def _expand_backward(
     drows: Tensor | None,
 ) -> None:
     import tritonsym.kernels.conv as kernel
-    from tritonsym.kernels.tiles import GemmTile
+    from tritonsym.kernels import depthwise
+    from tritonsym.kernels.tiles import GemmTile, Tile
 
-    transposed = conv.geometry.transposed
+    third = len(tiles) // 3
     if dx is not None:
-        table, signed = _device_table(conv, x.device)
-        kernel.conv(
-            _to_3d(dy),
-            rows,
-            table,
-            _to_3d(dx),
-            grid(conv.geometry, not transposed),
-            GemmTile(*tiles[5:10]),
-            gradient=True,
-            signed=signed,
-            precision=_precision(),
-        )
-    if drows is not None:
-        tile = GemmTile(*tiles[10:15])
-        images = _device_images(conv, tile.block_m, x.device)
-        positions = (x if transposed else dy).numel() // max((x if transposed else dy).shape[1], 1)
-        splits = _splits(images.shape[0] * conv.groups * -(-rows.shape[2] // tile.block_n), positions, tile.block_k)
-        splits = max(1, min(splits, shift.SCRATCH_BYTES // (4 * max(rows.numel(), 1))))
-        work = rows.new_zeros(splits, *rows.shape, dtype=torch.float32)
-        kernel.weight_gradient(
-            _to_3d(dy),
-            _to_3d(x),
-            images,
-            work,
-            grid(conv.geometry, False),
-            tile,
-            transposed=transposed,
-            precision=_precision(),
-        )
-        drows.copy_(work.sum(0))
+        _expand(dy, rows, dx, conv, tiles[third : 2 * third], gradient=True)
+    if drows is None:
+        return
+    transposed = conv.geometry.transposed
+    run: Any
+    tile: Any
+    if rows.shape[2] == 1:
+        tile, run = Tile(*tiles[2 * third :]), depthwise.weight_gradient
+        height, columns, length = 1, -(-conv.groups // tile.block_u), tile.block_p
+    else:
+        tile, run = GemmTile(*tiles[2 * third :]), partial(kernel.weight_gradient, precision=_precision())
+        height, columns, length = tile.block_m, conv.groups * -(-rows.shape[2] // tile.block_n), tile.block_k
+    images = _device_images(conv, height, x.device)
+    positions = (x if transposed else dy).numel() // max((x if transposed else dy).shape[1], 1)
+    splits = _splits(images.shape[0] * columns, positions, length)
+    splits = max(1, min(splits, shift.SCRATCH_BYTES // (4 * max(rows.numel(), 1))))
+    work = rows.new_zeros(splits, *rows.shape, dtype=torch.float32)
+    run(_to_3d(dy), _to_3d(x), images, work, grid(conv.geometry, False), tile, transposed=transposed)
+    drows.copy_(work.sum(0))
 
 
 def _splits(programs: int, positions: int, block: int) -> int:

@@ -100,15 +100,16 @@ def find(problem: Problem, architecture: str) -> tuple[str, Tiles] | None:
         tiles = tuple(tuple(map(int, tile)) for tile in entry["tiles"])
     except (TypeError, ValueError):
         return None
-    return (entry["path"], tiles) if runs(entry["path"], tiles, problem.dtype, architecture) else None
+    return (entry["path"], tiles) if runs(entry["path"], tiles, problem, architecture) else None
 
 
-def runs(path: str, tiles: Tiles, dtype: str, architecture: str) -> bool:
+def runs(path: str, tiles: Tiles, problem: Problem, architecture: str) -> bool:
     """Whether these are tiles of the path's kernels that fit (`kernels.tiles.fits`)."""
     from tritonsym.kernels.tiles import GemmTile, Tile, fits
 
-    kinds: dict[str, tuple[type, ...]] = {"reference": (), "shift": (Tile,) * 2, "expand": (GemmTile,) * 3}
-    itemsize = 4 if dtype == "float32" else 2
+    product = Tile if problem.shift and problem.shift.depthwise else GemmTile
+    kinds: dict[str, tuple[type, ...]] = {"reference": (), "shift": (Tile,) * 2, "expand": (product,) * 3}
+    itemsize = 4 if problem.dtype == "float32" else 2
     try:
         made = [kind(*tile) for kind, tile in zip(kinds[path], tiles, strict=True)]
     except (KeyError, TypeError, ValueError):
