@@ -24,7 +24,7 @@ class Work:
     taps: int
     channels: int  # input channels of one group: the terms that one value of z sums
     outputs: int  # filters of one group, with all images
-    groups: int = 1
+    groups: int
 
     @property
     def depthwise(self) -> bool:
