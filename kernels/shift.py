@@ -85,7 +85,8 @@ def _add_kernel(
 
     at(p, o, t) = (MUL p + SHIFT[o, t]) / DIV; 0 where DIV does not divide it and outside the image. POOL: the extremum
     over o instead, and winners[n, u, p] = sum of 2^o over the o that attain it. WON: only terms with bit IMAGE[o, t]
-    of the winners at their place count.
+    of the winners at their place count. Positions are the last axis of a tile: where no stride is known to be 1 for a
+    run of values (channels-first, sizes that 16 does not divide), Triton gives a warp neighbours along that axis.
     """
     n, d, h, w, live = positions(tl.program_id(0), M, TD, TH, TW, BLOCK_P, WIDE)  # [P]
     group = (tl.program_id(1) // TILES).to(tl.int64)
@@ -93,24 +94,24 @@ def _add_kernel(
     source = n * source_n + group * SOURCE_C * source_c  # [P]
     target = n * target_n + group * TARGET_C * target_c  # [P]
     target += d * target_d + h * target_h + w * target_w
-    best = tl.zeros((BLOCK_P, BLOCK_U), tl.float32)
-    winners = tl.zeros((BLOCK_P, BLOCK_U), tl.int32)
+    best = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
+    winners = tl.zeros((BLOCK_U, BLOCK_P), tl.int32)
     for o in tl.static_range(len(FIRST)):
         if (tile >= TILE_AT[o]) & (tile * BLOCK_U < TILE_AT[o] * BLOCK_U + FILTERS[o]):
             u = (tile - TILE_AT[o]) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
             has = u < FILTERS[o]
             if WIDE:
                 u = u.to(tl.int64)
-            total = tl.zeros((BLOCK_P, BLOCK_U), tl.float32)
+            total = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
             for t in tl.static_range(TERMS):
                 if SIGN[o * TERMS + t] != 0:
                     place, inside = read_at(
                         d, h, w, SHIFT_D[o * TERMS + t], SHIFT_H[o * TERMS + t], SHIFT_W[o * TERMS + t], live,
                         SD, SH, SW, source_d, source_h, source_w, MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
                     )  # fmt: skip
-                    place = (source + place)[:, None] + ((u + CHANNEL[o * TERMS + t]) * source_c)[None, :]
-                    mask = inside[:, None] & has[None, :]
-                    term = tl.load(source_ptr + place, mask=mask, other=0.0).to(tl.float32)  # [P, U]
+                    place = ((u + CHANNEL[o * TERMS + t]) * source_c)[:, None] + (source + place)[None, :]
+                    mask = has[:, None] & inside[None, :]
+                    term = tl.load(source_ptr + place, mask=mask, other=0.0).to(tl.float32)  # [U, P]
                     if WON:
                         won = tl.load(winners_ptr + place, mask=mask, other=0).to(tl.int32)
                         term = tl.where(((won >> IMAGE[o * TERMS + t]) & 1) != 0, term, 0.0)
@@ -122,9 +123,9 @@ def _add_kernel(
                 channel = (u + FIRST[o]) * target_c
                 if bias_ptr is not None:
                     bias = tl.load(bias_ptr + group * TARGET_C + FIRST[o] + u, mask=has, other=0.0)
-                    total += bias.to(tl.float32)[None, :]
+                    total += bias.to(tl.float32)[:, None]
                 total = activate(total, ACTIVATION).to(target_ptr.dtype.element_ty)
-                tl.store(target_ptr + target[:, None] + channel[None, :], total, mask=live[:, None] & has[None, :])
+                tl.store(target_ptr + channel[:, None] + target[None, :], total, mask=has[:, None] & live[None, :])
             else:
                 if o == 0:
                     better = best == best
@@ -142,11 +143,11 @@ def _add_kernel(
         has = u < FILTERS[0]
         if WIDE:
             u = u.to(tl.int64)
-        place = target[:, None] + (u * target_c)[None, :]
-        mask = live[:, None] & has[None, :]
+        place = (u * target_c)[:, None] + target[None, :]
+        mask = has[:, None] & live[None, :]
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + group * TARGET_C + u, mask=has, other=0.0)
-            best += bias.to(tl.float32)[None, :]
+            best += bias.to(tl.float32)[:, None]
         tl.store(target_ptr + place, activate(best, ACTIVATION).to(target_ptr.dtype.element_ty), mask=mask)
         if winners_ptr is not None:
             tl.store(winners_ptr + place, winners.to(tl.uint8), mask=mask)

@@ -24,7 +24,7 @@ SHARED = {
 
 @dataclass(frozen=True)
 class Tile:
-    """Positions x filters that one program of the additions computes, and its warps."""
+    """Positions x filters (or groups) that one program without a matrix product computes, and its warps."""
 
     block_p: int
     block_u: int
@@ -74,14 +74,25 @@ def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) 
 TILES = (Tile(64, 32, 4), Tile(128, 16, 4), Tile(64, 16, 4))
 
 
-def pick(filters: int, taps: int) -> Tile:
+def pick(filters: int, taps: int, reads: int = 0) -> Tile:
     """Tile for sums of `filters` channels (the most of any block), no wider than they need, of up to `taps` terms.
 
-    A starting point from compiled code (no spills, 128-bit accesses), not from timings.
+    `reads`: the terms of all sums together, where the source may be channels-first. A starting point from compiled code
+    (no spills, 128-bit accesses), not from timings.
     """
-    if taps > 9:  # long sums need the registers for addresses
+    if taps > 9 or reads > 36:  # addresses need the registers
         return TILES[2]
     return TILES[0] if filters > 16 else TILES[1]
+
+
+#: Every tile of a convolution with one input channel per group that `pick_depthwise` may return, widest first.
+DEPTHWISE_TILES = (Tile(128, 32, 4), Tile(256, 16, 4), Tile(1024, 1, 4))
+
+
+def pick_depthwise(groups: int) -> Tile:
+    """The narrowest tile that holds all groups, else the widest. From compiled code, not from timings: enough values
+    per thread to share what depends on the position or the group alone."""
+    return next((tile for tile in DEPTHWISE_TILES[::-1] if tile.block_u >= groups), DEPTHWISE_TILES[0])
 
 
 #: Every tile of the implicit GEMM that `pick_gemm` may return, widest first.

@@ -3,13 +3,14 @@
     python -m tritonsym.perf.inspect_kernels [--targets sm_90,gfx942]
 
 Columns: registers per thread, spilled bytes, shared memory, machine instructions (of the additions: per term of a
-value; of a product: per 1000 multiply-adds of one step), tensor-core instructions, widest load and store in bits. AMD
-targets only show that the kernel compiles.
+value; of a product: per 1000 multiply-adds of one step; depthwise: per multiply-add of one tap), tensor-core
+instructions, widest load and store in bits. AMD targets only show that the kernel compiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -30,19 +31,21 @@ from triton.compiler import ASTSource
 
 from tritonsym import launch, shift
 from tritonsym.kernels import conv as conv_kernels
+from tritonsym.kernels import depthwise as depthwise_kernels
 from tritonsym.kernels import gram as gram_kernels
 from tritonsym.kernels import shift as shift_kernels
 from tritonsym.kernels import symm as symm_kernels
 from tritonsym.kernels.tiles import (
     CONV_TILES,
+    DEPTHWISE_TILES,
     GROUP,
     SEGMENT_STEPS,
     SQUARE_TILES,
     STRIP_TILES,
-    TILES,
     WEIGHT_TILE,
     GemmTile,
     Tile,
+    pick,
 )
 from tritonsym.symmetry import FilterLayout
 
@@ -52,6 +55,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+#: Sizes of images and batches: odd more often than not. (Channels, and strides of an aligned tensor, 16 divides.)
+ODD = ("M", "STEPS", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Entry:
     tile: Tile | GemmTile
     work: float  # per thread: terms of values, or thousands of multiply-adds of one step
     types: dict[str, str] = field(default_factory=dict)  # as in `compile_kernel`
+    odd: tuple[str, ...] = ODD
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,22 @@ def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | 
 
 def entries() -> Iterator[Entry]:
     """Every kernel: those of layers with 64 stored filters in every direction with every tile, and of matrices."""
-    for symmetry, kernel_size in (("h", (3, 3)), ("hv", (3, 3)), ("d4", (3, 3)), ("c4", (5, 5)), ("hvz", (3, 3, 3))):
-        for tile in TILES:
-            if (tile == TILES[2]) == (max(kernel_size) > 3 or len(kernel_size) > 2):  # as `pick` does
-                for adjoint in (False, True):
-                    yield _additions(layer(symmetry, kernel_size, 64), adjoint, tile)
-    for tile in TILES[:2]:
+    for symmetry, kernel_size, pool in (
+        ("h", (3, 3), None),
+        ("hv", (3, 3), None),
+        ("hv", (3, 3), "max"),
+        ("d4", (3, 3), None),
+        ("c4", (5, 5), None),
+        ("hvz", (3, 3, 3), None),
+    ):
+        conv = layer(symmetry, kernel_size, 64, pool)
+        taps = math.prod(kernel_size)
         for adjoint in (False, True):
-            yield _additions(layer("hv", (3, 3), 64, "max"), adjoint, tile)
+            reads = len(conv.blocks[0].images) * taps if adjoint else 0
+            if not pool or not adjoint:  # the launcher divides the gradient of a pooled orbit into channels-last
+                yield _additions(conv, adjoint, pick(64, taps, reads), channels_first=True)
+            for tile in dict.fromkeys(pick(filters, taps, reads) for filters in (64, 16)):
+                yield _additions(conv, adjoint, tile)
     for tile in CONV_TILES:
         for gradient in (False, True):
             more = {"GRADIENT": gradient, "SIGNED": False, "ACTIVATION": "", "source_c": 1, "target_c": 1}
@@ -104,7 +119,18 @@ def entries() -> Iterator[Entry]:
     more = {"TRANSPOSED": False, "IMAGES": 4, "dy_c": 1, "x_c": 1}
     types = {"images_ptr": "*i32", "work_ptr": "*fp32"}
     yield _product("dw", conv_kernels._weight_gradient_kernel, WEIGHT_TILE, more, types)
+    for tile in DEPTHWISE_TILES:
+        for name in ("y", "dx", "dw"):
+            for channels_first in (False, True) if tile.block_u > 1 else (True,):
+                yield _depthwise(name, tile, channels_first)
     yield from _matrices()
+
+
+def _strides(images: tuple[str, ...], channels_first: bool) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Strides that are 1, and those that channels-first images of any size need not keep aligned."""
+    if not channels_first:
+        return {f"{name}_c": 1 for name in images}, ()
+    return {f"{name}_w": 1 for name in images}, tuple(f"{name}_{axis}" for name in images for axis in "ncdh")
 
 
 def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], types: dict[str, str]) -> Entry:
@@ -115,7 +141,8 @@ def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], type
     return Entry(f"expand {name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, types)
 
 
-def _additions(conv: shift.Conv, adjoint: bool, tile: Tile) -> Entry:
+def _additions(conv: shift.Conv, adjoint: bool, tile: Tile, channels_first: bool = False) -> Entry:
+    """`channels_first`: y or dy; z and d never are."""
     table = shift_kernels.Table(*launch.table_fields(conv, (8,) * len(conv.geometry.kernel_size), adjoint))
     channels = (conv.rows, conv.out_channels)
     fixed = shift_kernels.constants(
@@ -123,11 +150,33 @@ def _additions(conv: shift.Conv, adjoint: bool, tile: Tile) -> Entry:
     )
     unused = ("bias_ptr",) if adjoint else ()
     unused += () if conv.pool else ("winners_ptr",)
-    fixed |= {"source_c": 1, "target_c": 1} | dict.fromkeys(unused)
+    image, z = ("source", "target") if adjoint else ("target", "source")
+    units, odd = _strides((image,), channels_first)
+    fixed |= units | {f"{z}_c": 1} | dict.fromkeys(unused)
     symmetry = f"{len(conv.blocks[0].images)} images{' pooled' if conv.pool else ''} {len(conv.geometry.kernel_size)}-D"
-    name = f"shift {'d' if adjoint else 'y'} {symmetry} {tile.block_p}x{tile.block_u}"
+    name = (
+        f"shift {'d' if adjoint else 'y'} {symmetry} {tile.block_p}x{tile.block_u}{' NCHW' if channels_first else ''}"
+    )
     work = sum(map(len, table.terms)) * tile.block_p * tile.block_u / (32 * tile.warps)
-    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "*u8"})
+    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "*u8"}, ODD + odd)
+
+
+def _depthwise(name: str, tile: Tile, channels_first: bool) -> Entry:
+    """7x7 kernels, one filter per group; 16 divides the groups."""
+    where = launch.grid(layer("hv", (7, 7), 1).geometry, name == "dx").constants()
+    fixed = {**where, "WIDE": False, "BLOCK_P": tile.block_p, "BLOCK_U": tile.block_u}
+    units, odd = _strides(("dy", "x") if name == "dw" else ("source", "target"), channels_first)
+    if name == "dw":
+        kernel = depthwise_kernels._depthwise_weight_kernel
+        fixed |= {"F": 1, "IMAGES": 4, "TRANSPOSED": False}
+    else:
+        kernel = depthwise_kernels._depthwise_kernel
+        fixed |= {"SOURCE_F": 1, "TARGET_F": 1, "SIGNED": False, "ACTIVATION": ""}
+        fixed |= {"bias_ptr": None} if name == "dx" else {}
+    title = f"depthwise {name} {tile.block_p}x{tile.block_u}{' NCHW' if channels_first else ''}"
+    types = {"table_ptr": "*i32", "images_ptr": "*i32", "work_ptr": "*fp32"}
+    odd += ("R", *(size for size in ODD if size != "GROUPS"))
+    return Entry(title, kernel, fixed | units, tile, tile.block_p * tile.block_u / (32 * tile.warps), types, odd)
 
 
 def matrix_constants(kernel: Any, tile: GemmTile, itemsize: int) -> dict[str, Any]:
@@ -155,11 +204,8 @@ def _matrices() -> Iterator[Entry]:
         fixed = matrix_constants(kernel, tile, 2) | dict.fromkeys(unit, 1)
         work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
         types = {"alpha": "fp32", "beta": "fp32", "partial_ptr": "*fp32"}
-        yield Entry(f"{name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, types)
-
-
-#: Sizes of images and batches: odd more often than not. (Channels, and strides of an aligned tensor, 16 divides.)
-ODD = ("M", "STEPS", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
+        odd = () if kernel is gram_kernels._gram_kernel else ODD
+        yield Entry(f"{name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, types, odd)
 
 
 def compile_kernel(
@@ -191,8 +237,7 @@ def compile_kernel(
 
 
 def compile_entry(entry: Entry, target: str) -> Any:
-    odd = () if entry.kernel is gram_kernels._gram_kernel else ODD
-    return compile_kernel(entry.kernel, entry.fixed, entry.tile, target, types=entry.types, odd=odd)
+    return compile_kernel(entry.kernel, entry.fixed, entry.tile, target, types=entry.types, odd=entry.odd)
 
 
 def machine_code(kernel: Any) -> tuple[str, str]:
@@ -252,14 +297,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown target {unknown[0]!r}; known: {', '.join(TARGETS)}")
     work = [(name, entry) for name in args.targets.split(",") for entry in entries()]
     columns = ("regs", "spills", "shared", "instr", "mma", "load", "store")
-    print(f"{'target':8} {'kernel':32} " + " ".join(f"{name:>6}" for name in columns))
+    print(f"{'target':8} {'kernel':37} " + " ".join(f"{name:>6}" for name in columns))
     for name, entry in tqdm(work, disable=not sys.stderr.isatty()):
         found = inspect(compile_entry(entry, name), entry.work)
         shown = [
             "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
             for value in astuple(found)
         ]
-        tqdm.write(f"{name:8} {entry.name:32} " + " ".join(f"{text:>6}" for text in shown))
+        tqdm.write(f"{name:8} {entry.name:37} " + " ".join(f"{text:>6}" for text in shown))
     return 0
 
 

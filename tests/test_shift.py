@@ -4,13 +4,13 @@ import weakref
 
 import pytest
 import torch
-from interpret import CASES, build
+from interpret import CASES, build, lay_out
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonsym
-from tritonsym import shift
+from tritonsym import launch, shift
 
 ADDITIONS = {
     name: shift.schedule(build(**{**conv, "pool": None}), tuple(sizes))[1]
@@ -121,6 +121,24 @@ def test_training_needs_no_more_memory_than_the_dense_layer_and_the_scratch(kind
     dense = peak(layer.to_dense())
     assert dense > 6 * shift.SCRATCH_BYTES  # else the comparison says nothing
     assert ours <= dense + shift.SCRATCH_BYTES
+
+
+@pytest.mark.parametrize("layout", ["first", "last", "sliced", "expanded"])
+def test_the_backward_kernels_copy_no_gradient(layout, monkeypatch):
+    """Of any strides: they read dy as it lies, and dx is written where it belongs."""
+    kernels, read = pytest.importorskip("tritonsym.kernels.shift"), []
+    monkeypatch.setattr(kernels, "add", lambda source, *_, **options: read.append(source))
+    conv, shape = build(orbits="hv", filters=64), (2, 64, 24, 24)
+    dy = torch.ones((), dtype=torch.bfloat16).expand(shape) if layout == "expanded" else torch.ones(shape).bfloat16()
+    dy = lay_out(dy, layout) if layout in ("last", "sliced") else dy
+    x = torch.empty(2, 32, 24, 24, dtype=torch.bfloat16)
+    x = lay_out(x, "last") if layout == "last" else x
+    rows, dx = torch.empty(1, conv.rows, 32, dtype=torch.bfloat16), torch.empty_like(x)
+    with Allocated() as allocated:
+        launch._shift_backward(dy, x, rows, None, conv, [64, 32, 4] * 2, dx, None)
+    assert read[0].stride()[-2:] == dy.stride()[-2:] and read[0].data_ptr() == dy.data_ptr()
+    d = 2 * conv.rows * 24 * 24 * 2
+    assert allocated.peak == d, "no copy of dy or dx"
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -27,6 +27,12 @@ class Work:
     taps: int
     channels: int  # input channels of one group: the terms that one value of z sums
     outputs: int  # filters of one group, with all images
+    groups: int
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel per group: path 'expand' is `kernels.depthwise`, not an implicit GEMM."""
+        return self.channels == 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class Problem:
         def fit(kind: type[Tile | GemmTile]) -> Callable[..., bool]:
             return lambda *numbers: fits(kind(*numbers), *self._where, taps=True)
 
-        return {"reference": (), "shift": (fit(Tile),) * 2, "expand": (fit(GemmTile),) * 3}
+        product = Tile if self.shift and self.shift.depthwise else GemmTile
+        return {"reference": (), "shift": (fit(Tile),) * 2, "expand": (fit(product),) * 3}
 
     @property
     def _where(self) -> tuple[int, str]:
@@ -119,6 +126,7 @@ class Rates:
 
     gemm: float  # 16-bit multiply-adds x 2 per second of the vendor's GEMM
     conv: float  # of its dense convolution
+    sums: float  # multiply-adds x 2 per second without tensor cores, at 6 instructions each, as compiled kernels take
     memory: float  # bytes per second
     l1: float
     launch: float = 4e-6  # seconds
@@ -126,9 +134,9 @@ class Rates:
 
 #: By compute capability: A100, H200, B200.
 RATES = {
-    80: Rates(250e12, 230e12, 1.7e12, 13e12),
-    90: Rates(700e12, 650e12, 4.3e12, 20e12),
-    100: Rates(1500e12, 1400e12, 7e12, 24e12),
+    80: Rates(250e12, 230e12, 3.2e12, 1.7e12, 13e12),
+    90: Rates(700e12, 650e12, 10e12, 4.3e12, 20e12),
+    100: Rates(1500e12, 1400e12, 12e12, 7e12, 24e12),
 }
 #: A dense convolution of float32 takes so many times as long as one of 16 bits (tf32).
 FLOAT32 = 2
@@ -144,7 +152,8 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
     """Forward time of every path on a GPU, by a roofline model.
 
     Each step takes its arithmetic or its traffic, whichever is longer, and a launch. z is written to memory and read
-    back once; every term of a sum is a load from L1.
+    back once; every term of a sum is a load from L1. Without a product (depthwise) the vendor's convolution is taken to
+    be as fast as our kernel, which then saves no more than expanding the weight.
     """
     work, traffic = problem.shift, problem.traffic
     assert work is not None and traffic is not None
@@ -152,13 +161,16 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
     capability = int(name[3:]) if name.startswith("sm_") else 90  # the interpreter stands in for an H200
     rates = RATES[max((c for c in RATES if c <= capability), default=80)]
     itemsize = ITEMSIZE[problem.dtype]
-    slower = FLOAT32 if itemsize == 4 else 1
+    slower = FLOAT32 if itemsize == 4 and not work.depthwise else 1
+    vendor, ours, terms = rates.conv, TRITON * rates.conv, 0
+    if work.depthwise:
+        vendor, ours, terms = rates.sums, rates.sums, problem.expanded
 
-    def seconds(values: float, multiply_adds: float = 0, rate: float = rates.conv, terms: float = 0) -> float:
+    def seconds(values: float, multiply_adds: float = 0, rate: float = vendor, terms: float = 0) -> float:
         arithmetic = 2 * multiply_adds * slower / rate
         return max(values * itemsize / rates.memory, arithmetic, terms * itemsize / rates.l1) + rates.launch
 
-    dense = seconds(traffic.x + traffic.y + traffic.expanded, problem.expanded)
+    dense = seconds(traffic.x + traffic.y + traffic.expanded, problem.expanded, vendor, terms)
     rows = seconds(2 * traffic.stored)
     passes = -(-work.z * itemsize // shift.SCRATCH_BYTES)  # every chunk has its launches
     gemm = seconds(traffic.x + work.z + traffic.stored, work.multiply_adds, rates.gemm)
@@ -166,7 +178,7 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
     return {
         "reference": rows + seconds(2 * traffic.expanded) + dense,
         "shift": rows + gemm + additions + 2 * (passes - 1) * rates.launch,
-        "expand": rows + seconds(traffic.x + traffic.y + traffic.stored, problem.expanded, TRITON * rates.conv),
+        "expand": rows + seconds(traffic.x + traffic.y + traffic.stored, problem.expanded, ours, terms),
     }
 
 

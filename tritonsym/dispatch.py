@@ -3,8 +3,8 @@
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
 ``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one kernel that works on
 one half, or less, and reads or writes the rest through the symmetry: an implicit GEMM that expands the stored weights
-where it reads them, with all multiply-adds of the dense layer; a product with a packed matrix; one triangle of a
-symmetric product, and its mirror image).
+where it reads them, with all multiply-adds of the dense layer, or plain sums with one input channel per group; a
+product with a packed matrix; one triangle of a symmetric product, and its mirror image).
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tune
     elif not has_kernel:
         chosen, why = "reference", f"No Triton kernel computes {problem.dtype}."
     else:
-        chosen, why = costs.fastest_on_gpu(problem, ("reference", "shift"))
+        own = ("shift", "expand") if work.depthwise else ("shift",)
+        chosen, why = costs.fastest_on_gpu(problem, ("reference", *own))
     if chosen == "reference" or work is None:
         return Plan(problem, "reference", 2 * problem.expanded, 2 * problem.dense, why)
     tiles: tuple[tuple[int, ...], ...] = ()
@@ -202,8 +203,9 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
     from tritonsym.kernels import tiles
 
     if path == "shift":
-        tile = astuple(tiles.pick(work.filters, work.taps))
-        return (tile, tile)
+        return tuple(astuple(tiles.pick(work.filters, work.taps, reads)) for reads in (0, work.passes))
+    if work.depthwise:
+        return (astuple(tiles.pick_depthwise(work.groups)),) * 3
     itemsize, target = costs.ITEMSIZE[problem.dtype], architecture(problem.target)
     both = (tiles.pick_gemm(columns, itemsize, target) for columns in (work.outputs, work.channels))
     return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))
@@ -244,6 +246,7 @@ def conv_problem(
         math.prod(geometry.kernel_size),
         channels,
         len(conv.table),
+        groups,
     )
     traffic = Traffic(
         batch * groups * channels * math.prod(sizes),

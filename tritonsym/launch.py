@@ -1,8 +1,9 @@
 """Convolutions by Triton kernels: opaque ops that lay out the tensors, bound the scratch and launch.
 
 Two paths. `shift`: the GEMMs of `tritonsym.shift` by the vendor's library, its additions by `kernels.shift`, which also
-adds the bias, applies the activation and pools. `expand`: one implicit GEMM, `kernels.conv`, that reads the stored
-rows through `Conv.table`. Both save nothing but x and the rows (and one byte per value of a pooled orbit).
+adds the bias, applies the activation and pools. `expand`: one kernel that reads the stored rows through `Conv.table`,
+the implicit GEMM `kernels.conv` or, with one input channel per group, `kernels.depthwise`. Both save nothing but x and
+the rows (and one byte per value of a pooled orbit).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -199,10 +200,10 @@ def _shift_backward(
     total = None if drows is None else torch.zeros_like(rows, dtype=torch.float32)
     for n in shift.chunks(x, additions, conv.groups):
         d = _scratch(x[n], additions, conv.groups)
-        dy_n, won = channels_last(dy[n]), None
+        dy_n, won = dy[n], None
         if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
             won = channels_last(winners[n])
-            dy_n = dy_n / _bits(won)
+            dy_n = torch.div(dy_n, _bits(won), out=torch.empty_like(won, dtype=dy.dtype))
         kernel.add(_to_3d(dy_n), table, _to_3d(d), conv.groups, Tile(*tiles[3:]), won=won)
         _multiply_backward(d, x[n], rows, gemms, additions, conv.groups, None if dx is None else dx[n], total)
     if drows is not None and total is not None:
@@ -266,8 +267,7 @@ def _multiply(x: Tensor, rows: Tensor, gemms: Sequence[Gemm], additions: Additio
     z = _scratch(x, additions, groups)
     for g, to in zip(gemms, _parts(z, additions, groups), strict=True):
         w = shift.pick(rows, g.rows)  # [G, R, C]
-        if groups == 1 and not is_last(x) and x.ndim > 2 and g.whole and x.is_contiguous():
-            # channels first: one product per image reads x as it lies
+        if _by_image(x, g, groups):
             torch.bmm(x.flatten(2).mT, w.mT.expand(x.shape[0], -1, -1), out=to[:, 0].flatten(2).mT)
         else:
             torch.bmm(_matrices(x, g, z.shape[2:], groups), w.mT, out=_by_group(to))
@@ -303,17 +303,24 @@ def _multiply_backward(
             w = shift.pick(rows, g.rows)
             if g.whole and is_last(dx):
                 torch.bmm(d_g, w, out=_by_group(dx.unflatten(1, (groups, -1))))
+            elif _by_image(dx, g, groups):
+                torch.bmm(w.mT.expand(x.shape[0], -1, -1), part[:, 0].flatten(2), out=dx.flatten(2))
             else:
                 found = torch.bmm(d_g, w).transpose(0, 1)  # [P, G, C]
                 found = found.reshape(x.shape[0], *d.shape[2:], -1).movedim(-1, 1)
                 dx[g.x_at] = found[shift.corner(sizes)]
-        if drows is not None:
+        if drows is not None:  # channels-first x is copied: its product per image would write an R x C matrix for each
             shift.add_rows(drows, torch.bmm(d_g.mT, _matrices(x, g, d.shape[2:], groups)), g.rows)
 
 
 def _parts(z: Tensor, additions: Additions, groups: int) -> Sequence[Tensor]:
     """The z of every GEMM: (N, groups, rows, *sizes)."""
     return z.unflatten(1, (groups, -1)).split([channels for channels, _ in additions.sources], 2)
+
+
+def _by_image(x: Tensor, gemm: Gemm, groups: int) -> bool:
+    """Whether x is channels-first, so that one product per image reads, or writes, it as it lies."""
+    return groups == 1 and gemm.whole and not is_last(x) and x.is_contiguous()
 
 
 def _by_group(z: Tensor) -> Tensor:
@@ -344,23 +351,25 @@ def _expand_forward(
     y: Tensor,
     winners: Tensor | None,
 ) -> None:
-    import tritonsym.kernels.conv as kernel
-    from tritonsym.kernels.tiles import GemmTile
+    _expand(x, rows, y, conv, tiles[: len(tiles) // 3], gradient=False, bias=bias, activation=activation)
 
-    table, signed = _device_table(conv, x.device)
-    kernel.conv(
-        _to_3d(x),
-        rows,
-        table,
-        _to_3d(y),
-        grid(conv.geometry, conv.geometry.transposed),
-        GemmTile(*tiles[:5]),
-        gradient=False,
-        signed=signed,
-        precision=_precision(),
-        bias=bias,
-        activation=activation,
-    )
+
+def _expand(
+    source: Tensor, rows: Tensor, target: Tensor, conv: Conv, tile: Sequence[int], gradient: bool, **epilogue: Any
+) -> None:
+    """Fill y from x, or dx from dy."""
+    import tritonsym.kernels.conv as kernel
+    from tritonsym.kernels import depthwise
+    from tritonsym.kernels.tiles import GemmTile, Tile
+
+    table, epilogue["signed"] = _device_table(conv, source.device)
+    source, target = _to_3d(source), _to_3d(target)
+    where = grid(conv.geometry, conv.geometry.transposed != gradient)
+    if rows.shape[2] == 1:
+        depthwise.conv(source, rows[..., 0].mT.contiguous(), table, target, where, Tile(*tile), **epilogue)
+    else:
+        epilogue |= {"gradient": gradient, "precision": _precision()}
+        kernel.conv(source, rows, table, target, where, GemmTile(*tile), **epilogue)
 
 
 def _expand_backward(
@@ -374,40 +383,30 @@ def _expand_backward(
     drows: Tensor | None,
 ) -> None:
     import tritonsym.kernels.conv as kernel
-    from tritonsym.kernels.tiles import GemmTile
+    from tritonsym.kernels import depthwise
+    from tritonsym.kernels.tiles import GemmTile, Tile
 
-    transposed = conv.geometry.transposed
+    third = len(tiles) // 3
     if dx is not None:
-        table, signed = _device_table(conv, x.device)
-        kernel.conv(
-            _to_3d(dy),
-            rows,
-            table,
-            _to_3d(dx),
-            grid(conv.geometry, not transposed),
-            GemmTile(*tiles[5:10]),
-            gradient=True,
-            signed=signed,
-            precision=_precision(),
-        )
-    if drows is not None:
-        tile = GemmTile(*tiles[10:15])
-        images = _device_images(conv, tile.block_m, x.device)
-        positions = (x if transposed else dy).numel() // max((x if transposed else dy).shape[1], 1)
-        splits = _splits(images.shape[0] * conv.groups * -(-rows.shape[2] // tile.block_n), positions, tile.block_k)
-        splits = max(1, min(splits, shift.SCRATCH_BYTES // (4 * max(rows.numel(), 1))))
-        work = rows.new_zeros(splits, *rows.shape, dtype=torch.float32)
-        kernel.weight_gradient(
-            _to_3d(dy),
-            _to_3d(x),
-            images,
-            work,
-            grid(conv.geometry, False),
-            tile,
-            transposed=transposed,
-            precision=_precision(),
-        )
-        drows.copy_(work.sum(0))
+        _expand(dy, rows, dx, conv, tiles[third : 2 * third], gradient=True)
+    if drows is None:
+        return
+    transposed = conv.geometry.transposed
+    run: Any
+    tile: Any
+    if rows.shape[2] == 1:
+        tile, run = Tile(*tiles[2 * third :]), depthwise.weight_gradient
+        height, columns, length = 1, -(-conv.groups // tile.block_u), tile.block_p
+    else:
+        tile, run = GemmTile(*tiles[2 * third :]), partial(kernel.weight_gradient, precision=_precision())
+        height, columns, length = tile.block_m, conv.groups * -(-rows.shape[2] // tile.block_n), tile.block_k
+    images = _device_images(conv, height, x.device)
+    positions = (x if transposed else dy).numel() // max((x if transposed else dy).shape[1], 1)
+    splits = _splits(images.shape[0] * columns, positions, length)
+    splits = max(1, min(splits, shift.SCRATCH_BYTES // (4 * max(rows.numel(), 1))))
+    work = rows.new_zeros(splits, *rows.shape, dtype=torch.float32)
+    run(_to_3d(dy), _to_3d(x), images, work, grid(conv.geometry, False), tile, transposed=transposed)
+    drows.copy_(work.sum(0))
 
 
 def _splits(programs: int, positions: int, block: int) -> int:

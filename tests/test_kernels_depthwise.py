@@ -1,0 +1,173 @@
+"""The kernels for one input channel per group: in Triton's interpreter against float64, and compiled for GPUs."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from interpret import DEVICE, Interpreter
+
+import tritonsym
+
+pytest.importorskip("triton")  # Linux only
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
+
+
+TILES = [[16, 16, 1], [32, 4, 4], [128, 32, 4]]
+#: conv (`interpret.build`), batch, sizes. Groups below, at and above the tiles; one filter per group and several.
+CASES = {
+    "1-D h": ({"orbits": "h", "filters": 2, "kernel": [3], "groups": 5}, 2, [13]),
+    "1-D, long, so that several programs share its positions": (
+        {"ties": ["h", ""], "filters": 1, "kernel": [3], "groups": 3},
+        2,
+        [601],
+    ),
+    "one group, one pixel": ({"orbits": "h", "filters": 2}, 1, [1, 1]),
+    "one group": ({"orbits": "hv", "filters": 8}, 2, [5, 7]),
+    "hv": ({"orbits": "hv", "filters": 4, "groups": 17}, 1, [5, 4]),
+    "d4": ({"orbits": "d4", "filters": 8, "groups": 4}, 2, [4, 3]),
+    "mixed": ({"orbits": {"h": 2, "v": 4}, "filters": 7, "groups": 3}, 1, [4, 5]),
+    "7x7 hv": ({"ties": ["hv", ""], "filters": 1, "kernel": [7, 7], "padding": 3, "groups": 15}, 1, [6, 9]),
+    "tied hv and free": ({"ties": ["hv", ""], "filters": 1, "free": 1, "groups": 16}, 2, [5, 4]),
+    "odd, even kernel": ({"ties": ["hv", "h"], "filters": 1, "kernel": [3, 4], "groups": 33}, 1, [6, 7]),
+    "odd d4": ({"ties": ["d4", "h"], "filters": 2, "kernel": [5, 5], "padding": 2, "groups": 5}, 2, [7, 6]),
+    "rings": ({"ties": ["radial:1", ""], "filters": 1, "kernel": [5, 5], "padding": 2, "groups": 31}, 1, [6, 5]),
+    "stride": ({"ties": ["hv", ""], "filters": 1, "stride": 2, "groups": 16}, 2, [9, 8]),
+    "stride 3 and 2, kernel 4": (
+        {"orbits": "h", "filters": 2, "kernel": [4, 4], "stride": [3, 2], "groups": 3},
+        1,
+        [8, 9],
+    ),
+    "stride > kernel": (
+        {"orbits": "h", "filters": 2, "kernel": [2, 2], "stride": 3, "padding": 0, "groups": 4},
+        2,
+        [8, 7],
+    ),
+    "dilation": ({"ties": ["h", "h"], "filters": 1, "dilation": 2, "padding": [2, 1], "groups": 4}, 2, [9, 8]),
+    "3-D hvz": ({"ties": ["hvz", "z"], "filters": 1, "kernel": [3, 3, 3], "groups": 5}, 1, [3, 4, 5]),
+    "3-D, images, stride": (
+        {"orbits": "vz", "filters": 4, "kernel": [3, 2, 3], "stride": [1, 2, 2], "groups": 3},
+        1,
+        [4, 5, 3],
+    ),
+    "transposed": (
+        {"orbits": "hv", "filters": 4, "kernel": [4, 4], "stride": 2, "transposed": True, "groups": 5},
+        2,
+        [3, 4],
+    ),
+    "transposed, stride > kernel": (
+        {
+            "orbits": "h",
+            "filters": 2,
+            "kernel": [2, 2],
+            "stride": 3,
+            "padding": 0,
+            "output_padding": [1, 0],
+            "groups": 4,
+            "transposed": True,
+        },
+        1,
+        [4, 3],
+    ),
+    "no images": ({"orbits": "h", "filters": 2, "groups": 3}, 0, [4, 5]),
+}
+VARIANTS = [("float32", "first"), ("float16", "last"), ("float32", "sliced"), ("float16", "first")]
+BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_exact(interpreter, name):
+    """y, dx and the weights' gradient; with layout 'sliced' dy is expanded."""
+    conv, batch, sizes = CASES[name]
+    number = list(CASES).index(name)
+    for dtype, layout in (VARIANTS[number % 4], VARIANTS[(number + 1) % 4], *BFLOAT16):
+        options = {"tiles": TILES[number % 3] * 3, "dtype": dtype, "layout": layout, "path": "expand"}
+        assert interpreter("convolution", conv=conv, batch=batch, channels=1, sizes=sizes, **options)
+
+
+def test_offsets_beyond_31_bits(interpreter):
+    conv = {"orbits": "h", "filters": 2, "groups": 3}
+    options = {"tiles": TILES[0] * 3, "dtype": "float16", "layout": "far", "path": "expand"}
+    assert interpreter("convolution", conv=conv, batch=2, channels=1, sizes=[4, 5], **options)
+
+
+def test_activation_of_the_epilogue(interpreter):
+    conv = {"orbits": "h", "filters": 2, "groups": 3}
+    options = {"tiles": TILES[0] * 3, "dtype": "float32", "layout": "last", "path": "expand"}
+    assert interpreter("convolution", conv=conv, batch=1, channels=1, sizes=[4, 5], activation="gelu", **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", *(["bfloat16"] if DEVICE == "cuda" else [])])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("SymmetricConv2d", {"symmetry": "hv", "out_channels": 24, "stride": 2, "activation": "gelu"}),
+        ("SymmetricConvTranspose2d", {"symmetry": "h", "kernel_size": 2, "stride": 2, "out_channels": 12}),
+        ("TiedConv2d", {"symmetry": "hv", "kernel_size": 7, "parity": "odd", "padding": 3}),
+        ("TiedConv2d", {"symmetry": "radial", "free": 6, "out_channels": 12, "activation": "relu"}),
+        ("OrbitPoolConv2d", {"symmetry": "hv", "activation": "silu"}),
+        ("OrbitPoolConv2d", {"symmetry": "h", "reduce": "mean"}),
+    ],
+)
+def test_layers_round_as_torch_does(interpreter, kind, options, dtype):
+    options = {"in_channels": 6, "out_channels": 6, "kernel_size": 3, "groups": 6, **options}
+    tiles = interpreter("layer", kind=kind, options=options, shape=[2, 6, 8, 7], dtype=dtype, path="expand")
+    assert [len(tile) for tile in tiles] == [3, 3, 3]
+
+
+def test_plans():
+    layer = tritonsym.nn.TiedConv2d(384, 384, 7, padding=3, groups=384, symmetry="hv", device="meta")
+    x = torch.empty(64, 384, 28, 28, dtype=torch.bfloat16, device="meta")
+    plan = tritonsym.explain(layer, x, "sm_90")
+    assert plan.path == "reference" and "expand" in plan.why and "estimate" in plan.why, "no clear win by estimate"
+    with tritonsym.backend("triton"):
+        plan = tritonsym.explain(layer, x, "sm_90")
+    assert plan.path == "expand" and plan.tiles == ((128, 32, 4),) * 3
+    assert plan.problem.runs("expand", plan.tiles)
+    assert not plan.problem.runs("expand", ((64, 64, 32, 4, 3),) * 3)
+
+
+def sums():
+    """What `inspect_kernels` lists of these kernels."""
+    from tritonsym.perf import inspect_kernels
+
+    return [entry for entry in inspect_kernels.entries() if entry.name.startswith("depthwise")]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_shipped_tiles_compile(target):
+    """No spills, 128-bit accesses of channels-last tensors, and neighbours in a row of channels-first ones."""
+    from tritonsym.kernels.tiles import fits
+    from tritonsym.perf import inspect_kernels
+
+    for entry in sums():
+        kernel = inspect_kernels.compile_entry(entry, target)
+        found = inspect_kernels.inspect(kernel, entry.work)
+        assert fits(entry.tile, 2, target) and found.shared <= 8 << 10, entry.name
+        if target == "gfx942":
+            continue
+        assert found.spills == found.tensor_cores == 0, entry.name
+        layouts = set(re.findall(r"tt\.load .*x!tt\.ptr<bf16>, (#blocked\w*)>", kernel.asm["ttgir"]))
+        if "NCHW" in entry.name:
+            spread = {re.search(rf"^{layout} = (.*)", kernel.asm["ttgir"], re.M)[1] for layout in layouts}
+            assert spread and all("threadsPerWarp = [1, 32]" in layout for layout in spread), entry.name
+        else:
+            assert found.load_bits == 128 and found.store_bits == (32 if " dw " in entry.name else 128), entry.name
+
+
+def test_sizes_of_one_compile():
+    """Triton makes constants of integers that are 1, which the interpreter does not."""
+    from tritonsym.perf import inspect_kernels
+
+    for entry in {entry.kernel: entry for entry in sums()}.values():
+        ones = {name: 1 for name in entry.kernel.arg_names if not name.endswith("_ptr") and name not in entry.fixed}
+        for filters in ({"SOURCE_F": 4}, {"TARGET_F": 4}) if "SOURCE_F" in entry.fixed else ({"F": 4},):
+            for fixed in (entry.fixed | ones, entry.fixed | filters):
+                for wide in (False, True):
+                    inspect_kernels.compile_entry(replace(entry, fixed=fixed | {"WIDE": wide}), "sm_90")
