@@ -65,12 +65,14 @@ class Call:
     shape: torch.Size  # of x
     last: bool  # whether x is channels-last
     dtype: torch.dtype  # to compute in
+    gathers: bool  # whether the reference's weight can be gathered from rows
     prepare: Callable[[Tensor], Tensor] | None = None  # the weights
     shared: FilterLayout | None = None  # where a bias may be shared by the images of a filter
 
-    def runs(self, device: torch.device) -> bool:
-        """Whether this is one of the plan's paths or a reference that gathers its weight."""
-        return self.plan.path != "reference" or (is_eager() and self.dtype in _GATHERED[device.type])
+    @property
+    def runs(self) -> bool:
+        """Whether it can run as planned, or the plain reference has to."""
+        return self.plan.path != "reference" or self.gathers
 
     def run(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         if self.shared is not None:
@@ -130,8 +132,10 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
         needs_gradient(x, bias, *weights),
         torch.compiler.is_compiling(),
     )
-    call = Call(layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, **options)
-    _latest.call = call if call.runs(x.device) else None
+    are_plain = all(type(t) in (Tensor, Parameter) for t in (x, *weights))
+    gathers = are_plain and is_eager() and dtype in _GATHERED[x.device.type]
+    call = Call(layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, gathers=gathers, **options)
+    _latest.call = call if call.runs else None
     return call
 
 

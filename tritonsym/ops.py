@@ -114,7 +114,7 @@ def _plan(layer: str, x: Tensor, *args: Any, **options: Any) -> calls.Call | Non
     if _takes_reference(x):
         return None
     call = calls.plan(layer, x, *args, **options)
-    return call if call.runs(x.device) else None
+    return call if call.runs else None
 
 
 @_op(
