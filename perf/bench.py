@@ -53,7 +53,8 @@ class Named(nn.Module):
 
 
 def _steps(case: Case, layer: nn.Module, x: Tensor, mode: str, ours: list[str], compiled: bool) -> dict[str, Step]:
-    """The variants of a case, ready to run, by name and memory format."""
+    """The variants of a case, ready to run, by name and memory format. Each has a layer of its own, as in a program: a
+    layer remembers its last call."""
     forms = {"nchw": (x, torch.contiguous_format)}
     if case.sizes:
         last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
@@ -63,11 +64,11 @@ def _steps(case: Case, layer: nn.Module, x: Tensor, mode: str, ours: list[str], 
         dense = copy.deepcopy(layer).to_dense().to(memory_format=memory_format)  # type: ignore[operator]
         steps[f"dense {form}"] = make_step(dense, data, training)
         for path in ours:
-            steps[f"{path} {form}"] = make_step(layer, data, training, path)
+            steps[f"{path} {form}"] = make_step(copy.deepcopy(layer), data, training, path)
         if compiled:
             torch.compiler.reset()  # else, after some layers, it falls back to eager
-            for path in set(ours) & {"reference", "shift"}:
-                step = make_step(torch.compile(Named(layer, path)), data, training, path)  # type: ignore[arg-type]
+            for path in [path for path in COMPILED if path in ours]:
+                step = make_step(torch.compile(Named(copy.deepcopy(layer), path)), data, training, path)  # type: ignore[arg-type]
                 steps[f"{COMPILED[path]} {form}"] = step
     return steps
 
