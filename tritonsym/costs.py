@@ -202,7 +202,7 @@ def fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]:
 #: three products. Fitted to perf/results/*-cpu.json (2 threads).
 EAGER, EAGER_TRAINING = (40, 50, 1_500_000), (27, 50, 1_000_000)
 #: The same where a compiler fuses the additions: perf/results/*-cpu-compiled.json.
-COMPILED, COMPILED_TRAINING = (35, 0, 0), (50, 0, 0)
+COMPILED = (35, 0, 0)
 #: Of one expanded weight in a training step; in inference it is kept.
 EXPANDING = 20
 #: Speedup by the fit below which the reference is taken all the same.
@@ -212,8 +212,7 @@ CPU_MARGIN = 1.15
 def cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, str]:
     """Compare multiply-adds, with all else counted as such; in doubt the reference."""
     assert problem.traffic is not None
-    rates = (COMPILED, COMPILED_TRAINING) if problem.compiled else (EAGER, EAGER_TRAINING)
-    addition, value, one_pass = rates[problem.training]
+    addition, value, one_pass = COMPILED if problem.compiled else EAGER_TRAINING if problem.training else EAGER
     values = problem.traffic.x + problem.traffic.y + work.z
     cost = work.multiply_adds + addition * work.additions + value * values + one_pass * work.passes
     reference = problem.expanded + (EXPANDING * problem.traffic.expanded if problem.training else 0)
