@@ -30,6 +30,10 @@ def one_value(layer):
     layer.weight.data.view(-1)[-1] += 1  # the version counter does not notice
 
 
+def one_value_in_place(layer):
+    layer.weight.data[-1, -1, -1, -1] += 1
+
+
 def through_numpy(layer):
     layer.weight.detach().numpy()[:] *= 2
 
@@ -92,6 +96,36 @@ def test_kept_while_values_stay_and_no_longer():
     del layer
     gc.collect()
     assert dense() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_any_storage(channels, offset, dtype):
+    """Weights that lie anywhere in a larger tensor, with an odd number of values or zeros of both signs."""
+    layer = tritonsym.nn.SymmetricConv2d(channels, 2, 3, symmetry="h", dtype=dtype)
+    flat = torch.randn(offset + 9 * channels, dtype=dtype)
+    flat[-1] = torch.nan
+    layer.weight = torch.nn.Parameter(flat[offset:].view(1, channels, 3, 3))
+    x = torch.randn(1, channels, 5, 5, dtype=dtype)
+    with torch.no_grad():
+        layer(x)
+        for i in range(offset, len(flat) - 1):
+            dense = kept(layer)[2]
+            layer(x)
+            assert kept(layer)[2] is dense
+            flat[i] = -0.0
+            layer(x)
+            torch.testing.assert_close(kept(layer)[2], layer.expanded_weight(), rtol=0, atol=0, equal_nan=True)
+            flat[i] = 0.0
+            layer(x)
+            assert torch.equal(kept(layer)[2].signbit(), layer.expanded_weight().signbit())
+
+
+def test_weights_that_are_channels_last():
+    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h").to(memory_format=torch.channels_last)
+    assert not layer.weight.is_contiguous()
+    assert_seen(layer, torch.randn(2, 4, 5, 5), one_value_in_place)
 
 
 def test_free_filters_count_too():
