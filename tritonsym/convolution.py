@@ -140,7 +140,7 @@ class _Expand(torch.autograd.Function):
         there, ctx.back = _sums(layer, len(weights) > 1, lines[0].device)
         dense = _add_up(lines[0] if len(lines) == 1 else torch.cat(lines), *there)
         dense = _from_lines(dense, _dense_shape(layer, lines[0].shape[1]), layer)
-        return dense if last else dense.contiguous()
+        return shift.channels_last(dense) if last else dense.contiguous()
 
     @staticmethod
     def backward(ctx: Any, ddense: Tensor) -> Any:
@@ -162,13 +162,12 @@ def _dense_shape(layer: Conv, channels: int) -> Sequence[int]:
 def _to_lines(w: Tensor, layer: Conv) -> Tensor:
     """(F, C, *taps), or transposed (groups C, F / groups, *taps), as lines (F taps, C)."""
     if layer.geometry.transposed:
-        c = w.shape[0] // layer.groups
-        w = w.reshape(layer.groups, c, *w.shape[1:]).transpose(1, 2).reshape(-1, c, *w.shape[2:])
+        w = w.reshape(layer.groups, -1, *w.shape[1:])  # [groups, C, F / groups, *taps]
     return w.permute(0, *range(2, w.ndim), 1).reshape(-1, w.shape[1])
 
 
 def _from_lines(lines: Tensor, shape: Sequence[int], layer: Conv) -> Tensor:
-    """The inverse of `_to_lines`, channels-last."""
+    """The inverse of `_to_lines`."""
     if layer.geometry.transposed:
         w = lines.reshape(layer.groups, *shape[1:], lines.shape[1])
         return w.permute(0, -1, *range(1, w.ndim - 1)).reshape(shape)
