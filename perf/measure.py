@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -116,7 +117,8 @@ def _gate_function(layer: Function, x: Tensor) -> None:
 
 
 def measure(steps: dict[Name, Step], rounds: int, device: torch.device, cold: bool = True) -> dict[Name, Samples]:
-    """Every step in turn, round after round, so that a drift of the machine's speed touches all of them.
+    """Every step once in each round, so that a drift of the machine's speed touches all of them; in an order drawn for
+    every round, so that none always runs after the same other one, whose data or code it finds in the caches.
 
     On a GPU every sample starts with an L2 cache full of other data, unless `cold` is false.
     """
@@ -127,12 +129,18 @@ def _on_cpu(steps: dict[Name, Step], rounds: int) -> dict[Name, Samples]:
     samples = {name: Samples() for name in steps}
     for step in steps.values():
         step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            samples[name].seconds.append(time.perf_counter() - start)
+    for name, step in _rounds(steps, rounds):
+        start = time.perf_counter()
+        step()
+        samples[name].seconds.append(time.perf_counter() - start)
     return samples
+
+
+def _rounds(steps: dict[Name, Step], rounds: int) -> Iterator[tuple[Name, Step]]:
+    order, draw = list(steps.items()), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        yield from order
 
 
 def _on_gpu(steps: dict[Name, Step], rounds: int, device: torch.device, cold: bool) -> dict[Name, Samples]:
@@ -169,9 +177,8 @@ def _on_gpu(steps: dict[Name, Step], rounds: int, device: torch.device, cold: bo
         graph = _graph(step) if event_seconds(step, host) < GRAPH_BELOW else None
         runs[name] = graph or step
         found[name] = Samples(launch=host, peak_bytes=peak, graph=graph is not None)
-    for _ in range(rounds):
-        for name, run in runs.items():
-            found[name].seconds.append(event_seconds(run, found[name].launch or 0.0))
+    for name, run in _rounds(runs, rounds):
+        found[name].seconds.append(event_seconds(run, found[name].launch or 0.0))
     return found
 
 
