@@ -2,8 +2,8 @@
 
     python -m tritonsym bench --output perf/results/NAME.json [--filter c256,linear] [--quick] [--baseline OLD.json]
 
-On a GPU the shapes of networks, without one reduced sizes on the CPU. All variants of a case are timed in one run, in an
-order drawn for every round; what does not match the reference is not timed. The JSON keeps every sample and is
+On a GPU the shapes of networks, without one reduced sizes on the CPU. All variants of a case are timed in one run, in
+an order drawn for every round; what does not match the reference is not timed. The JSON keeps every sample and is
 written after every row, so that an interrupted run keeps what it measured; --resume goes on with it.
 """
 
