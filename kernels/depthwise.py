@@ -98,7 +98,8 @@ def _depthwise_kernel(
                 source[None, :] + (channel[:, None] + place[None, :]), mask=has[:, None] & inside[None, :], other=0.0
             )  # [U, P]
             entry = tl.load(table_ptr + (i + j) * (KD * KH * KW) + k)
-            weight = tl.load(rows_ptr + (tl.abs(entry) - 1) * GROUPS + g, mask=has & (entry != 0), other=0.0)  # [U]
+            weight = tl.load(rows_ptr + tl.maximum(tl.abs(entry) - 1, 0) * GROUPS + g, mask=has, other=0.0)  # [U]
+            weight = tl.where(entry == 0, 0.0, weight)
             if SIGNED:
                 weight = tl.where(entry < 0, -weight, weight)
             total += weight.to(tl.float32)[:, None] * x.to(tl.float32)
@@ -192,12 +193,12 @@ def _depthwise_weight_kernel(
                     d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, x_d, x_h, x_w,
                     MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
                 )  # fmt: skip
-            mask = has[:, None] & (there & (sign != 0))[None, :]
+            mask = has[:, None] & there[None, :]
             filters = ((g * F + o if F > 1 else g) * dy_c)[:, None]
             dy = tl.load((dy_ptr + n * dy_n)[None, :] + (filters + dy_at[None, :]), mask=mask, other=0.0)  # [U, P]
             x = tl.load((x_ptr + n * x_n)[None, :] + ((g * x_c)[:, None] + x_at[None, :]), mask=mask, other=0.0)
             product = dy.to(tl.float32) * x.to(tl.float32)
-            total += tl.where(sign < 0, -product, product)
+            total += tl.where(sign < 0, -product, tl.where(sign == 0, 0.0, product))
     place = (split.to(tl.int64) * GROUPS + g) * R + tl.load(images_ptr)
     tl.store(work_ptr + place, tl.sum(total, 1), mask=has)
 
