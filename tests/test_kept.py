@@ -154,3 +154,13 @@ def test_nothing_is_kept_of_other_tensors_and_by_compiled_code():
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
         torch.func.vmap(layer)(x[None])
     assert kept(layer) is None
+
+
+@torch.no_grad()
+def test_reductions_of_one_weight():
+    """'sum' and 'mean' are the same convolution of other rows."""
+    weight, x = torch.nn.Parameter(torch.randn(4, 2, 3, 3)), torch.randn(1, 2, 6, 6)
+    for reduce in ("sum", "mean", "sum", "max"):
+        y = tritonsym.functional.orbit_pool_conv2d(x, weight, symmetry="hv", reduce=reduce)
+        expected = tritonsym.functional.orbit_pool_conv2d(x, weight.detach(), symmetry="hv", reduce=reduce)
+        assert torch.equal(y, expected), reduce

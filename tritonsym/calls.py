@@ -66,7 +66,7 @@ class Call:
     last: bool  # whether x is channels-last
     dtype: torch.dtype  # to compute in
     gathers: bool  # whether the reference's weight can be gathered from rows
-    prepare: Callable[[Tensor], Tensor] | None = None  # the weights
+    prepare: partial[Tensor] | None = None  # the weights
     shared: FilterLayout | None = None  # where a bias may be shared by the images of a filter
 
     @property
@@ -80,7 +80,8 @@ class Call:
         if self.plan.path != "reference":
             rows = convolution.stored_rows(self.conv, *self._prepared(weights))
             return convolution.conv(x, rows, bias, self.conv, self.plan, self.activation)
-        dense = kept((self.layer, self.conv, self.last, self.dtype), partial(self._expand, weights), *weights)
+        what = self.layer, self.conv, self.last, self.dtype, self.prepare and self.prepare.keywords
+        dense = kept(what, partial(self._expand, weights), *weights)
         y = convolution.dense_conv(x, self._expand(weights) if dense is None else dense, bias, self.conv)
         return reference.activate(y, self.activation)
 
