@@ -122,6 +122,24 @@ def test_any_storage(channels, offset, dtype):
             assert torch.equal(kept(layer)[2].signbit(), layer.expanded_weight().signbit())
 
 
+@pytest.mark.parametrize("shape, strides", [((2, 4, 3, 3), (72, 18, 6, 2)), ((2, 4, 3, 3), (0, 9, 3, 1))])
+def test_any_strides(shape, strides):
+    """Weights with gaps, or whose filters are one and the same."""
+    layer = tritonsym.nn.SymmetricConv2d(4, 4, 3, symmetry="h")
+    layer.weight = torch.nn.Parameter(torch.randn(150).as_strided(shape, strides))
+    assert_seen(layer, torch.randn(1, 4, 5, 5), one_value_in_place)
+
+
+@torch.no_grad()
+def test_no_second_copy_where_the_dense_weight_begins_with_the_stored_one():
+    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h")
+    x = torch.randn(1, 4, 5, 5)
+    for last in (False, True):
+        layer(x.to(memory_format=torch.channels_last) if last else x)
+        _, (values,), dense = kept(layer)
+        assert (values.copy is dense) != last
+
+
 def test_weights_that_are_channels_last():
     layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h").to(memory_format=torch.channels_last)
     assert not layer.weight.is_contiguous()

@@ -5,12 +5,14 @@ The plan of a convolution, for a call with equal arguments; and on the CPU, for 
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +68,7 @@ class Call:
     last: bool  # whether x is channels-last
     dtype: torch.dtype  # to compute in
     gathers: bool  # whether the reference's weight can be gathered from rows
+    keeps: bool  # whether that weight is kept
     prepare: partial[Tensor] | None = None  # the weights
     shared: FilterLayout | None = None  # where a bias may be shared by the images of a filter
 
@@ -80,10 +83,13 @@ class Call:
         if self.plan.path != "reference":
             rows = convolution.stored_rows(self.conv, *self._prepared(weights))
             return convolution.conv(x, rows, bias, self.conv, self.plan, self.activation)
-        what = self.layer, self.conv, self.last, self.dtype, self.prepare and self.prepare.keywords
-        dense = kept(what, partial(self._expand, weights), *weights)
-        y = convolution.dense_conv(x, self._expand(weights) if dense is None else dense, bias, self.conv)
-        return reference.activate(y, self.activation)
+        dense = _recall(self.what, self._expand, weights) if self.keeps else self._expand(weights)
+        return reference.activate(convolution.dense_conv(x, dense, bias, self.conv), self.activation)
+
+    @cached_property
+    def what(self) -> tuple[Any, ...]:
+        """What the expanded weight depends on beside the stored one."""
+        return self.layer, self.conv, self.last, self.dtype, self.prepare and self.prepare.keywords
 
     def _prepared(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
         return weights if self.prepare is None else [self.prepare(w) for w in weights]
@@ -115,7 +121,7 @@ class _Latest(threading.local):
 
 _latest = _Latest()
 _calls = _ByTensor()  # by the first weight: key and call
-_kept = _ByTensor()  # by the first weight: what of it, stored values, dense weight
+_kept = _ByTensor()  # by the first weight: what of it, all stored values, dense weight
 
 
 def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, conv: Conv, **options: Any) -> Call:
@@ -135,7 +141,10 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
     )
     are_plain = all(type(t) in (Tensor, Parameter) for t in (x, *weights))
     gathers = are_plain and is_eager() and dtype in _GATHERED[x.device.type]
-    call = Call(layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, gathers=gathers, **options)
+    keeps = _keeps(weights) and gathers and chosen.path == "reference"
+    call = Call(
+        layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, gathers=gathers, keeps=keeps, **options
+    )
     _latest.call = call if call.runs else None
     return call
 
@@ -167,38 +176,65 @@ def repeating(weights: int) -> Callable[[Function], Function]:
 
 def _key(x: Tensor, weight: Tensor, rest: Sequence[Any]) -> tuple[Any, ...]:
     """All that checks and plans look at."""
-    options = [_form(o) if isinstance(o, Tensor) else tuple(o) if isinstance(o, list) else o for o in rest]
-    state = torch.is_grad_enabled(), dispatch.computing_dtype(x), dispatch.switches(), dispatch.generation
-    return (_form(x), x.stride(), _form(weight), *options, *state)
+    grad = torch.is_grad_enabled()
+    forms: list[Any] = []
+    for o in (x, weight, *rest):
+        if isinstance(o, Tensor):
+            forms.append((o.shape, o.dtype, o.device, grad and o.requires_grad))
+        else:
+            forms.append(tuple(o) if isinstance(o, list) else o)
+    return (x.stride(), forms, grad, dispatch.computing_dtype(x), dispatch.switches(), dispatch.generation)
 
 
-def _form(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.dtype, t.device, t.requires_grad
+def kept(what: object, make: Callable[[Sequence[Tensor]], Tensor], *weights: Tensor) -> Tensor | None:
+    """make(weights), kept for inference on the CPU; None where it is not kept.
 
-
-def kept(what: object, make: Callable[[], Tensor], *weights: Tensor) -> Tensor | None:
-    """The expanded weight, kept for inference on the CPU; None where it is not kept.
-
-    It is used again only while the stored values are bitwise those it was made of, which costs a fraction of expanding
-    them: no change of the parameters, however it comes about, can be missed. Training drops it.
+    It is used again only while the stored values are bitwise those it was made of, which costs a fraction of making it
+    again: no change of the parameters, however it comes about, can be missed. Training drops it.
     """
+    return _recall(what, make, weights) if _keeps(weights) and is_eager() else None
+
+
+def _keeps(weights: Sequence[Tensor]) -> bool:
+    """Whether what is made of these weights may be kept; if not, what was kept is dropped."""
     weight = weights[0]
     if type(weight) is not Parameter or weight.device.type != "cpu":
-        return None
-    if needs_gradient(*weights) or weight.is_inference() or not is_eager():
+        return False
+    if needs_gradient(*weights) or weight.is_inference():
         _kept.forget(weight)
-        return None
-    known, values, dense = _kept.find(weight) or (None, [], None)
-    what, stored = (what, *(w.dtype for w in weights)), [_bits(w.detach()) for w in weights]
-    if known != what or not all(map(torch.equal, stored, values)):
+        return False
+    return True
+
+
+def _recall(what: object, make: Callable[[Sequence[Tensor]], Tensor], weights: Sequence[Tensor]) -> Tensor:
+    known, values, made = _kept.find(weights[0]) or (None, (), weights[0])
+    if known != what or not all(map(_Values.are_in, values, weights)):
         with torch.inference_mode(False), torch.no_grad():
-            dense = make()
-            _kept.remember(weight, (what, [bits.clone() for bits in stored], dense))
-    return dense
+            made = make(weights)
+            _kept.remember(weights[0], (what, [_Values(w.detach(), made) for w in weights], made))
+    return made
 
 
-def _bits(t: Tensor) -> Tensor:
-    """t as integers, which are compared by their bits; of 64 bits, of which there are fewer, if it can be."""
-    if t.is_contiguous() and t.nbytes % 8 == 0 and t.storage_offset() * t.itemsize % 8 == 0:
-        return t.view(-1).view(torch.int64)
-    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(t.itemsize, t.dtype))
+class _Values:
+    """The values of a tensor on the CPU, to be compared by their bits: those of its memory from first to last.
+
+    Where `made`, which nobody changes, begins with the same, it is their copy: it is read soon anyway.
+    """
+
+    def __init__(self, t: Tensor, made: Tensor) -> None:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        values = t.as_strided((span,), (1,)) if t.numel() else t.flatten()
+        self.form, self.size = (t.shape, t.stride(), t.dtype), values.nbytes
+        self.copy = made
+        if made.nbytes < self.size or not self.are_in(t):
+            self.copy = values.clone()
+
+    def are_in(self, t: Tensor) -> bool:
+        if (t.shape, t.stride(), t.dtype) != self.form:
+            return False
+        at = t.data_ptr()
+        return at != 0 and _compare(at, self.copy.data_ptr(), self.size) == 0
+
+
+_compare = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp  # type: ignore[attr-defined,unused-ignore]
+_compare.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t

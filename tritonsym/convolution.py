@@ -122,35 +122,36 @@ def expand_rows(rows: Tensor, layer: Conv) -> Tensor:
     entries = torch.tensor(layer.table, device=rows.device)
     sign = entries.sign().to(rows.dtype)[..., None]
     dense = rows[:, (entries.abs() - 1).clamp(min=0)] * sign  # [G, O, K, C]
+    dense = torch.where(sign == 0, 0, dense)  # also where a row is not finite
     return _from_lines(dense.flatten(0, 2), _dense_shape(layer, rows.shape[2]), layer).contiguous()
 
 
 def expand(layer: Conv, last: bool, *weights: Tensor) -> Tensor:
     """The dense weight of the stored ones (see `stored_rows`), channels-last or not; not under `torch.func`."""
-    return _Expand.apply(layer, last, *weights)
+    parts = [_to_lines(w, layer) for w in weights]
+    lines = parts[0] if len(parts) == 1 else torch.cat(parts)
+    there, back = _sums(layer, len(parts) > 1, lines.device)
+    if lines.device.type == "cpu" and there[2] is None:  # small layers notice Python in the backward pass
+        lines = torch.embedding(lines, there[0])
+    else:
+        lines = _AddUp.apply(lines, there, back)
+    dense = _from_lines(lines, _dense_shape(layer, lines.shape[1]), layer)
+    return shift.channels_last(dense) if last else dense.contiguous()
 
 
-class _Expand(torch.autograd.Function):
-    """One gather of lines, and for the gradient one sum of lines: small layers notice every op and node."""
+class _AddUp(torch.autograd.Function):
+    """Sums of lines, whose gradients are sums of lines: `back` is the adjoint of `there`."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Conv, last: bool, *weights: Tensor) -> Tensor:
-        ctx.layer, ctx.shapes = layer, [w.shape for w in weights]
-        lines = [_to_lines(w, layer) for w in weights]
-        there, ctx.back = _sums(layer, len(weights) > 1, lines[0].device)
-        dense = _add_up(lines[0] if len(lines) == 1 else torch.cat(lines), *there)
-        dense = _from_lines(dense, _dense_shape(layer, lines[0].shape[1]), layer)
-        return shift.channels_last(dense) if last else dense.contiguous()
+    def forward(ctx: Any, lines: Tensor, there: Sums, back: Sums) -> Tensor:
+        ctx.sums = back, there
+        return _add_up(lines, *there)
 
     @staticmethod
-    def backward(ctx: Any, ddense: Tensor) -> Any:
-        lines, shapes, layer = _to_lines(ddense, ctx.layer), ctx.shapes, ctx.layer
-        if torch.is_grad_enabled() or _is_mapped(lines):
-            lines = _add_up_differentiably(lines, *ctx.back)
-        else:
-            lines = _add_up(lines, *ctx.back)
-        parts = [lines] if len(shapes) == 1 else lines.split([shape.numel() // lines.shape[1] for shape in shapes])
-        return None, None, *(_from_lines(part, shape, layer) for part, shape in zip(parts, shapes, strict=True))
+    def backward(ctx: Any, dlines: Tensor) -> Any:
+        back, there = ctx.sums
+        found = _add_up_differentiably(dlines, *back) if _is_mapped(dlines) else _AddUp.apply(dlines, back, there)
+        return found, None, None
 
 
 def _dense_shape(layer: Conv, channels: int) -> Sequence[int]:

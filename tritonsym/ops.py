@@ -235,7 +235,7 @@ def symmetric_linear(
             return y if fused else reference.activate(y, activation)
     elif never_unpack:
         raise dispatch.cannot_stay_packed("symbolic sizes or torch.func transforms")
-    dense = calls.kept("unpacked", lambda: reference.unpack(packed), packed)
+    dense = calls.kept("unpacked", lambda weights: reference.unpack(*weights), packed)
     return reference.symmetric_linear(x, packed, bias, activation, dense)
 
 
