@@ -120,10 +120,10 @@ def _conv_kernel(
             MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
         )  # fmt: skip
         x = tl.load(
-            source[:, None] + (place[:, None] + (i * source_c)[None, :]),
-            mask=inside[:, None] & i_has[None, :],
+            source[None, :] + ((i * source_c)[:, None] + place[None, :]),
+            mask=i_has[:, None] & inside[None, :],
             other=0.0,
-        )  # [M, K]
+        )  # [K, M]
         if GRADIENT:
             entry = tl.load(table_ptr + i * TAPS + k, mask=i_has, other=0)  # [K]
             row = (tl.abs(entry) - 1).to(tl.int64) * C
@@ -140,16 +140,16 @@ def _conv_kernel(
             )  # [K, N]
             if SIGNED:
                 weight = tl.where((entry < 0)[None, :], -weight, weight)
-        total = tl.dot(x, weight, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(x), weight, total, input_precision=PRECISION)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + group * TARGET_C + j, mask=has, other=0.0).to(tl.float32)[None, :]
     total = activate(total, ACTIVATION)
     target = target_ptr + group * TARGET_C * target_c + n * target_n  # [M]
     place = d * target_d + h * target_h + w * target_w
     tl.store(
-        target[:, None] + (place[:, None] + (j * target_c)[None, :]),
-        total.to(target_ptr.dtype.element_ty),
-        mask=live[:, None] & has[None, :],
+        target[None, :] + ((j * target_c)[:, None] + place[None, :]),
+        tl.trans(total.to(target_ptr.dtype.element_ty)),
+        mask=has[:, None] & live[None, :],
     )
 
 
@@ -158,9 +158,12 @@ def _weight_gradient_kernel(
     dy_ptr,  # [N, groups * O, YD, YH, YW], any strides
     x_ptr,  # [N, groups * C, XD, XH, XW], any strides
     images_ptr,  # [row tiles, 2 + 3 IMAGES]: first row, rows, then per image first filter, tap, sign (0: none)
-    work_ptr,  # [splits, groups, R, C]
-    M,  # positions of the tensor that is read in place, with the batch
+    work_ptr,  # [batches, splits, groups, R, C]
+    M,  # positions of one image of the tensor that is read in place
+    BATCH,  # images
     STEPS,  # blocks of positions of one split
+    SPLITS,  # of the blocks of an image
+    PART,  # images of one part of the batch
     PD,
     PH,
     PW,
@@ -198,15 +201,18 @@ def _weight_gradient_kernel(
     DIV_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # x is read at p and dy at at(p, k), not the other way round
     IMAGES: tl.constexpr,
+    SIGNED: tl.constexpr,  # some sign is negative
+    ALIGN: tl.constexpr,  # divides all rows of a tile and first filters, so that neighbours are read together
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """work[split, group, r, c] = sum of sign dy[p, o] x[at(p, k), c] over images (o, k, sign) of row r, p in the split.
+    """work[b, s, group, r, c] = sum of sign dy[n, p, o] x[n, at(p, k), c] over images (o, k, sign) of row r, over the n
+    of part b of the batch and the p of split s.
 
-    at(p, k) as in `_conv_kernel`.
+    at(p, k) as in `_conv_kernel`. The innermost loop is over n: places are worked out once for all images of the batch.
     """
     tiles_c = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) // tiles_c
@@ -216,27 +222,28 @@ def _weight_gradient_kernel(
     split = tl.program_id(1) // GROUPS
     images_ptr += tile * (2 + 3 * IMAGES)
     first = tl.load(images_ptr)
-    count = tl.load(images_ptr + 1)
+    count = tl.multiple_of(tl.load(images_ptr + 1), ALIGN)
     r = tl.arange(0, BLOCK_M)  # [M]
     r_has = r < count
-    dy_ptr += group * O * dy_c
-    x_ptr += group * C * x_c
     if WIDE:
         c = c.to(tl.int64)
         r = r.to(tl.int64)
-    low = split * STEPS
+    first_n = split // SPLITS * PART
+    last_n = tl.minimum(first_n + PART, BATCH)
+    low = split % SPLITS * STEPS
+    high = tl.minimum(low + STEPS, tl.cdiv(M, BLOCK_K))
+    dy_ptr += group * O * dy_c
+    x_ptr += group * C * x_c
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for image in range(IMAGES):
-        o = tl.load(images_ptr + 2 + 3 * image)
-        k = tl.load(images_ptr + 3 + 3 * image)
-        sign = tl.load(images_ptr + 4 + 3 * image)
-        shift_d = k // (KH * KW) * STEP_D + SHIFT_D
-        shift_h = k // KW % KH * STEP_H + SHIFT_H
-        shift_w = k % KW * STEP_W + SHIFT_W
-        filters = (o + r) * dy_c  # [M]
-        total *= tl.where(sign < 0, -1.0, 1.0)  # total + sign * products = sign * (sign * total + products)
-        for step in range(low, tl.where(sign == 0, low, low + STEPS)):
-            n, d, h, w, live = positions(step, M, PD, PH, PW, BLOCK_K, WIDE)  # [K]
+    for step in range(low, high):
+        _, d, h, w, live = positions(step, M, PD, PH, PW, BLOCK_K, WIDE)  # [K]
+        for image in range(IMAGES):
+            o = tl.multiple_of(tl.load(images_ptr + 2 + 3 * image), ALIGN)
+            k = tl.load(images_ptr + 3 + 3 * image)
+            sign = tl.load(images_ptr + 4 + 3 * image)
+            shift_d = k // (KH * KW) * STEP_D + SHIFT_D
+            shift_h = k // KW % KH * STEP_H + SHIFT_H
+            shift_w = k % KW * STEP_W + SHIFT_W
             if TRANSPOSED:
                 x_at = d * x_d + h * x_h + w * x_w
                 dy_at, there = read_at(
@@ -249,18 +256,19 @@ def _weight_gradient_kernel(
                     d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, x_d, x_h, x_w,
                     MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
                 )  # fmt: skip
-            dy = tl.load(
-                (dy_ptr + n * dy_n)[:, None] + (dy_at[:, None] + filters[None, :]),
-                mask=there[:, None] & r_has[None, :],
-                other=0.0,
-            )  # [K, M]
-            x = tl.load(
-                (x_ptr + n * x_n)[:, None] + (x_at[:, None] + (c * x_c)[None, :]),
-                mask=there[:, None] & c_has[None, :],
-                other=0.0,
-            )  # [K, N]
-            total = tl.dot(tl.trans(dy), x, total, input_precision=PRECISION)
-        total *= tl.where(sign < 0, -1.0, 1.0)
+            dy_at = ((o + r) * dy_c)[:, None] + dy_at[None, :]  # [M, K]
+            dy_there = r_has[:, None] & there[None, :]
+            x_at = (c * x_c)[:, None] + x_at[None, :]  # [N, K]
+            x_there = c_has[:, None] & there[None, :]
+            if SIGNED:  # total + sign * products = sign * (sign * total + products)
+                total *= tl.where(sign < 0, -1.0, 1.0)
+            for n in range(first_n, tl.where(sign == 0, first_n, last_n)):
+                n64 = tl.zeros((), tl.int64) + n
+                dy = tl.load(dy_ptr + n64 * dy_n + dy_at, mask=dy_there, other=0.0)
+                x = tl.load(x_ptr + n64 * x_n + x_at, mask=x_there, other=0.0)
+                total = tl.dot(dy, tl.trans(x), total, input_precision=PRECISION)
+            if SIGNED:
+                total *= tl.where(sign < 0, -1.0, 1.0)
     place = ((split.to(tl.int64) * GROUPS + group) * R + first + r) * C  # [M]
     tl.store(work_ptr + place[:, None] + c[None, :], total, mask=r_has[:, None] & c_has[None, :])
 
@@ -325,24 +333,31 @@ def weight_gradient(
     tile: GemmTile,
     *,
     transposed: bool,
+    signed: bool,
+    align: int,
     precision: str,
 ) -> None:
-    """Fill work (splits, groups, R, C), float32, with partial gradients of the stored rows; their sum is the gradient.
+    """Fill work (batches, splits, groups, R, C), float32, with partial gradients of the stored rows, of so many parts
+    of the batch and of the positions; their sum is the gradient.
 
     `images` comes from a table of the row tiles of `tile.block_m`; rows that no image uses are left as they are.
+    `align` divides the rows of every tile and the first filter of every image.
     """
-    splits, groups, stored, channels = work.shape
+    batches, splits, groups, stored, channels = work.shape
     read, mapped = (x, dy) if transposed else (dy, x)
-    count = read.shape[0] * read.shape[2] * read.shape[3] * read.shape[4]
-    steps = triton.cdiv(triton.cdiv(count, tile.block_k), splits)
+    batch = read.shape[0]
+    count = read.shape[2] * read.shape[3] * read.shape[4]
     programs = images.shape[0] * triton.cdiv(channels, tile.block_n)
-    _weight_gradient_kernel[(programs, groups * splits)](
+    _weight_gradient_kernel[(programs, groups * splits * batches)](
         dy,
         x,
         images,
         work,
         count,
-        steps,
+        batch,
+        triton.cdiv(triton.cdiv(count, tile.block_k), splits),
+        splits,
+        triton.cdiv(batch, batches),
         *read.shape[2:],
         *mapped.shape[2:],
         dy.shape[1] // groups,
@@ -354,6 +369,8 @@ def weight_gradient(
         **grid.constants(),
         TRANSPOSED=transposed,
         IMAGES=(images.shape[1] - 2) // 3,
+        SIGNED=signed,
+        ALIGN=align,
         PRECISION=precision,
         WIDE=wide(dy, x),
         BLOCK_M=tile.block_m,

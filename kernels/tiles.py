@@ -5,6 +5,7 @@ Plain Python: imports without triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 #: Shared memory that one program may use, in bytes, by target. Unknown NVIDIA targets: the least of them.
@@ -95,27 +96,21 @@ def pick_depthwise(groups: int) -> Tile:
     return next((tile for tile in DEPTHWISE_TILES[::-1] if tile.block_u >= groups), DEPTHWISE_TILES[0])
 
 
-#: Every tile of the implicit GEMM that `pick_gemm` may return, widest first.
-CONV_TILES = (
-    GemmTile(128, 128, 32, 4, 3),
-    GemmTile(128, 64, 32, 4, 4),
-    GemmTile(64, 64, 32, 4, 4),
-    GemmTile(128, 32, 32, 4, 4),
-    GemmTile(64, 32, 32, 4, 3),
-    GemmTile(64, 16, 32, 4, 3),
-)
+#: Every tile of the implicit GEMM that `pick_gemm` may return: the widest, and of those the one of longer steps, first.
+#: Half of the stages are spent on the table, which is read before the weights.
+CONV_TILES = tuple(GemmTile(64, block_n, block_k, 4, 5) for block_n in (128, 64, 32, 16) for block_k in (64, 32))
+
+#: Every tile of its weight gradient, in the same order: stored filters x channels x positions. No operand has the shape
+#: of the result: Triton gives accesses of equal shape in one loop equal layouts, which would not suit channels-first x.
+WEIGHT_TILES = (GemmTile(64, 128, 32, 4, 4), GemmTile(64, 64, 32, 4, 4), GemmTile(64, 32, 64, 4, 3))
 
 
-#: The tile of the weight gradient. Square, so that both operands have their positions in the same threads.
-WEIGHT_TILE = GemmTile(64, 64, 64, 4, 2)
-
-
-def pick_gemm(columns: int, itemsize: int, target: str) -> GemmTile:
-    """Tile for an implicit GEMM of so many columns that fits the target: the narrowest that holds them all, else the
-    widest. A starting point from compiled code, not from timings."""
-    fitting = [tile for tile in CONV_TILES if fits(tile, itemsize, target)]
-    wide_enough = [tile for tile in fitting if tile.block_n >= columns]
-    return wide_enough[-1] if wide_enough else fitting[0]
+def pick_gemm(tiles: Sequence[GemmTile], columns: int, length: int, itemsize: int, target: str) -> GemmTile:
+    """Of the tiles that fit the target, with steps no longer than the sums: the narrowest that holds all columns, else
+    the widest. A starting point from compiled code, not from timings."""
+    fitting = [tile for tile in tiles if fits(tile, itemsize, target) and tile.block_k <= max(length, 32)]
+    holding = [tile for tile in fitting if tile.block_n >= columns]
+    return min(holding, key=lambda tile: tile.block_n) if holding else fitting[0]
 
 
 #: Tile rows whose products neighbouring programs compute, so that they share what they read.

@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from tritonsym.kernels.tiles import (
     SEGMENT_STEPS,
     SQUARE_TILES,
     STRIP_TILES,
-    WEIGHT_TILE,
+    WEIGHT_TILES,
     GemmTile,
     Tile,
     pick,
@@ -57,7 +58,7 @@ TARGETS = {
 }
 
 #: Sizes of images and batches: odd more often than not. (Channels, and strides of an aligned tensor, 16 divides.)
-ODD = ("M", "STEPS", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
+ODD = ("M", "STEPS", "SPLITS", "BATCH", "PART", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,10 @@ def entries() -> Iterator[Entry]:
             for tile in dict.fromkeys(pick(filters, taps, reads) for filters in (64, 16)):
                 yield _additions(conv, adjoint, tile)
     for tile in CONV_TILES:
-        for gradient in (False, True):
-            more = {"GRADIENT": gradient, "SIGNED": False, "ACTIVATION": "", "source_c": 1, "target_c": 1}
-            more |= {"bias_ptr": None} if gradient else {}
-            yield _product("dx" if gradient else "y", conv_kernels._conv_kernel, tile, more, {"table_ptr": "*i32"})
-    more = {"TRANSPOSED": False, "IMAGES": 4, "dy_c": 1, "x_c": 1}
-    types = {"images_ptr": "*i32", "work_ptr": "*fp32"}
-    yield _product("dw", conv_kernels._weight_gradient_kernel, WEIGHT_TILE, more, types)
+        for name, channels_first in product(("y", "dx"), (False, True)):
+            yield _product(name, tile, channels_first)
+    for tile, channels_first in product(WEIGHT_TILES, (False, True)):
+        yield _product("dw", tile, channels_first)
     for tile in DEPTHWISE_TILES:
         for name in ("y", "dx", "dw"):
             for channels_first in (False, True) if tile.block_u > 1 else (True,):
@@ -133,12 +131,22 @@ def _strides(images: tuple[str, ...], channels_first: bool) -> tuple[dict[str, i
     return {f"{name}_w": 1 for name in images}, tuple(f"{name}_{axis}" for name in images for axis in "ncdh")
 
 
-def _product(name: str, kernel: Any, tile: GemmTile, fixed: dict[str, Any], types: dict[str, str]) -> Entry:
-    grid = launch.grid(layer("hv", (3, 3), 64).geometry, False).constants()
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    fixed = {**grid, **blocks, "PRECISION": "tf32", "WIDE": False, **fixed}
+def _product(name: str, tile: GemmTile, channels_first: bool) -> Entry:
+    units, odd = _strides(("dy", "x") if name == "dw" else ("source", "target"), channels_first)
+    fixed: dict[str, Any] = launch.grid(layer("hv", (3, 3), 64).geometry, False).constants()
+    fixed |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    fixed |= units | {"PRECISION": "tf32", "WIDE": False}
+    if name == "dw":
+        kernel = conv_kernels._weight_gradient_kernel
+        fixed |= {"IMAGES": 4, "SIGNED": False, "ALIGN": 16, "TRANSPOSED": False}
+    else:
+        kernel = conv_kernels._conv_kernel
+        fixed |= {"GRADIENT": name == "dx", "SIGNED": False, "ACTIVATION": ""}
+        fixed |= {"bias_ptr": None} if name == "dx" else {}
+    title = f"expand {name} {tile.block_m}x{tile.block_n}x{tile.block_k}{' NCHW' if channels_first else ''}"
+    types = {"table_ptr": "*i32", "images_ptr": "*i32", "work_ptr": "*fp32"}
     work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
-    return Entry(f"expand {name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, types)
+    return Entry(title, kernel, fixed, tile, work, types, ODD + odd)
 
 
 def _additions(conv: shift.Conv, adjoint: bool, tile: Tile, channels_first: bool = False) -> Entry:

@@ -188,6 +188,7 @@ CASES = {
     "max of h": ({"orbits": "h", "filters": 2 * 17, "pool": "max"}, 2, 5, [5, 6]),
     "min of d4 in groups": ({"orbits": "d4", "filters": 8 * 2, "groups": 2, "pool": "min"}, 1, 3, [4, 5]),
     "long, so that several programs share its positions": ({"orbits": "h", "filters": 2, "kernel": [3]}, 2, 3, [601]),
+    "many images, so that several programs share them": ({"orbits": "h", "filters": 4, "kernel": [3]}, 33, 2, [40]),
     "max, stride": ({"orbits": "hv", "filters": 4 * 3, "stride": 2, "pool": "max"}, 2, 2, [5, 4]),
 }
 

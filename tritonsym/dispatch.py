@@ -207,8 +207,14 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
     if work.depthwise:
         return (astuple(tiles.pick_depthwise(work.groups)),) * 3
     itemsize, target = costs.ITEMSIZE[problem.dtype], architecture(problem.target)
-    both = (tiles.pick_gemm(columns, itemsize, target) for columns in (work.outputs, work.channels))
-    return tuple(astuple(tile) for tile in (*both, tiles.WEIGHT_TILE))
+    return tuple(
+        astuple(tiles.pick_gemm(some, columns, length, itemsize, target))
+        for some, columns, length in (
+            (tiles.CONV_TILES, work.outputs, work.channels),
+            (tiles.CONV_TILES, work.channels, work.outputs),
+            (tiles.WEIGHT_TILES, work.channels, 64),  # positions of an image: most have more
+        )
+    )
 
 
 def conv_problem(

@@ -8,10 +8,11 @@ the rows (and one byte per value of a pooled orbit).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -392,26 +393,32 @@ def _expand_backward(
     if drows is None:
         return
     transposed = conv.geometry.transposed
-    run: Any
+    batch, _, *sizes = (x if transposed else dy).shape
     tile: Any
     if rows.shape[2] == 1:
-        tile, run = Tile(*tiles[2 * third :]), depthwise.weight_gradient
-        height, columns, length = 1, -(-conv.groups // tile.block_u), tile.block_p
+        tile = Tile(*tiles[2 * third :])
+        height, columns, blocks = 1, -(-conv.groups // tile.block_u), batch * math.prod(sizes) // tile.block_p
     else:
-        tile, run = GemmTile(*tiles[2 * third :]), partial(kernel.weight_gradient, precision=_precision())
-        height, columns, length = tile.block_m, conv.groups * -(-rows.shape[2] // tile.block_n), tile.block_k
+        tile = GemmTile(*tiles[2 * third :])
+        height, columns = tile.block_m, conv.groups * -(-rows.shape[2] // tile.block_n)
+        of_image = -(-math.prod(sizes) // tile.block_k)
+        blocks = batch * of_image
     images = _device_images(conv, height, x.device)
-    positions = (x if transposed else dy).numel() // max((x if transposed else dy).shape[1], 1)
-    splits = _splits(images.shape[0] * columns, positions, length)
+    # programs that share the positions: about 512 in all, 16 blocks each at least
+    splits = min(512 // max(images.shape[0] * columns, 1), blocks // 16)
     splits = max(1, min(splits, shift.SCRATCH_BYTES // (4 * max(rows.numel(), 1))))
-    work = rows.new_zeros(splits, *rows.shape, dtype=torch.float32)
-    run(_to_3d(dy), _to_3d(x), images, work, grid(conv.geometry, False), tile, transposed=transposed)
-    drows.copy_(work.sum(0))
-
-
-def _splits(programs: int, positions: int, block: int) -> int:
-    """Programs that share the positions of a weight gradient: about 512 in all, 16 blocks each at least."""
-    return max(1, min(512 // max(programs, 1), positions // (16 * block)))
+    where: dict[str, Any] = {"grid": grid(conv.geometry, False), "tile": tile, "transposed": transposed}
+    if rows.shape[2] == 1:
+        work = rows.new_zeros(splits, *rows.shape, dtype=torch.float32)
+        depthwise.weight_gradient(_to_3d(dy), _to_3d(x), images, work, **where)
+    else:
+        batches = max(1, min(splits, batch // 16))
+        work = rows.new_zeros(batches, max(1, min(splits // batches, of_image)), *rows.shape, dtype=torch.float32)
+        firsts = (first for block in conv.blocks for first, _, _ in block.images)
+        where["align"] = math.gcd(16, *firsts, *(block.filters for block in conv.blocks))
+        where["signed"], where["precision"] = _device_table(conv, x.device)[1], _precision()
+        kernel.weight_gradient(_to_3d(dy), _to_3d(x), images, work, **where)
+    drows.copy_(work.flatten(0, -4).sum(0))
 
 
 def _precision() -> str:
