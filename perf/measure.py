@@ -69,7 +69,7 @@ def make_step(module: nn.Module, x: Tensor, training: bool, path: str | None = N
     """A forward pass, or one with the gradients of x and of every parameter; of torch's own layer without a path."""
 
     def call() -> Tensor:
-        if path is None:
+        if path in (None, "auto"):
             return module(x)
         with forced(path, tiles):
             return module(x)
