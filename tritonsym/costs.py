@@ -203,8 +203,9 @@ def fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]:
 EAGER, EAGER_TRAINING = (40, 50, 1_500_000), (27, 50, 1_000_000)
 #: The same where a compiler fuses the additions: perf/results/*-cpu-compiled.json.
 COMPILED = (35, 0, 0)
-#: Of one expanded weight in a training step; in inference it is kept.
-EXPANDING = 20
+#: The same of one stored weight, which the shift path brings into the order of its products in every call, and of one
+#: expanded weight in a training step; in inference it is kept.
+ORDERING, EXPANDING = 100, 40
 #: Speedup by the fit below which the reference is taken all the same.
 CPU_MARGIN = 1.15
 
@@ -215,6 +216,7 @@ def cheaper_on_cpu(problem: Problem, work: Work, threads: int) -> tuple[str, str
     addition, value, one_pass = COMPILED if problem.compiled else EAGER_TRAINING if problem.training else EAGER
     values = problem.traffic.x + problem.traffic.y + work.z
     cost = work.multiply_adds + addition * work.additions + value * values + one_pass * work.passes
+    cost += ORDERING * problem.traffic.stored
     reference = problem.expanded + (EXPANDING * problem.traffic.expanded if problem.training else 0)
     ratio = reference / max(cost, 1)
     words = f"{problem.expanded / max(work.multiply_adds, 1):.3g}x fewer multiply-adds, {work.additions:,} additions"
