@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tritonsym
-from tritonsym import costs, dispatch, launch, tuned
+from tritonsym import costs, dispatch, launch, shift, tuned
 from tritonsym.perf.bench import UNFINISHED, kernels_if_interpreted, parser, prepare
 from tritonsym.perf.cases import Case
 from tritonsym.perf.measure import gate, make_step, measure, paths
@@ -141,7 +141,8 @@ def tune(model: nn.Module, example_input: Tensor, budget_s: float = 300) -> dict
         problem = layer.problem(tuple(x.shape), x.device.type, dispatch.dtype_name(x))  # type: ignore[operator]
         if problem.has_kernel:
             make = partial(_copy, layer, like, x.device)
-            jobs.extend(Job(replace(problem, training=training), make) for training in (False, True))
+            last = shift.is_last(x)
+            jobs.extend(Job(replace(problem, training=training, last=last), make) for training in (False, True))
 
     hooks = [layer.register_forward_pre_hook(remember) for layer in model.modules() if hasattr(layer, "problem")]
     try:
@@ -179,7 +180,7 @@ def _jobs(case: Case, device: torch.device) -> Iterator[Job]:
     with torch.device("meta"):
         problem = case.build().problem(case.shape, device.type, dtype)  # type: ignore[operator]
     for mode in case.modes:
-        yield Job(replace(problem, training=mode == "training"), make)
+        yield Job(replace(problem, training=mode == "training", last=len(case.sizes) > 1), make)
 
 
 def main(argv: list[str] | None = None) -> int:

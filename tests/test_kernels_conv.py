@@ -144,6 +144,8 @@ def test_shipped_tiles_compile(target):
             assert found.load_bits == found.store_bits == 128, entry.name
             if product and target != "sm_80":  # all operands are on their way while others are multiplied
                 assert not spread(kernel, "load"), entry.name
+        if product and entry.tile.block_n == 128 and target == "sm_90":  # no division for every place, say
+            assert found.instructions < 160, entry.name
 
 
 def spread(kernel, access):

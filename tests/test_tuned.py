@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tritonsym
-from tritonsym import dispatch, tuned
+from tritonsym import calls, dispatch, tuned
 
 TILES = {"shift": ((128, 32, 4), (64, 32, 4)), "expand": ((64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 64, 4, 2))}
 
@@ -93,9 +93,10 @@ def test_positions_and_products_are_told_apart():
 
 def test_keys_are_those_of_this_version():
     """Of tables that users have: whoever changes them changes `tuned.VERSION`."""
-    assert tuned.VERSION == 1
+    assert tuned.VERSION == 2
     assert explain().problem.key == (
-        "SymmetricConv bfloat16 inference channels=64 outputs=64 filters=16 taps=9 stored=9216 positions=2048 z=262144"
+        "SymmetricConv bfloat16 inference channels=64 outputs=64 filters=16 taps=9 stored=9216 positions=2048 z=262144 "
+        "layout=first"
     )
 
 
@@ -105,6 +106,21 @@ def test_training_is_another_measurement():
     training = tritonsym.explain(module, x, "sm_90").problem
     with torch.no_grad():
         assert training.key != tritonsym.explain(module, x, "sm_90").problem.key
+
+
+def test_another_layout_is_another_measurement():
+    module = tritonsym.nn.SymmetricConv2d(8, 8, 3, symmetry="hv")
+    x = torch.randn(2, 8, 5, 5)
+    first, last = (
+        t.problem.key
+        for t in (tritonsym.explain(module, x), tritonsym.explain(module, x.movedim(1, -1).contiguous().movedim(-1, 1)))
+    )
+    assert first.replace("layout=first", "layout=last") == last
+    planned = []
+    for t in (x, x.to(memory_format=torch.channels_last)):
+        module(t)
+        planned.append(calls._calls.find(module.weight)[1].plan.problem.key)
+    assert planned == [first, last]
 
 
 def test_names_of_a_layer_share_their_key():

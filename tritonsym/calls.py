@@ -138,6 +138,7 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
         1,
         needs_gradient(x, bias, *weights),
         torch.compiler.is_compiling(),
+        is_last(x),
     )
     are_plain = all(type(t) in (Tensor, Parameter) for t in (x, *weights))
     gathers = are_plain and is_eager() and dtype in _GATHERED[x.device.type]

@@ -58,6 +58,7 @@ class Problem:
     training: bool = False  # whether a gradient is needed
     traffic: Traffic | None = None  # of a convolution
     compiled: bool = False  # whether a compiler will fuse the additions
+    last: bool = False  # whether x is channels-last
 
     @property
     def has_kernel(self) -> bool:
@@ -76,7 +77,8 @@ class Problem:
         return (
             f"{re.sub('[123]d$', '', self.layer)} {self.dtype} {'training' if self.training else 'inference'} "
             f"channels={work.channels} outputs={work.outputs} filters={work.filters} taps={work.taps} "
-            f"stored={traffic.stored} positions={_bucket(positions)} z={_bucket(work.z)}"
+            f"stored={traffic.stored} positions={_bucket(positions)} z={_bucket(work.z)} "
+            f"layout={'last' if self.last else 'first'}"
         )
 
     def runs(self, path: str, tiles: Tiles) -> bool:

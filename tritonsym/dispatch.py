@@ -228,6 +228,7 @@ def conv_problem(
     dense_factor: int = 1,
     training: bool = False,
     compiled: bool = False,
+    last: bool = False,
 ) -> Problem:
     """The problem of a convolution of x (batch, groups * channels, *sizes), x as padded before the op.
 
@@ -261,7 +262,7 @@ def conv_problem(
         groups * len(conv.table) * math.prod(geometry.kernel_size) * channels,
     )
     fused = compiled and not shift.has_steps(additions)
-    return Problem(layer, target, dtype, dense, expanded, work, training, traffic, fused)
+    return Problem(layer, target, dtype, dense, expanded, work, training, traffic, fused, last)
 
 
 # --- symmetric matrices -----------------------------------------------------------------------------------------------
@@ -383,4 +384,4 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     where = target or ("cpu" if x.device.type == "meta" else x.device.type)
     found = problem(tuple(x.shape), where, dtype_name(x))
-    return plan(replace(found, training=needs_gradient(x, *module.parameters())))
+    return plan(replace(found, training=needs_gradient(x, *module.parameters()), last=shift.is_last(x)))
