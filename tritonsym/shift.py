@@ -432,7 +432,7 @@ def add_rows(drows: Tensor, part: Tensor, picked: tuple[int, ...]) -> None:
 
 def is_last(x: Tensor) -> bool:
     """Whether x is channels-last."""
-    return x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1
+    return bool(x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1)  # of symbols, too
 
 
 def channels_last(x: Tensor) -> Tensor:
