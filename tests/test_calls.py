@@ -120,6 +120,31 @@ def test_a_list_that_changes():
     assert T.symmetric_conv2d(X, weight, stride=stride, symmetry="hv").shape[-1] == 3
 
 
+def test_only_free_filters():
+    module = tritonsym.nn.TiedConv2d(4, 8, 3, symmetry="h", free=8)
+    for path in ("reference", "shift"):
+        with tritonsym.path(path):
+            for _ in range(3):
+                torch.testing.assert_close(module(X), module.to_dense()(X))
+
+
+def test_no_channels():
+    x = torch.randn(2, 0, 6, 6)
+    for module in (
+        tritonsym.nn.SymmetricConv2d(0, 4, 3, symmetry="h"),
+        tritonsym.nn.TiedConv2d(0, 4, 3, symmetry="h", parity="odd"),
+    ):
+        torch.testing.assert_close(module(x), module.to_dense()(x))
+
+
+def test_forward_over_backward_of_signed_taps():
+    module = tritonsym.nn.TiedConv2d(4, 8, 3, symmetry="hv", parity="odd", free=2)
+    y = module(X)
+    with torch.autograd.forward_ad.dual_level():
+        dy = torch.autograd.forward_ad.make_dual(torch.randn_like(y), torch.randn_like(y))
+        torch.autograd.grad(y, module.weight, dy, create_graph=True)
+
+
 def test_two_functions_of_one_weight():
     weight = torch.nn.Parameter(torch.randn(4, 4, 3, 3))
     for _ in range(2):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tritonsym
-from tritonsym import calls
+from tritonsym import calls, convolution
 
 
 def load(layer):
@@ -78,6 +78,11 @@ def kept(layer):
     return calls._kept.find(layer.weight)
 
 
+def forced_shift(layer, x):
+    with tritonsym.path("shift"):
+        layer(x)
+
+
 def test_kept_while_values_stay_and_no_longer():
     layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv"), torch.randn(2, 4, 6, 6)
     with torch.no_grad():
@@ -128,6 +133,80 @@ def test_any_strides(shape, strides):
     layer = tritonsym.nn.SymmetricConv2d(4, 4, 3, symmetry="h")
     layer.weight = torch.nn.Parameter(torch.randn(150).as_strided(shape, strides))
     assert_seen(layer, torch.randn(1, 4, 5, 5), one_value_in_place)
+
+
+@torch.no_grad()
+def test_a_write_while_the_weight_is_expanded(monkeypatch):
+    """By another thread, say: what is kept is what the values were, or nothing is taken for it."""
+    layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="hv"), torch.randn(1, 4, 5, 5)
+    expand = convolution.expand
+
+    def disturbed(*args):
+        dense = expand(*args)
+        one_value_in_place(layer)
+        return dense
+
+    monkeypatch.setattr(convolution, "expand", disturbed)
+    layer(x)
+    monkeypatch.undo()
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+@torch.no_grad()
+def test_freed_storage_is_not_read():
+    layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h"), torch.randn(1, 4, 5, 5)
+    layer.weight = torch.nn.Parameter(torch.randn(2000)[64 : 64 + 144].view(4, 4, 3, 3))
+    layer(x)
+    layer.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        layer(x)
+
+
+@torch.no_grad()
+def test_bits_of_the_tensor_itself():
+    layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h"), torch.randn(1, 4, 5, 5)
+    layer(x)
+    layer.weight.data = torch._neg_view(layer.weight.data)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    layer, z = tritonsym.nn.SymmetricLinear(5, 5, dtype=torch.complex64), torch.randn(3, 5, dtype=torch.complex64)
+    layer(z)
+    layer.weight.data = layer.weight.data.conj()
+    torch.testing.assert_close(layer(z), layer.to_dense()(z))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unused", [lambda layer, x: layer.to(torch.bfloat16)(x.bfloat16()), forced_shift])
+def test_dropped_where_it_is_not_used(unused):
+    layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h"), torch.randn(1, 4, 5, 5)
+    layer(x)
+    assert kept(layer)
+    unused(layer, x)
+    assert kept(layer) is None
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_parameters_can_be_swapped(swapping, convolution):
+    layer, x = convolution.make(), convolution.input()
+    with torch.no_grad():
+        layer(x)
+    state = {name: value.double() for name, value in layer.state_dict().items()}
+    layer.double()
+    with torch.no_grad():
+        layer(x.double())
+    layer.load_state_dict(state)
+
+
+def test_a_matrix_can_be_swapped(swapping):
+    layer = tritonsym.nn.SymmetricLinear(5, 5)
+    with torch.no_grad():
+        layer(torch.randn(2, 5))
+    layer.load_state_dict(layer.double().state_dict())
 
 
 @torch.no_grad()

@@ -142,7 +142,9 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
     )
     are_plain = all(type(t) in (Tensor, Parameter) for t in (x, *weights))
     gathers = are_plain and is_eager() and dtype in _GATHERED[x.device.type]
-    keeps = _keeps(weights) and gathers and chosen.path == "reference"
+    keeps = gathers and chosen.path == "reference" and _keeps(weights)
+    if not keeps:
+        _kept.forget(weights[0])
     call = Call(
         layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, gathers=gathers, keeps=keeps, **options
     )
@@ -161,8 +163,8 @@ def repeating(weights: int) -> Callable[[Function], Function]:
                 return function(where, x, weight, *rest)
             key, known = (function, *_key(x, weight, rest)), _calls.find(weight)
             if known is not None and known[0] == key and is_eager():
-                stored = [weight, *(w for w in rest[: weights - 1] if w is not None and w.shape[0])]
-                return known[1].run(x, stored, rest[weights - 1])
+                stored = [w for w in (weight, *rest[: weights - 1]) if w is not None and w.shape[0]]
+                return known[1].run(x, stored or [weight], rest[weights - 1])
             _latest.call = None
             y = function(where, x, weight, *rest)
             latest = _latest.call
@@ -187,54 +189,65 @@ def _key(x: Tensor, weight: Tensor, rest: Sequence[Any]) -> tuple[Any, ...]:
     return (x.stride(), forms, grad, dispatch.computing_dtype(x), dispatch.switches(), dispatch.generation)
 
 
+def forget(*tensors: Tensor) -> None:
+    """Forget all that is remembered of these tensors: `torch.utils.swap_tensors` takes none with weak references."""
+    for t in tensors:
+        _calls.forget(t)
+        _kept.forget(t)
+
+
 def kept(what: object, make: Callable[[Sequence[Tensor]], Tensor], *weights: Tensor) -> Tensor | None:
     """make(weights), kept for inference on the CPU; None where it is not kept.
 
     It is used again only while the stored values are bitwise those it was made of, which costs a fraction of making it
     again: no change of the parameters, however it comes about, can be missed. Training drops it.
     """
-    return _recall(what, make, weights) if _keeps(weights) and is_eager() else None
+    if _keeps(weights) and is_eager():
+        return _recall(what, make, weights)
+    _kept.forget(weights[0])
+    return None
 
 
 def _keeps(weights: Sequence[Tensor]) -> bool:
-    """Whether what is made of these weights may be kept; if not, what was kept is dropped."""
+    """Whether what is made of these weights may be kept."""
     weight = weights[0]
-    if type(weight) is not Parameter or weight.device.type != "cpu":
-        return False
-    if needs_gradient(*weights) or weight.is_inference():
-        _kept.forget(weight)
-        return False
-    return True
+    is_there = type(weight) is Parameter and weight.device.type == "cpu"
+    return is_there and not needs_gradient(*weights) and not weight.is_inference()
 
 
 def _recall(what: object, make: Callable[[Sequence[Tensor]], Tensor], weights: Sequence[Tensor]) -> Tensor:
     known, values, made = _kept.find(weights[0]) or (None, (), weights[0])
     if known != what or not all(map(_Values.are_in, values, weights)):
         with torch.inference_mode(False), torch.no_grad():
-            made = make(weights)
-            _kept.remember(weights[0], (what, [_Values(w.detach(), made) for w in weights], made))
+            there = [w.detach().as_strided(w.shape, w.stride()) for w in weights]  # raises if their memory was freed
+            copies = [w.clone() for w in there]  # another thread may write to the weights at any time
+            made = make(copies)
+            pairs = [*zip(copies, weights, strict=True)]
+            if all(copy.stride() == w.stride() for copy, w in pairs):  # neither gaps nor overlaps
+                _kept.remember(weights[0], (what, [_Values(*pair, made) for pair in pairs], made))
     return made
 
 
 class _Values:
-    """The values of a tensor on the CPU, to be compared by their bits: those of its memory from first to last.
+    """The values of a tensor on the CPU, to be compared by their bits: `copy` has the same strides as `t`.
 
-    Where `made`, which nobody changes, begins with the same, it is their copy: it is read soon anyway.
+    Where `made`, which nobody changes, begins with the same, it is the copy: it is read soon anyway.
     """
 
-    def __init__(self, t: Tensor, made: Tensor) -> None:
-        span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        values = t.as_strided((span,), (1,)) if t.numel() else t.flatten()
-        self.form, self.size = (t.shape, t.stride(), t.dtype), values.nbytes
-        self.copy = made
-        if made.nbytes < self.size or not self.are_in(t):
-            self.copy = values.clone()
+    def __init__(self, copy: Tensor, t: Tensor, made: Tensor) -> None:
+        self.size, self.form = copy.nbytes, self._form(t)
+        self.end = t.storage_offset() * t.itemsize + self.size
+        begins = made.nbytes >= self.size and _compare(made.data_ptr(), copy.data_ptr(), self.size) == 0
+        self.copy = made if begins else copy
 
     def are_in(self, t: Tensor) -> bool:
-        if (t.shape, t.stride(), t.dtype) != self.form:
+        if self._form(t) != self.form or t.untyped_storage().nbytes() < self.end:  # it may have been freed
             return False
-        at = t.data_ptr()
-        return at != 0 and _compare(at, self.copy.data_ptr(), self.size) == 0
+        return _compare(t.data_ptr(), self.copy.data_ptr(), self.size) == 0
+
+    @staticmethod
+    def _form(t: Tensor) -> tuple[Any, ...]:
+        return t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_neg(), t.is_conj()
 
 
 _compare = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp  # type: ignore[attr-defined,unused-ignore]

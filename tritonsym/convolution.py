@@ -14,6 +14,7 @@ from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -150,8 +151,9 @@ class _AddUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlines: Tensor) -> Any:
         back, there = ctx.sums
-        found = _add_up_differentiably(dlines, *back) if _is_mapped(dlines) else _AddUp.apply(dlines, back, there)
-        return found, None, None
+        if _is_mapped(dlines) or fwAD._current_level >= 0:
+            return _add_up_differentiably(dlines, *back), None, None
+        return _AddUp.apply(dlines, back, there), None, None
 
 
 def _dense_shape(layer: Conv, channels: int) -> Sequence[int]:
@@ -163,8 +165,8 @@ def _dense_shape(layer: Conv, channels: int) -> Sequence[int]:
 def _to_lines(w: Tensor, layer: Conv) -> Tensor:
     """(F, C, *taps), or transposed (groups C, F / groups, *taps), as lines (F taps, C)."""
     if layer.geometry.transposed:
-        w = w.reshape(layer.groups, -1, *w.shape[1:])  # [groups, C, F / groups, *taps]
-    return w.permute(0, *range(2, w.ndim), 1).reshape(-1, w.shape[1])
+        w = w.reshape(layer.groups, w.shape[0] // layer.groups, *w.shape[1:])  # [groups, C, F / groups, *taps]
+    return w.permute(0, *range(2, w.ndim), 1).flatten(0, -2)
 
 
 def _from_lines(lines: Tensor, shape: Sequence[int], layer: Conv) -> Tensor:
@@ -180,6 +182,8 @@ def _add_up(source: Tensor, index: Tensor, starts: Tensor, signs: Tensor | None)
     """target[o] = sum_i signs[i] source[index[i]], where sum o takes i from starts[o] to starts[o + 1]."""
     if signs is None and index.shape == starts.shape:  # one term each: only with signs a sum may be empty
         return source.index_select(0, index)
+    if source.shape[1] == 0:
+        return source.new_empty(len(starts), 0)
     signs = None if signs is None else signs.to(source.dtype)
     return torch.embedding_bag(source, index, starts, False, 0, False, signs)[0]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonsym import costs, dispatch, functional, reference
+from tritonsym import calls, costs, dispatch, functional, reference
 from tritonsym.shift import Conv, Geometry
 from tritonsym.symmetry import Block, FilterLayout, Symmetry, parity_axes, tap_orbits, tied_blocks
 
@@ -99,10 +99,15 @@ class _SharedConv(nn.modules.conv._ConvNd):
         ends = (into, out // self.groups) if self.transposed else (out, into // self.groups)
         return (*ends, *self.kernel_size)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        calls.forget(*self.parameters(recurse=False))
+        return super()._apply(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             dense = (self.out_channels,) if name == "bias" else self._dense_shape()
             check_loaded(self, name, parameter, state_dict.get(prefix + name), dense)
+        calls.forget(*self.parameters(recurse=False))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _options(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tritonsym import costs, dispatch, functional, packing
+from tritonsym import calls, costs, dispatch, functional, packing
 from tritonsym.nn.conv import Init, check_loaded, with_activation
 
 if TYPE_CHECKING:
@@ -72,9 +72,14 @@ class SymmetricLinear(nn.Module):
             x, self.weight, self.bias, activation=self.activation, never_unpack=self.never_unpack
         )
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        calls.forget(*self.parameters())
+        return super()._apply(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         dense = (self.in_features, self.in_features)
         check_loaded(self, "weight", self.weight, state_dict.get(prefix + "weight"), dense)
+        calls.forget(*self.parameters())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
