@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tritonsym
-from tritonsym import costs, dispatch, launch, shift, tuned
+from tritonsym import costs, dispatch, launch, tuned
 from tritonsym.perf.bench import UNFINISHED, kernels_if_interpreted, parser, prepare
 from tritonsym.perf.cases import Case
 from tritonsym.perf.measure import gate, make_step, measure, paths
@@ -141,8 +141,8 @@ def tune(model: nn.Module, example_input: Tensor, budget_s: float = 300) -> dict
         problem = layer.problem(tuple(x.shape), x.device.type, dispatch.dtype_name(x))  # type: ignore[operator]
         if problem.has_kernel:
             make = partial(_copy, layer, like, x.device)
-            last = shift.is_last(x)
-            jobs.extend(Job(replace(problem, training=training, last=last), make) for training in (False, True))
+            problem = replace(problem, last=dispatch.takes_last(layer, x))
+            jobs.extend(Job(replace(problem, training=training), make) for training in (False, True))
 
     hooks = [layer.register_forward_pre_hook(remember) for layer in model.modules() if hasattr(layer, "problem")]
     try:

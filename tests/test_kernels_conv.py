@@ -52,6 +52,12 @@ def test_kernels_are_exact(interpreter, name, path):
 
 
 @pytest.mark.parametrize("path", ["shift", "expand"])
+def test_no_images(interpreter, path):
+    arguments = {"conv": {"orbits": "h", "filters": 4}, "path": path, "tiles": TILES[path][0], "layout": "first"}
+    assert interpreter("convolution", batch=0, channels=2, sizes=[4, 5], dtype="float16", **arguments)
+
+
+@pytest.mark.parametrize("path", ["shift", "expand"])
 def test_offsets_beyond_31_bits(interpreter, path):
     conv, tiles = {"orbits": "h", "filters": 4}, TILES[path][0]
     arguments = {"conv": conv, "path": path, "tiles": tiles, "dtype": "float16", "layout": "far"}

@@ -108,6 +108,18 @@ def test_training_is_another_measurement():
         assert training.key != tritonsym.explain(module, x, "sm_90").problem.key
 
 
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+def test_a_call_has_the_key_that_explain_tells(mode, batched, monkeypatch):
+    module = tritonsym.nn.SymmetricConv2d(8, 8, 3, padding=1, padding_mode=mode, symmetry="hv")
+    x, keys, plan = torch.randn(2, 8, 5, 6), [], calls.plan
+    monkeypatch.setattr(calls, "plan", lambda *a, **o: keys.append(plan(*a, **o).plan.problem.key) or plan(*a, **o))
+    for images in (x, x.to(memory_format=torch.channels_last)):
+        given = images if batched else images[0]
+        module(given)
+        assert keys.pop() == tritonsym.explain(module, given).problem.key
+
+
 def test_another_layout_is_another_measurement():
     module = tritonsym.nn.SymmetricConv2d(8, 8, 3, symmetry="hv")
     x = torch.randn(2, 8, 5, 5)

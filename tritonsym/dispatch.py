@@ -384,4 +384,9 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     where = target or ("cpu" if x.device.type == "meta" else x.device.type)
     found = problem(tuple(x.shape), where, dtype_name(x))
-    return plan(replace(found, training=needs_gradient(x, *module.parameters()), last=shift.is_last(x)))
+    return plan(replace(found, training=needs_gradient(x, *module.parameters()), last=takes_last(module, x)))
+
+
+def takes_last(module: nn.Module, x: Tensor) -> bool:
+    """Whether the layer computes x, perhaps without a batch, as channels-last."""
+    return shift.is_last(x[None] if x.ndim == len(getattr(module, "kernel_size", ())) + 1 else x)

@@ -312,7 +312,7 @@ def _multiply_backward(
                 dx[g.x_at] = found[shift.corner(sizes)]
         if drows is not None:
             # an R x C matrix is written and read for every image, or else a channels-first x is copied
-            if _by_image(x, g, groups) and x[0, 0].numel() >= 2 * len(g.rows):
+            if _by_image(x, g, groups) and math.prod(x.shape[2:]) >= 2 * len(g.rows):
                 found = _sums(part[:, 0].flatten(2), x.flatten(2).mT).sum(0, keepdim=True)
             else:
                 found = _sums(d_g.mT, _matrices(x, g, d.shape[2:], groups))
@@ -323,7 +323,8 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     """Products of matrices, in float32."""
     if a.is_cuda and not torch.version.hip:
         return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a.float(), b.float())
 
 
 def _parts(z: Tensor, additions: Additions, groups: int) -> Sequence[Tensor]:

@@ -92,7 +92,11 @@ class _SharedConv(nn.modules.conv._ConvNd):
         if self.padding_mode == "zeros":
             return x, self.padding
         functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * len(self.kernel_size)
+        padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        if dispatch.takes_last(self, x):  # stay channels-last
+            channels = -len(self.kernel_size) - 1
+            padded = padded.movedim(channels, -1).contiguous().movedim(-1, channels)
+        return padded, (0,) * len(self.kernel_size)
 
     def _dense_shape(self) -> tuple[int, ...]:
         out, into = self.out_channels, self.in_channels
