@@ -182,7 +182,15 @@ def test_what_cannot_run_is_ignored(path, tiles):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "3", '{"version": 0, "entries": {}}', '{"entries": {}}', '{"version": 1, "entries": {"a": 3}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "3",
+        '{"version": 0, "entries": {}}',
+        '{"entries": {}}',
+        f'{{"version": {tuned.VERSION}, "entries": {{"a": 3}}}}',
+    ],
 )
 def test_a_bad_table_is_ignored_with_one_warning(text):
     file = tuned.user_file("sm_90")
