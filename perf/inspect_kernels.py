@@ -2,7 +2,7 @@
 
     python -m tritonsym.perf.inspect_kernels [--targets sm_90,gfx942]
 
-Columns: registers per thread, spilled bytes, shared memory, machine instructions (of the additions: per term of a
+Columns: registers per thread, spills and reloads, shared memory, machine instructions (of the additions: per term of a
 value; of a product: of one step, per 1000 multiply-adds; depthwise: per multiply-add of one tap), tensor-core
 instructions, widest load and store in bits. AMD targets only show that the kernel compiles.
 
