@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonsym
-from tritonsym import launch, shift
+from tritonsym import convolution, launch, shift
 
 ADDITIONS = {
     name: shift.schedule(build(**{**conv, "pool": None}), tuple(sizes))[1]
@@ -172,3 +172,17 @@ def test_more_than_31_bits_of_elements():
     assert x.numel() > 1 << 31
     with tritonsym.path("shift"), torch.no_grad():
         assert torch.equal(layer(x)[16:], layer(image))
+
+
+def test_products_stay_float32_under_autocast():
+    a, b = torch.randn(2, 3, 40).bfloat16(), torch.randn(2, 40, 5).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = launch._products(a, b)
+    torch.testing.assert_close(found, torch.bmm(a.float(), b.float()), rtol=0, atol=0)
+
+
+def test_taps_forced_to_zero_do_not_see_other_weights():
+    conv = build(ties=["h", "h"], filters=2, kernel=[3, 3])
+    rows = torch.full((1, conv.rows, 4), torch.nan)
+    dense = convolution.expand_rows(rows, conv)
+    assert (dense[..., 1] == 0).all() and dense[..., ::2].isnan().all()

@@ -313,13 +313,13 @@ def _multiply_backward(
         if drows is not None:
             # an R x C matrix is written and read for every image, or else a channels-first x is copied
             if _by_image(x, g, groups) and math.prod(x.shape[2:]) >= 2 * len(g.rows):
-                found = _sums(part[:, 0].flatten(2), x.flatten(2).mT).sum(0, keepdim=True)
+                found = _products(part[:, 0].flatten(2), x.flatten(2).mT).sum(0, keepdim=True)
             else:
-                found = _sums(d_g.mT, _matrices(x, g, d.shape[2:], groups))
+                found = _products(d_g.mT, _matrices(x, g, d.shape[2:], groups))
             shift.add_rows(drows, found, g.rows)
 
 
-def _sums(a: Tensor, b: Tensor) -> Tensor:
+def _products(a: Tensor, b: Tensor) -> Tensor:
     """Products of matrices, in float32."""
     if a.is_cuda and not torch.version.hip:
         return torch.bmm(a, b, out_dtype=torch.float32)
