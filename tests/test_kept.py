@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import tritonsym
 from tritonsym import calls, convolution
@@ -209,16 +210,6 @@ def test_a_matrix_can_be_swapped(swapping):
     layer.load_state_dict(layer.double().state_dict())
 
 
-@torch.no_grad()
-def test_no_second_copy_where_the_dense_weight_begins_with_the_stored_one():
-    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h")
-    x = torch.randn(1, 4, 5, 5)
-    for last in (False, True):
-        layer(x.to(memory_format=torch.channels_last) if last else x)
-        _, (values,), dense = kept(layer)
-        assert (values.copy is dense) != last
-
-
 def test_weights_that_are_channels_last():
     layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h").to(memory_format=torch.channels_last)
     assert not layer.weight.is_contiguous()
@@ -261,3 +252,84 @@ def test_reductions_of_one_weight():
         y = tritonsym.functional.orbit_pool_conv2d(x, weight, symmetry="hv", reduce=reduce)
         expected = tritonsym.functional.orbit_pool_conv2d(x, weight.detach(), symmetry="hv", reduce=reduce)
         assert torch.equal(y, expected), reduce
+
+
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+#: Layers, and the shape of an input, of which oneDNN takes weights ordered beforehand.
+PACKED = {
+    "plain": (lambda: tritonsym.nn.SymmetricConv2d(8, 16, 3, padding=1, symmetry="hv"), (2, 8, 9, 7)),
+    "stride, dilation, no bias": (
+        lambda: tritonsym.nn.SymmetricConv2d(5, 6, 3, stride=2, dilation=2, bias=False, symmetry="h"),
+        (3, 5, 11, 12),
+    ),
+    "groups": (lambda: tritonsym.nn.SymmetricConv2d(6, 18, 3, groups=3, symmetry={"hv": 12, "h": 6}), (2, 6, 7, 7)),
+    "depthwise": (lambda: tritonsym.nn.SymmetricConv2d(6, 12, 3, groups=6, symmetry="v"), (2, 6, 7, 8)),
+    "3-D": (lambda: tritonsym.nn.SymmetricConv3d(4, 8, 3, padding=1, symmetry="hvz"), (2, 4, 5, 6, 7)),
+    "odd ties and free filters": (
+        lambda: tritonsym.nn.TiedConv2d(4, 8, 3, symmetry="h", parity="odd", free=3, activation="relu"),
+        (2, 4, 6, 6),
+    ),
+    "pooled": (lambda: tritonsym.nn.OrbitPoolConv2d(4, 6, 3, symmetry="d4", reduce="max"), (2, 4, 8, 8)),
+    "same, unevenly padded": (
+        lambda: tritonsym.nn.SymmetricConv2d(4, 8, 2, padding="same", symmetry="h"),
+        (2, 4, 5, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("make, shape", PACKED.values(), ids=PACKED)
+def test_packed_by_onednn(make, shape):
+    layer = make()
+    for sizes in (shape, (1, *shape[1:-1], shape[-1] + 4), shape):  # packed for the first, used for all
+        x = torch.randn(sizes).to(memory_format=LAST[len(shape)])
+        for _ in range(2):
+            with torch.inference_mode():
+                y = layer(x)
+            assert kept(layer if layer.weight.shape[0] else layer.free_weight)[2].is_mkldnn
+            torch.testing.assert_close(y, layer.to_dense()(x))
+            assert y.is_contiguous(memory_format=LAST[len(shape)])
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+def is_packed(layer, x):
+    layer(x)
+    return kept(layer) is not None and kept(layer)[2].is_mkldnn
+
+
+@torch.no_grad()
+def test_packed_only_where_it_can_be():
+    layer, x = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h"), torch.randn(2, 4, 6, 6)
+    last = x.to(memory_format=torch.channels_last)
+    assert is_packed(layer, last) and not is_packed(layer, x) and is_packed(layer, last)
+    assert not is_packed(layer, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)[:, :4])
+    assert not is_packed(layer, last[:0])
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not is_packed(layer, last)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_packed(layer, last)
+    assert not is_packed(copy.deepcopy(layer).double(), last.double())
+    transposed = tritonsym.nn.SymmetricConvTranspose2d(4, 8, 3, symmetry="h")
+    assert not is_packed(transposed, last)
+
+
+def test_packed_weights_have_no_gradients():
+    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h").requires_grad_(False)
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    assert is_packed(layer, x)
+    assert not is_packed(layer, x.requires_grad_())
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert is_packed(layer, x.detach())
+
+
+@torch.no_grad()
+def test_counters_see_packed_convolutions():
+    layer = tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h")
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    assert is_packed(layer, x)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * 16 * 8 * 4 * 9

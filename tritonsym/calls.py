@@ -6,18 +6,19 @@ The plan of a convolution, for a call with equal arguments; and on the CPU, for 
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from tritonsym import convolution, dispatch, reference
@@ -35,16 +36,14 @@ _GATHERED: dict[str, tuple[torch.dtype, ...]] = defaultdict(
 )
 
 
+_transforms, _traces = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
+
 def is_eager() -> bool:
     """Whether tensors are what they seem: nothing compiles, traces, transforms or intercepts."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state()
-        or fwAD._current_level >= 0
-    )
+    intercepted = _transforms() or _modes() or _function_modes() or _traces() or fwAD._current_level >= 0
+    return not (intercepted or torch.compiler.is_compiling())
 
 
 def constant(function: Function) -> Function:
@@ -69,6 +68,7 @@ class Call:
     dtype: torch.dtype  # to compute in
     gathers: bool  # whether the reference's weight can be gathered from rows
     keeps: bool  # whether that weight is kept
+    packs: bool  # whether it is kept as oneDNN wants it
     prepare: partial[Tensor] | None = None  # the weights
     shared: FilterLayout | None = None  # where a bias may be shared by the images of a filter
 
@@ -78,24 +78,30 @@ class Call:
         return self.plan.path != "reference" or self.gathers
 
     def run(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        if self.shared is not None:
+        if bias is not None and self.shared is not None:
             bias = reference.full_bias(bias, self.shared)
         if self.plan.path != "reference":
             rows = convolution.stored_rows(self.conv, *self._prepared(weights))
             return convolution.conv(x, rows, bias, self.conv, self.plan, self.activation)
-        dense = _recall(self.what, self._expand, weights) if self.keeps else self._expand(weights)
-        return reference.activate(convolution.dense_conv(x, dense, bias, self.conv), self.activation)
+        dense = _recall(self.what, self._make, weights) if self.keeps else self._expand(weights)
+        y = convolution.dense_conv(x, dense, bias, self.conv)
+        return y if self.activation is None else reference.activate(y, self.activation)
 
     @cached_property
     def what(self) -> tuple[Any, ...]:
         """What the expanded weight depends on beside the stored one."""
-        return self.layer, self.conv, self.last, self.dtype, self.prepare and self.prepare.keywords
+        return self.layer, self.conv, self.last, self.dtype, self.packs, self.prepare and self.prepare.keywords
 
     def _prepared(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
         return weights if self.prepare is None else [self.prepare(w) for w in weights]
 
     def _expand(self, weights: Sequence[Tensor]) -> Tensor:
-        return convolution.expand(self.conv, self.last, *(w.to(self.dtype) for w in self._prepared(weights)))
+        prepared = [w if w.dtype == self.dtype else w.to(self.dtype) for w in self._prepared(weights)]
+        return convolution.expand(self.conv, self.last, *prepared)
+
+    def _make(self, weights: Sequence[Tensor]) -> Tensor:
+        dense = self._expand(weights)
+        return convolution.pack(dense, self.conv, self.shape) if self.packs else dense
 
 
 class _ByTensor(dict[int, Any]):
@@ -145,48 +151,58 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
     keeps = gathers and chosen.path == "reference" and _keeps(weights)
     if not keeps:
         _kept.forget(weights[0])
+    packs = keeps and not needs_gradient(x, bias) and convolution.can_pack(x, conv)
     call = Call(
-        layer, conv, chosen, shape=x.shape, last=is_last(x), dtype=dtype, gathers=gathers, keeps=keeps, **options
+        layer,
+        conv,
+        chosen,
+        shape=x.shape,
+        last=is_last(x),
+        dtype=dtype,
+        gathers=gathers,
+        keeps=keeps,
+        packs=packs,
+        **options,
     )
     _latest.call = call if call.runs else None
     return call
 
 
-def repeating(weights: int) -> Callable[[Function], Function]:
-    """Let a function of (where, x, weights, bias, ...) repeat its last call for its first weight, if that had equal
-    arguments, without checking and planning anew."""
+def repeating(function: Function) -> Function:
+    """Let a function of (where, x, stored weights, bias, options...) repeat its last call for its first weight, if that
+    had equal arguments, without checking and planning anew."""
 
-    def decorate(function: Function) -> Function:
-        @wraps(function)
-        def call(where: str, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-            if torch.compiler.is_compiling() or type(weight) is not Parameter or type(x) is not Tensor:
-                return function(where, x, weight, *rest)
-            key, known = (function, *_key(x, weight, rest)), _calls.find(weight)
-            if known is not None and known[0] == key and is_eager():
-                stored = [w for w in (weight, *rest[: weights - 1]) if w is not None and w.shape[0]]
-                return known[1].run(x, stored or [weight], rest[weights - 1])
-            _latest.call = None
-            y = function(where, x, weight, *rest)
-            latest = _latest.call
-            if latest is not None and latest.shape == x.shape and is_eager():  # x as it was: not padded, with a batch
-                _calls.remember(weight, (key, latest))
-            return y
+    @wraps(function)
+    def call(where: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
+        if is_dynamo_compiling() or type(weights[0]) is not Parameter or type(x) is not Tensor:
+            return function(where, x, weights, bias, *options)
+        # all that checks and plans look at, asked for in few steps: behind a convolution their code is cold
+        key = (
+            *(function, options, _form(x), x.stride(), _form(bias) if isinstance(bias, Tensor) else bias),
+            *map(_form, weights),
+            *(_has_gradients(), _threads(), _backend(), _path(), _autocasts() and dispatch.computing_dtype(x)),
+            *(_transforms(), _modes(), _function_modes(), _traces(), fwAD._current_level),
+            *(_onednn_is_enabled(), dispatch.generation),
+        )
+        known = _calls.find(weights[0])
+        if known is not None and known[0] == key:
+            stored = weights if len(weights) == 1 else [w for w in weights if w.shape[0]] or weights[:1]
+            return known[1].run(x, stored, bias)
+        _latest.call = None
+        y = function(where, x, weights, bias, *options)
+        latest = _latest.call
+        # x as it was (not padded, with a batch), and no arguments that may change while they are remembered
+        if latest is not None and latest.shape == x.shape and list not in map(type, options) and is_eager():
+            _calls.remember(weights[0], (key, latest))
+        return y
 
-        return call  # type: ignore[return-value]
-
-    return decorate
+    return call  # type: ignore[return-value]
 
 
-def _key(x: Tensor, weight: Tensor, rest: Sequence[Any]) -> tuple[Any, ...]:
-    """All that checks and plans look at."""
-    grad = torch.is_grad_enabled()
-    forms: list[Any] = []
-    for o in (x, weight, *rest):
-        if isinstance(o, Tensor):
-            forms.append((o.shape, o.dtype, o.device, grad and o.requires_grad))
-        else:
-            forms.append(tuple(o) if isinstance(o, list) else o)
-    return (x.stride(), forms, grad, dispatch.computing_dtype(x), dispatch.switches(), dispatch.generation)
+_form = attrgetter("shape", "dtype", "device", "requires_grad")
+_has_gradients, _threads, _autocasts = torch.is_grad_enabled, torch.get_num_threads, torch._C._is_any_autocast_enabled
+_backend, _path = dispatch.SWITCHES
+_onednn_is_enabled = torch._C._get_mkldnn_enabled
 
 
 def forget(*tensors: Tensor) -> None:
@@ -224,31 +240,27 @@ def _recall(what: object, make: Callable[[Sequence[Tensor]], Tensor], weights: S
             made = make(copies)
             pairs = [*zip(copies, weights, strict=True)]
             if all(copy.stride() == w.stride() for copy, w in pairs):  # neither gaps nor overlaps
-                _kept.remember(weights[0], (what, [_Values(*pair, made) for pair in pairs], made))
+                _kept.remember(weights[0], (what, [_Values(*pair) for pair in pairs], made))
     return made
 
 
 class _Values:
-    """The values of a tensor on the CPU, to be compared by their bits: `copy` has the same strides as `t`.
+    """The values of a tensor on the CPU, to be compared by their bits: `copy` has the same strides as `t`."""
 
-    Where `made`, which nobody changes, begins with the same, it is the copy: it is read soon anyway.
-    """
-
-    def __init__(self, copy: Tensor, t: Tensor, made: Tensor) -> None:
-        self.size, self.form = copy.nbytes, self._form(t)
-        self.end = t.storage_offset() * t.itemsize + self.size
-        begins = made.nbytes >= self.size and _compare(made.data_ptr(), copy.data_ptr(), self.size) == 0
-        self.copy = made if begins else copy
+    def __init__(self, copy: Tensor, t: Tensor) -> None:
+        self.form, self.end = self._form(t), t.storage_offset() * t.itemsize + copy.nbytes
+        self.copy, self.memory = bytearray(_memory(copy)), _memory(t)
 
     def are_in(self, t: Tensor) -> bool:
         if self._form(t) != self.form or t.untyped_storage().nbytes() < self.end:  # it may have been freed
             return False
-        return _compare(t.data_ptr(), self.copy.data_ptr(), self.size) == 0
+        return self.copy == self.memory  # by memcmp; calling it through ctypes costs small layers 2%
 
     @staticmethod
     def _form(t: Tensor) -> tuple[Any, ...]:
-        return t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_neg(), t.is_conj()
+        return t.data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype, t.is_neg(), t.is_conj()
 
 
-_compare = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp  # type: ignore[attr-defined,unused-ignore]
-_compare.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+def _memory(t: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a tensor without gaps, which is not kept alive."""
+    return (ctypes.c_char * t.nbytes).from_address(t.data_ptr())

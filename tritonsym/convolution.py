@@ -107,11 +107,42 @@ def dense_conv(x: Tensor, dense: Tensor, bias: Tensor | None, layer: Conv) -> Te
     if g.transposed:
         transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
         return transposed(x, dense, bias, g.stride, g.padding, g.output_padding, layer.groups, g.dilation)
-    plain: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+    own = bias if layer.pool is None else None
+    if dense.is_mkldnn:
+        packed = _onednn._convolution_pointwise.default
+        y = packed(x, dense, own, g.padding, g.stride, g.dilation, layer.groups, "none", [], "")
+    else:
+        plain: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+        y = plain(x, dense, own, g.stride, g.padding, g.dilation, layer.groups)
     if layer.pool is None:
-        return plain(x, dense, bias, g.stride, g.padding, g.dilation, layer.groups)
-    y = plain(x, dense, None, g.stride, g.padding, g.dilation, layer.groups)
+        return y
     return _add_bias(reference.reduce_images(y, (layer.groups, len(layer.blocks[0].images), -1), layer.pool), bias)
+
+
+def can_pack(x: Tensor, layer: Conv) -> bool:
+    """Whether `pack` is of use for x: oneDNN computes the convolution, and in the memory format of x."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and shift.is_last(x)
+        and x.is_contiguous(memory_format=formats[x.ndim])
+        and not layer.geometry.transposed
+        and layer.out_channels > 0
+        and x.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def pack(dense: Tensor, layer: Conv, shape: Sequence[int]) -> Tensor:
+    """The dense weight in the blocks of channels that oneDNN wants for channels-last inputs of this shape, and else
+    brings it to in every call. Only for inference (what Inductor's freezing does)."""
+    g = layer.geometry
+    return _onednn._reorder_convolution_weight.default(dense, g.padding, g.stride, g.dilation, layer.groups, shape)
+
+
+_onednn: Any = torch.ops.mkldnn
 
 
 def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,20 +155,21 @@ def expand_rows(rows: Tensor, layer: Conv) -> Tensor:
     sign = entries.sign().to(rows.dtype)[..., None]
     dense = rows[:, (entries.abs() - 1).clamp(min=0)] * sign  # [G, O, K, C]
     dense = torch.where(sign == 0, 0, dense)  # also where a row is not finite
-    return _from_lines(dense.flatten(0, 2), _dense_shape(layer, rows.shape[2]), layer).contiguous()
+    return _from_lines(dense.flatten(0, 1).unflatten(1, layer.geometry.kernel_size), layer).contiguous()
 
 
 def expand(layer: Conv, last: bool, *weights: Tensor) -> Tensor:
     """The dense weight of the stored ones (see `stored_rows`), channels-last or not; not under `torch.func`."""
-    parts = [_to_lines(w, layer) for w in weights]
-    lines = parts[0] if len(parts) == 1 else torch.cat(parts)
-    there, back = _sums(layer, len(parts) > 1, lines.device)
-    if lines.device.type == "cpu" and there[2] is None:  # small layers notice Python in the backward pass
-        lines = torch.embedding(lines, there[0])
+    lines = _to_lines(weights[0], layer) if len(weights) == 1 else torch.cat([_to_lines(w, layer) for w in weights])
+    there, back, places = _sums(layer, len(weights) > 1, lines.device)
+    if places is not None:  # small layers notice every op, and Python in the backward pass
+        lines = torch.embedding(lines, places)
     else:
-        lines = _AddUp.apply(lines, there, back)
-    dense = _from_lines(lines, _dense_shape(layer, lines.shape[1]), layer)
-    return shift.channels_last(dense) if last else dense.contiguous()
+        lines = _AddUp.apply(lines, there, back).unflatten(0, (layer.filters, *layer.geometry.kernel_size))
+    dense = _from_lines(lines, layer)
+    if not last:
+        return dense.contiguous()
+    return shift.channels_last(dense) if layer.geometry.transposed else dense
 
 
 class _AddUp(torch.autograd.Function):
@@ -156,12 +188,6 @@ class _AddUp(torch.autograd.Function):
         return _AddUp.apply(dlines, back, there), None, None
 
 
-def _dense_shape(layer: Conv, channels: int) -> Sequence[int]:
-    groups, filters = layer.groups, len(layer.table)
-    ends = (groups * channels, filters) if layer.geometry.transposed else (groups * filters, channels)
-    return (*ends, *layer.geometry.kernel_size)
-
-
 def _to_lines(w: Tensor, layer: Conv) -> Tensor:
     """(F, C, *taps), or transposed (groups C, F / groups, *taps), as lines (F taps, C)."""
     if layer.geometry.transposed:
@@ -169,13 +195,11 @@ def _to_lines(w: Tensor, layer: Conv) -> Tensor:
     return w.permute(0, *range(2, w.ndim), 1).flatten(0, -2)
 
 
-def _from_lines(lines: Tensor, shape: Sequence[int], layer: Conv) -> Tensor:
-    """The inverse of `_to_lines`."""
+def _from_lines(lines: Tensor, layer: Conv) -> Tensor:
+    """The inverse of `_to_lines`, of lines (F, *taps, C)."""
     if layer.geometry.transposed:
-        w = lines.reshape(layer.groups, *shape[1:], lines.shape[1])
-        return w.permute(0, -1, *range(1, w.ndim - 1)).reshape(shape)
-    w = lines.reshape(shape[0], *shape[2:], lines.shape[1])
-    return w.permute(0, -1, *range(1, w.ndim - 1))
+        return lines.unflatten(0, (layer.groups, -1)).movedim(-1, 1).flatten(0, 1)
+    return lines.permute(0, -1, *range(1, lines.ndim - 1))
 
 
 def _add_up(source: Tensor, index: Tensor, starts: Tensor, signs: Tensor | None) -> Tensor:
@@ -201,8 +225,11 @@ Sums = tuple[Tensor, Tensor, Tensor | None]  # arguments of `_add_up`
 
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
-def _sums(layer: Conv, one_each: bool, device: torch.device) -> tuple[Sums, Sums]:
-    """From the lines of the stored weights to those of the dense one, and the adjoint."""
+def _sums(layer: Conv, one_each: bool, device: torch.device) -> tuple[Sums, Sums, Tensor | None]:
+    """From the lines of the stored weights to those of the dense one, and the adjoint.
+
+    On the CPU also, where every sum is one line, which: (filters, *taps).
+    """
     stored, base = [], 0  # of every row of a group: its line in the first group, lines from one group to the next
     for block in layer.blocks:
         filters = block.filters if one_each else sum(block.filters for block in layer.blocks)
@@ -227,7 +254,10 @@ def _sums(layer: Conv, one_each: bool, device: torch.device) -> tuple[Sums, Sums
         signs = torch.tensor([float(sign) for _, sign in flat], device=device)
         return index, starts, signs if is_signed else None
 
-    return tensors(there), tensors(back)
+    sums = tensors(there)
+    is_simple = device.type == "cpu" and not is_signed
+    places = sums[0].unflatten(0, (layer.filters, *layer.geometry.kernel_size)) if is_simple else None
+    return sums, tensors(back), places
 
 
 # --- stored weights as rows -------------------------------------------------------------------------------------------

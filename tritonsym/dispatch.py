@@ -39,6 +39,7 @@ generation = 0
 
 _backend: ContextVar[str | None] = ContextVar("tritonsym_backend", default=None)
 _path: ContextVar[tuple[str | None, tuned.Tiles]] = ContextVar("tritonsym_path", default=(None, ()))
+SWITCHES = (_backend.get, _path.get)  # they say how those are set
 
 
 @contextmanager

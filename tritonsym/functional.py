@@ -248,14 +248,14 @@ def _symmetric_conv(
     _check_groups(where, groups, weight.shape[0])
     layout = _stored_layout(where, symmetry, index(weight.shape[0]), groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
-    return symmetric_conv(where, x, weight, bias, layout, stride, padding, dilation, activation)
+    return symmetric_conv(where, x, (weight,), bias, layout, stride, padding, dilation, activation)
 
 
-@calls.repeating(weights=1)
+@calls.repeating
 def symmetric_conv(
     where: str,
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     bias: Tensor | None,
     layout: FilterLayout,
     stride: Ints,
@@ -264,6 +264,7 @@ def symmetric_conv(
     activation: str | None,
 ) -> Tensor:
     """What the functions and the modules share once the layout is known to fit the weight."""
+    (weight,) = weights
     ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
     batched = check_input(where, x, weight.shape[1] * layout.groups, ndim)
     check_bias(where, bias, layout.out_channels, layout.stored_channels)
@@ -309,15 +310,15 @@ def _symmetric_conv_transpose(
     layout = _stored_layout(where, symmetry, stored, groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
     return symmetric_conv_transpose(
-        where, x, weight, bias, layout, stride, padding, output_padding, dilation, activation
+        where, x, (weight,), bias, layout, stride, padding, output_padding, dilation, activation
     )
 
 
-@calls.repeating(weights=1)
+@calls.repeating
 def symmetric_conv_transpose(
     where: str,
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     bias: Tensor | None,
     layout: FilterLayout,
     stride: Ints,
@@ -327,6 +328,7 @@ def symmetric_conv_transpose(
     activation: str | None,
 ) -> Tensor:
     """What the functions and the modules share once the layout is known to fit the weight."""
+    (weight,) = weights
     ndim = weight.ndim - 2
     batched = check_input(where, x, weight.shape[0], ndim)
     check_bias(where, bias, layout.out_channels, layout.stored_channels)
@@ -408,17 +410,15 @@ def _tied_conv(
             )
         _check_groups(where, groups, free_weight.shape[0], noun="free filters")
     check_activation(where, activation)
-    return tied_conv(
-        where, x, weight, free_weight, bias, name, odd, size, stride, padding, dilation, groups, activation
-    )
+    weights = (weight,) if free_weight is None else (weight, free_weight)
+    return tied_conv(where, x, weights, bias, name, odd, size, stride, padding, dilation, groups, activation)
 
 
-@calls.repeating(weights=2)
+@calls.repeating
 def tied_conv(
     where: str,
     x: Tensor,
-    weight: Tensor,
-    free_weight: Tensor | None,
+    weights: Sequence[Tensor],
     bias: Tensor | None,
     symmetry: str,
     odd: str,
@@ -430,6 +430,8 @@ def tied_conv(
     activation: str | None,
 ) -> Tensor:
     """What the functions and the modules share once the weights are known to fit the symmetry."""
+    weight, *free = weights
+    free_weight = free[0] if free else None
     ndim = len(kernel_size)
     batched = check_input(where, x, weight.shape[1] * groups, ndim)
     check_bias(where, bias, weight.shape[0] + (0 if free_weight is None else free_weight.shape[0]))
@@ -491,7 +493,7 @@ def _orbit_pool_conv(
     name = pool_symmetry(where, symmetry, tuple(map(index, weight.shape[2:])))
     check_choice(where, "reduce", reduce, POOL_REDUCTIONS)
     check_activation(where, activation)
-    return orbit_pool_conv(where, x, weight, bias, name, reduce, stride, padding, dilation, groups, activation)
+    return orbit_pool_conv(where, x, (weight,), bias, name, reduce, stride, padding, dilation, groups, activation)
 
 
 @constant
@@ -504,11 +506,11 @@ def pool_symmetry(where: str, symmetry: str, kernel_size: tuple[int, ...]) -> st
     return value.name
 
 
-@calls.repeating(weights=1)
+@calls.repeating
 def orbit_pool_conv(
     where: str,
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     bias: Tensor | None,
     symmetry: str,
     reduce: str,
@@ -519,6 +521,7 @@ def orbit_pool_conv(
     activation: str | None,
 ) -> Tensor:
     """What the functions and the modules share once the symmetry is known to fit the weight."""
+    (weight,) = weights
     ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
     batched = check_input(where, x, weight.shape[1] * groups, ndim)
     if x.is_complex() and reduce in ("max", "min"):

@@ -122,8 +122,13 @@ class Conv:
         return tuple(taps_of[o] for o in sorted(taps_of))
 
     @property
+    def filters(self) -> int:
+        """Of the dense weight."""
+        return self.groups * len(self.table)
+
+    @property
     def out_channels(self) -> int:
-        return self.groups * (self.blocks[0].filters if self.pool else len(self.table))
+        return self.groups * self.blocks[0].filters if self.pool else self.filters
 
     def out_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of y."""

@@ -87,10 +87,8 @@ class _SharedConv(nn.modules.conv._ConvNd):
             if fan_in > 0:
                 nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, str | tuple[int, ...]]:
-        """x with every padding but zeros applied, and the zero padding that is left."""
-        if self.padding_mode == "zeros":
-            return x, self.padding
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """x with every padding but zeros applied, and the zero padding that is left: none."""
         functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
         padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         if dispatch.takes_last(self, x):  # stay channels-last
@@ -358,11 +356,11 @@ class _SymmetricConv(_OrbitConv):
         self._setup_orbits(symmetry, share_bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = self._padded(x)
+        x, padding = (x, self.padding) if self.padding_mode == "zeros" else self._padded(x)
         return functional.symmetric_conv(
             type(self).__name__,
             x,
-            self.weight,
+            (self.weight,),
             self.bias,
             self.layout,
             self.stride,
@@ -427,14 +425,15 @@ class _SymmetricConvTranspose(_OrbitConv):
         self._setup_orbits(symmetry, share_bias, device, dtype)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
+        if output_size is not None:
+            functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
         output_padding = self._output_padding(  # type: ignore[operator]
             x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         return functional.symmetric_conv_transpose(
             type(self).__name__,
             x,
-            self.weight,
+            (self.weight,),
             self.bias,
             self.layout,
             self.stride,
@@ -535,12 +534,11 @@ class _TiedConv(_SharedConv):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = self._padded(x)
+        x, padding = (x, self.padding) if self.padding_mode == "zeros" else self._padded(x)
         return functional.tied_conv(
             type(self).__name__,
             x,
-            self.weight,
-            self.free_weight,
+            (self.weight,) if self.free_weight is None else (self.weight, self.free_weight),
             self.bias,
             self.symmetry.name,
             self.odd,
@@ -666,11 +664,11 @@ class _OrbitPoolConv(_SharedConv):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = self._padded(x)
+        x, padding = (x, self.padding) if self.padding_mode == "zeros" else self._padded(x)
         return functional.orbit_pool_conv(
             type(self).__name__,
             x,
-            self.weight,
+            (self.weight,),
             self.bias,
             self.symmetry.name,
             self.reduce,
