@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from tritonsym import convolution, dispatch, reference
 from tritonsym.dispatch import needs_gradient
-from tritonsym.shift import Conv, is_last
+from tritonsym.shift import Conv, is_compiling, is_last
 from tritonsym.symmetry import FilterLayout
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -43,7 +43,7 @@ _modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torc
 def is_eager() -> bool:
     """Whether tensors are what they seem: nothing compiles, traces, transforms or intercepts."""
     intercepted = _transforms() or _modes() or _function_modes() or _traces() or fwAD._current_level >= 0
-    return not (intercepted or torch.compiler.is_compiling())
+    return not (intercepted or is_compiling())
 
 
 def constant(function: Function) -> Function:
@@ -143,7 +143,7 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
         conv,
         1,
         needs_gradient(x, bias, *weights),
-        torch.compiler.is_compiling(),
+        is_compiling(),
         is_last(x),
     )
     are_plain = all(type(t) in (Tensor, Parameter) for t in (x, *weights))

@@ -38,7 +38,7 @@ def conv(
     if layer.pool and not (plan.path == "shift" and plan.tiles):
         sizes = (layer.groups, len(layer.blocks[0].images), -1)
         y = conv(x, rows, None, replace(layer, pool=None), plan)
-        y = _add_bias(reference.reduce_images(y, sizes, layer.pool), bias)
+        y = reference.add_bias(reference.reduce_images(y, sizes, layer.pool), bias)
     elif plan.tiles and not needs_gradient(x, rows, bias):
         return launch.forward(x, rows, bias, layer.text, plan.path, plan.flat_tiles, activation, False)[0]
     else:
@@ -116,7 +116,9 @@ def dense_conv(x: Tensor, dense: Tensor, bias: Tensor | None, layer: Conv) -> Te
         y = plain(x, dense, own, g.stride, g.padding, g.dilation, layer.groups)
     if layer.pool is None:
         return y
-    return _add_bias(reference.reduce_images(y, (layer.groups, len(layer.blocks[0].images), -1), layer.pool), bias)
+    return reference.add_bias(
+        reference.reduce_images(y, (layer.groups, len(layer.blocks[0].images), -1), layer.pool), bias
+    )
 
 
 def can_pack(x: Tensor, layer: Conv) -> bool:
@@ -143,10 +145,6 @@ def pack(dense: Tensor, layer: Conv, shape: Sequence[int]) -> Tensor:
 
 
 _onednn: Any = torch.ops.mkldnn
-
-
-def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias[(...,) + (None,) * (y.ndim - 2)]
 
 
 def expand_rows(rows: Tensor, layer: Conv) -> Tensor:

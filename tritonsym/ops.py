@@ -46,13 +46,18 @@ def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
         op = getattr(torch.ops.tritonsym, name)
 
         def call(*args: Any) -> Tensor:
-            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if torch.compiler.is_compiling() and not _is_exporting():
                 return op(*args, state=_state())
             return op(*args)
 
         return call
 
     return define
+
+
+@calls.constant
+def _is_exporting() -> bool:
+    return torch.compiler._is_exporting_flag  # Dynamo of torch 2.11 takes `is_exporting` for true
 
 
 @calls.constant

@@ -239,10 +239,15 @@ def orbit_pool_conv(
     """y = act(reduce_g conv(x, g weight) + b).  'sum' and 'mean' are one convolution with the symmetrised kernel."""
     pooled = reduce in ("max", "min")
     dense = orbit_images(weight, symmetry) if pooled else symmetrised(weight, symmetry, reduce)
-    if bias is not None and pooled:
-        bias = bias.repeat_interleave(symmetry.order)
-    y = _CONV[x.ndim - 2](x, dense, bias, stride, padding, dilation, groups)
-    return activate(reduce_images(y, (-1, symmetry.order), reduce) if pooled else y, activation)
+    y = _CONV[x.ndim - 2](x, dense, None if pooled else bias, stride, padding, dilation, groups)
+    if pooled:
+        y = add_bias(reduce_images(y, (-1, symmetry.order), reduce), bias)
+    return activate(y, activation)
+
+
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y (N, C, *sizes) + a value per channel."""
+    return y if bias is None else y + bias[(...,) + (None,) * (y.ndim - 2)]
 
 
 def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import TracingContext
 
 from tritonsym.symmetry import Block, taps
 
@@ -400,7 +401,7 @@ def corner(sizes: Sequence[int]) -> tuple[Any, ...]:
 def over_images(slices: Sequence[slice], images: Callable[[slice], Tensor], last: bool) -> Tensor:
     """images(n) for all slices of the batch, one after the other; channels-last or not."""
     first = images(slices[0])
-    if len(slices) == 1 or torch.compiler.is_compiling():
+    if len(slices) == 1 or is_compiling():
         whole = torch.cat([first, *map(images, slices[1:])]) if len(slices) > 1 else first
         return whole if last else whole.contiguous()
     shape = (slices[-1].stop, *first.shape[1:])
@@ -435,6 +436,11 @@ def add_rows(drows: Tensor, part: Tensor, picked: tuple[int, ...]) -> None:
         done += end - first
 
 
+def is_compiling() -> bool:
+    """Whether a compiler traces this: torch 2.11's own function says so to Dynamo only."""
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+
+
 def is_last(x: Tensor) -> bool:
     """Whether x is channels-last."""
     return bool(x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1)  # of symbols, too
@@ -462,7 +468,7 @@ def chunks(x: Tensor, additions: Additions, groups: int) -> list[slice]:
 def add(additions: Additions, sources: Sequence[Tensor], groups: int, bias: Tensor | None = None) -> list[Tensor]:
     """The targets of the additions, plus the bias of every channel."""
     grouped = [channels_last(source).unflatten(1, (groups, -1)) for source in sources]
-    add = _fused if torch.compiler.is_compiling() and not has_steps(additions) else _in_place
+    add = _fused if is_compiling() and not has_steps(additions) else _in_place
     return [target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped, bias)]
 
 
