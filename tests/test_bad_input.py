@@ -198,7 +198,9 @@ CASES = [
     ("torch: padding", lambda: layer(padding="full"), ValueError, "padding 'full' 'same'"),
     ("torch: same and stride", lambda: layer(padding="same", stride=2), ValueError, "padding='same' strided"),
     ("torch: groups", lambda: layer(groups=3), ValueError, "in_channels divisible groups"),
-    ("torch: no groups", lambda: layer(groups=0), ValueError, "groups positive"),
+    ("torch: no groups", lambda: layer(groups=0), ValueError, "groups at least 1"),
+    ("torch: channels of words", lambda: layer("8"), TypeError, "SymmetricConv2d channels integer '8'"),
+    ("torch: negative channels", lambda: layer(-8), ValueError, "SymmetricConv2d out_channels at least 0 -8"),
     ("torch: kernel of words", lambda: layer(kernel_size="3"), TypeError, "str"),
     (
         "torch: transposed padding_mode",
@@ -228,8 +230,8 @@ CASES = [
         "TiedConv2d 'c4' 3x5 5x5",
     ),
     ("tied: a mapping", lambda: tied_layer(symmetry={"h": 2}), TypeError, "Symmetry {'h': 2} name"),
-    ("tied: free float", lambda: tied_layer(free=1.0), TypeError, "TiedConv2d free 1.0 number"),
-    ("tied: free bool", lambda: tied_layer(free=True), TypeError, "TiedConv2d free True number"),
+    ("tied: free float", lambda: tied_layer(free=1.0), TypeError, "TiedConv2d free 1.0 integer"),
+    ("tied: free bool", lambda: tied_layer(free=True), TypeError, "TiedConv2d free True integer"),
     ("tied: free too many", lambda: tied_layer(free=9), ValueError, "TiedConv2d free=9 out_channels=8"),
     ("tied: free per group", lambda: tied_layer(free=3, groups=2), ValueError, "TiedConv2d free=3 groups=2"),
     # orbit pooling
@@ -415,7 +417,7 @@ CASES = [
         ValueError,
         "SymmetricLinear in_features=3 out_features=4 equal",
     ),
-    ("linear: no features", lambda: tnn.SymmetricLinear(0, 0), ValueError, "SymmetricLinear positive 0"),
+    ("linear: no features", lambda: tnn.SymmetricLinear(0, 0), ValueError, "SymmetricLinear in_features at least 1 0"),
     ("linear: activation", lambda: tnn.SymmetricLinear(3, 3, activation="x"), ValueError, "SymmetricLinear 'x' 'relu'"),
     ("linear: features", lambda: tnn.SymmetricLinear(3, 3)(X), ValueError, "symmetric_linear (..., 3) (2, 4, 6, 6)"),
     (
@@ -508,7 +510,9 @@ CASES = [
     ("pack_triu: rank", lambda: tritonsym.pack_triu(torch.ones(3, 2)), ValueError, "pack_triu (3, 2) vector"),
     ("pack_tril: list", lambda: tritonsym.pack_tril([1.0]), TypeError, "pack_tril vector torch.Tensor list"),
     # sequences and sets
-    ("global: channels", lambda: tnn.GlobalConv1d(0, 1), ValueError, "GlobalConv1d positive 0 and 1"),
+    ("global: channels", lambda: tnn.GlobalConv1d(0, 1), ValueError, "GlobalConv1d in_channels at least 1 0"),
+    ("global: words", lambda: tnn.GlobalConv1d("2", 2), TypeError, "GlobalConv1d in_channels integer '2'"),
+    ("linear: words", lambda: tnn.SymmetricLinear("3", "3"), TypeError, "SymmetricLinear in_features integer '3'"),
     ("global: activation", lambda: tnn.GlobalConv1d(2, 1, activation="x"), ValueError, "GlobalConv1d 'x' 'relu'"),
     (
         "global: input",

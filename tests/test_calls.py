@@ -120,6 +120,37 @@ def test_a_list_that_changes():
     assert T.symmetric_conv2d(X, weight, stride=stride, symmetry="hv").shape[-1] == 3
 
 
+def test_a_list_of_another_kind_that_changes():
+    class Sizes(list):
+        pass
+
+    module = layer()
+    module.stride = Sizes([1, 1])
+    assert module(X).shape[-1] == 7
+    module.stride[:] = [2, 2]
+    assert module(X).shape[-1] == 4
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: tritonsym.nn.SymmetricConv2d(1, 8, 3, symmetry="h"), (2, 1, 6, 7)),
+        (lambda: tritonsym.nn.SymmetricConv3d(1, 8, 3, symmetry="h"), (2, 1, 6, 7, 5)),
+        (lambda: tritonsym.nn.TiedConv2d(6, 6, 3, groups=6, symmetry="d4"), (2, 6, 6, 7)),
+        (lambda: tritonsym.nn.OrbitPoolConv2d(1, 4, 3, symmetry="hv"), (2, 1, 6, 7)),
+        (lambda: tritonsym.nn.SymmetricConv2d(4, 6, 1, symmetry=None), (2, 4, 6, 7)),
+        (lambda: tritonsym.nn.SymmetricConvTranspose2d(1, 8, 3, symmetry="h"), (2, 1, 6, 7)),
+        (lambda: tritonsym.nn.SymmetricConv2d(4, 8, 3, symmetry="h"), (2, 4, 6, 7)),
+    ],
+)
+def test_contiguous_stays_contiguous(make, shape, mode):
+    module, x = make(), torch.randn(shape)
+    with mode():
+        for _ in range(2):
+            assert module(x).is_contiguous()
+
+
 def test_only_free_filters():
     module = tritonsym.nn.TiedConv2d(4, 8, 3, symmetry="h", free=8)
     for path in ("reference", "shift"):

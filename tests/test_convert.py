@@ -5,12 +5,14 @@ import subprocess
 import sys
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
+import tritonsym
 import tritonsym.nn as tnn
 from tritonsym import FilterLayout, Symmetry, load_cnn_symmetry, materialize, replace_layers
 from tritonsym.convert import Report
@@ -810,3 +812,33 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(spoil, me
 def test_a_checkpoint_is_a_mapping():
     with pytest.raises(TypeError, match="load_cnn_symmetry: expected a state_dict, got list"):
         load_cnn_symmetry(our_layer(2), [1])
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_a_normalised_layer_is_materialized(remove):
+    layer, x = tnn.SymmetricConv2d(3, 8, 3, symmetry="hv"), torch.randn(1, 3, 5, 5)
+    parametrizations.weight_norm(layer)
+    if remove:  # which leaves a hook
+        torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    plain = materialize(nn.Sequential(layer))
+    assert type(plain[0]) is nn.Conv2d
+    torch.testing.assert_close(plain(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_materialized_sum_over_positions_does_not_overflow(dtype):
+    layer, x = tnn.GlobalConv1d(4, 4, dtype=dtype), torch.full((1, 4, 3000), 60.0, dtype=dtype)
+    with torch.no_grad():
+        layer.center.fill_(1e-3), layer.surround.fill_(1e-3)
+    assert torch.equal(materialize(layer)(x), layer(x)) and layer(x).isfinite().all()
+
+
+def test_sizes_may_be_of_numpy():
+    model = nn.Sequential(nn.Conv2d(4, np.int64(8), (np.int64(3), 3), stride=np.int32(1), padding=np.int64(1)))
+    model, _ = replace_layers(model, conv={"h": np.int64(4), "hv": "50%"})
+    x = torch.randn(1, 4, 5, 5)
+    for path in ("reference", "shift"):
+        with tritonsym.path(path):
+            torch.testing.assert_close(model(x), materialize(model)(x))
+    assert type(model[0]) is tnn.SymmetricConv2d and all(type(size) is int for size in model[0].kernel_size)
+    assert tnn.SymmetricLinear(np.int64(3), 3).in_features == 3 and tnn.TopKPool1d(np.int64(2)).k == 2

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonsym
@@ -333,3 +334,22 @@ def test_counters_see_packed_convolutions():
     with FlopCounterMode(display=False) as counter:
         layer(x)
     assert counter.get_total_flops() == 2 * 2 * 16 * 8 * 4 * 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [lambda: torch.randn(32)[::2], lambda: torch.randn(1).expand(16)], ids=["step", "one"])
+def test_packed_convolutions_take_any_bias(bias):
+    layer = tritonsym.nn.SymmetricConv2d(8, 16, 3, symmetry="hv")
+    x = torch.randn(2, 8, 9, 7).to(memory_format=torch.channels_last)
+    assert is_packed(layer, x)
+    layer.bias = torch.nn.Parameter(bias())
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+@torch.no_grad()
+def test_weights_that_become_subclasses():
+    layer, x = tritonsym.nn.TiedConv2d(8, 16, 3, symmetry="hv", free=4), torch.randn(2, 8, 9, 7)
+    expected = layer(x)
+    part = layer.free_weight.detach()
+    layer.free_weight = torch.nn.Parameter(TwoTensor(part, part.clone()))
+    torch.testing.assert_close(layer(x).a, expected)

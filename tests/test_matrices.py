@@ -134,6 +134,12 @@ def test_newton_schulz_is_the_dense_iteration(shape, dtype):
         assert ((torch.linalg.svdvals(got) > 0.3) & (torch.linalg.svdvals(got) < 1.3)).all()
 
 
+def test_newton_schulz_of_large_values():
+    """Whose norm is no float16."""
+    gradient = 100 * torch.randn(700, 700).sign()
+    torch.testing.assert_close(T.newton_schulz(gradient.half()).float(), T.newton_schulz(gradient), rtol=0.1, atol=0.01)
+
+
 def test_newton_schulz_of_nothing():
     assert not T.newton_schulz(torch.zeros(3, 4)).any()
     assert T.newton_schulz(torch.zeros(0, 3, 4)).shape == (0, 3, 4) and T.newton_schulz(torch.zeros(3, 0)).shape == (

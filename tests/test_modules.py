@@ -488,3 +488,51 @@ def test_warnings_name_the_layer_and_point_at_the_caller(make, message):
 @pytest.mark.filterwarnings("error")
 def test_no_warning_without_a_reason(any_layer):
     any_layer.make()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_over_positions_do_not_overflow(autocast):
+    module, x = tnn.GlobalConv1d(4, 4), torch.full((1, 4, 3000), 60.0)
+    with torch.no_grad():
+        module.center.fill_(1e-3), module.surround.fill_(1e-3)
+        expected = module(x)
+        assert 4 * x[0, 0].sum() > torch.finfo(torch.float16).max
+        if autocast:
+            with torch.autocast("cpu", torch.float16):
+                y = module(x)
+        else:
+            y = module.half()(x.half())
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_inputs_are_named_as_in_torch():
+    x = torch.randn(2, 3, 5, 5)
+    for module in (
+        tnn.SymmetricConv2d(3, 8, 3, symmetry="h"),
+        tnn.SymmetricConvTranspose2d(3, 8, 3, symmetry="h"),
+        tnn.TiedConv2d(3, 8, 3, symmetry="h"),
+        tnn.OrbitPoolConv2d(3, 8, 3, symmetry="h"),
+        tnn.SymmetricLinear(5, 5),
+    ):
+        assert torch.equal(module(input=x), module(x))
+
+
+def test_a_wrong_bias_changes_nothing_of_a_matrix():
+    module = tnn.SymmetricLinear(4, 4)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match="bias has shape"):
+        module.load_state_dict({"weight": before["weight"] + 1, "bias": torch.zeros(5)})
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_nobody_waits_for_the_gradient_of_no_filters():
+    module = tnn.TiedConv2d(3, 8, 3, symmetry="hv", free=8)
+    module(torch.randn(1, 3, 5, 5)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("symmetry", ["c2", "c4", "d4"])
+def test_turns_of_a_single_tap_are_warned_of(symmetry):
+    with pytest.warns(UserWarning, match="identical copies"):
+        tnn.SymmetricConv2d(3, 8, 1, symmetry=symmetry)

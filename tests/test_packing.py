@@ -173,3 +173,11 @@ def test_wrong_shapes_are_refused(function, shape, message):
 def test_unknown_symmetrise_is_refused():
     with pytest.raises(ValueError, match=r"^pack: symmetrise must be 'average', 'lower', 'upper' or None, got 'mean'"):
         pack(torch.eye(2), "mean")
+
+
+@pytest.mark.parametrize("dtype, large", [(torch.float16, 4e4), (torch.float32, 3e38)])
+def test_an_average_of_large_values_does_not_overflow(dtype, large):
+    matrix = torch.tensor([[large, large], [large / 2, -large]], dtype=dtype)
+    expected = matrix.double()
+    expected = ((expected + expected.mT) / 2).to(dtype)
+    torch.testing.assert_close(unpack(pack(matrix, "average")), expected)

@@ -174,7 +174,8 @@ def repeating(function: Function) -> Function:
 
     @wraps(function)
     def call(where: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, *options: Any) -> Tensor:
-        if is_dynamo_compiling() or type(weights[0]) is not Parameter or type(x) is not Tensor:
+        are_plain = type(x) is Tensor and type(weights[0]) is type(weights[-1]) is Parameter  # one or two weights
+        if is_dynamo_compiling() or not are_plain:
             return function(where, x, weights, bias, *options)
         # all that checks and plans look at, asked for in few steps: behind a convolution their code is cold
         key = (
@@ -192,7 +193,8 @@ def repeating(function: Function) -> Function:
         y = function(where, x, weights, bias, *options)
         latest = _latest.call
         # x as it was (not padded, with a batch), and no arguments that may change while they are remembered
-        if latest is not None and latest.shape == x.shape and list not in map(type, options) and is_eager():
+        is_fixed = not any(isinstance(option, list) for option in options)
+        if latest is not None and latest.shape == x.shape and is_fixed and is_eager():
             _calls.remember(weights[0], (key, latest))
         return y
 

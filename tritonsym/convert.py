@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from tritonsym import functional, reference
 from tritonsym.nn.conv import (
@@ -258,7 +258,8 @@ def _check_spec(spec: Any, where: str) -> None:
         spec = {spec: 0}
     FilterLayout.parse(dict.fromkeys(spec, 0) if isinstance(spec, Mapping) else spec, 0, where=where)
     for key, value in spec.items():
-        FilterLayout.parse({key: value}, value if isinstance(value, int) else 0, where=where)
+        count = functional.as_ints(value)
+        FilterLayout.parse({key: value}, count if isinstance(count, int) else 0, where=where)
 
 
 def _surroundings(model: nn.Module) -> tuple[dict[int, list[nn.Module]], dict[int, list[str]]]:
@@ -314,7 +315,10 @@ def _attached(module: nn.Module) -> str | None:
     """What somebody has attached to this very module and no other module would do."""
     if "forward" in vars(module):
         return "a patched forward"
-    return "hooks" if any(getattr(module, hooks) for hooks in _HOOKS) else None
+    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+    ours = [getattr(hook, "hook", hook) for hook in hooks]
+    # torch's weight_norm leaves one, to load old checkpoints
+    return "hooks" if any(getattr(hook, "__module__", "") != parametrizations.__name__ for hook in ours) else None
 
 
 def _build(name: str, layer: Any, choice: Any, init: Init) -> nn.Module | str:
@@ -505,9 +509,15 @@ class _PlainGlobalConv1d(nn.Module):
             copied = None if value is None else nn.Parameter(value.detach().clone(), value.requires_grad)
             self.register_parameter(name, copied)
         self.activation = layer.activation
+        self.dtype = layer.center.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.global_conv1d(x, self.center, self.surround, self.bias, self.activation)
+        y = (self.center - self.surround) @ x
+        if self.dtype.itemsize > 2:
+            rest = reference.of_all_positions(x, self.surround, self.bias)
+        else:
+            rest = reference.of_all_positions(x, self.surround, self.bias, torch.float32).to(self.dtype)
+        return reference.activate(y + rest[..., None], self.activation)
 
 
 class _PlainTopKPool1d(nn.Module):

@@ -110,6 +110,8 @@ def dense_conv(x: Tensor, dense: Tensor, bias: Tensor | None, layer: Conv) -> Te
     own = bias if layer.pool is None else None
     if dense.is_mkldnn:
         packed = _onednn._convolution_pointwise.default
+        if own is not None:
+            own = own.to(x.dtype).contiguous()  # it ignores strides, and autocast ignores it
         y = packed(x, dense, own, g.padding, g.stride, g.dilation, layer.groups, "none", [], "")
     else:
         plain: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
@@ -153,7 +155,7 @@ def expand_rows(rows: Tensor, layer: Conv) -> Tensor:
     sign = entries.sign().to(rows.dtype)[..., None]
     dense = rows[:, (entries.abs() - 1).clamp(min=0)] * sign  # [G, O, K, C]
     dense = torch.where(sign == 0, 0, dense)  # also where a row is not finite
-    return _from_lines(dense.flatten(0, 1).unflatten(1, layer.geometry.kernel_size), layer).contiguous()
+    return _contiguous(_from_lines(dense.flatten(0, 1).unflatten(1, layer.geometry.kernel_size), layer))
 
 
 def expand(layer: Conv, last: bool, *weights: Tensor) -> Tensor:
@@ -166,8 +168,13 @@ def expand(layer: Conv, last: bool, *weights: Tensor) -> Tensor:
         lines = _AddUp.apply(lines, there, back).unflatten(0, (layer.filters, *layer.geometry.kernel_size))
     dense = _from_lines(lines, layer)
     if not last:
-        return dense.contiguous()
+        return _contiguous(dense)
     return shift.channels_last(dense) if layer.geometry.transposed else dense
+
+
+def _contiguous(dense: Tensor) -> Tensor:
+    """A copy with plain strides: of a single channel, those that lines have make torch's convolution channels-last."""
+    return dense.clone(memory_format=torch.contiguous_format)
 
 
 class _AddUp(torch.autograd.Function):

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
+from numbers import Integral
 from operator import index
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -82,6 +83,23 @@ def check_activation(where: str, activation: object) -> None:
 def is_count(value: object) -> bool:
     """An integer, or a size that a trace keeps symbolic; not a bool."""
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def as_ints(value: Any) -> Any:
+    """Integers of NumPy and such as Python's, also within tuples and lists; anything else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(map(as_ints, value))
+    return index(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def check_counts(where: str, minimum: int, **values: Any) -> list[int]:
+    """Integers, at least `minimum`, as Python's."""
+    for name, value in values.items():
+        if not is_count(as_ints(value)):
+            raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
+        if value < minimum:
+            raise ValueError(f"{where}: {name} must be at least {minimum}, got {value}")
+    return [*map(as_ints, values.values())]
 
 
 def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
@@ -691,7 +709,8 @@ def newton_schulz(
         _check_number(where, name, value)
     x = gradient.mT if gradient.shape[-2] > gradient.shape[-1] else gradient
     x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    wide = torch.float32 if x.dtype == torch.float16 else None  # where the norm of usual gradients overflows
+    x = (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)).to(x.dtype)
     for _ in range(steps):
         x = torch.baddbmm(x, symmetric_mm(gram(x), c, b), x, beta=a)
     return (x.mT if gradient.shape[-2] > gradient.shape[-1] else x).reshape(gradient.shape)

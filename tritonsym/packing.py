@@ -78,7 +78,8 @@ def pack(matrix: Tensor, symmetrise: Symmetrise | None = None, *, tolerance: flo
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"pack: expected a square matrix (n, n), got shape {tuple(matrix.shape)}")
     if symmetrise == "average":
-        matrix = (matrix + matrix.mT) / 2
+        mean = (matrix + matrix.mT) / 2
+        matrix = torch.where(mean.isfinite(), mean, matrix / 2 + matrix.mT / 2)  # the sum may overflow
     elif symmetrise == "upper":
         matrix = matrix.mT
     elif symmetrise is None:

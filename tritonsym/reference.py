@@ -247,7 +247,7 @@ def orbit_pool_conv(
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     """y (N, C, *sizes) + a value per channel."""
-    return y if bias is None else y + bias[(...,) + (None,) * (y.ndim - 2)]
+    return y if bias is None else y + bias.to(y.dtype)[(...,) + (None,) * (y.ndim - 2)]
 
 
 def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
@@ -283,10 +283,23 @@ def global_conv1d(
 ) -> Tensor:
     """y[n, :, i] = act(W_c x[n, :, i] + W_s sum_{j != i} x[n, :, j] + b).
 
-    Computed as (W_c - W_s) x[n, :, i] + (W_s sum_j x[n, :, j] + b): one pass over the positions.
+    Computed as (W_c - W_s) x[n, :, i] + (W_s sum_j x[n, :, j] + b): one pass over the positions. A sum over many
+    positions may overflow 16 bits where y does not: it is float32.
     """
-    rest = F.linear(x.sum(-1), surround, bias)
-    return activate((center - surround) @ x + rest[..., None], activation)
+    y = (center - surround) @ x
+    if y.dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast(x.device.type, enabled=False):
+            rest = of_all_positions(x, surround, bias, torch.float32).to(y.dtype)
+    else:
+        rest = of_all_positions(x, surround, bias)
+    return activate(y + rest[..., None], activation)
+
+
+def of_all_positions(x: Tensor, surround: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """W_s sum_j x[n, :, j] + b, in this dtype."""
+    if dtype is None:
+        return F.linear(x.sum(-1), surround, bias)
+    return F.linear(x.sum(-1, dtype=dtype), surround.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def topk_pool1d(x: Tensor, k: int) -> Tensor:

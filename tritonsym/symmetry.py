@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
 from itertools import product
+from numbers import Integral
 
 #: Axis letters and the spatial axis each one flips, counted from the last.
 AXES = {"h": -1, "v": -2, "z": -3}
@@ -183,8 +184,10 @@ class Symmetry:
 
     def idle_axes(self, kernel_size: tuple[int, ...]) -> str:
         """Letters whose flip changes nothing because the kernel has size 1 along that axis."""
-        if self.is_radial or not set(self.name) <= set(AXES):
+        if self.is_radial:
             return ""
+        if not set(self.name) <= set(AXES):  # quarter or half turns, in the plane
+            return "hv" if max(kernel_size[-2:]) == 1 else ""
         return "".join(letter for letter in self.name if kernel_size[AXES[letter]] == 1)
 
 
@@ -371,12 +374,13 @@ class FilterLayout:
                 f"got {spec!r}"
             )
         for name, count in (("out_channels", out_channels), ("groups", groups)):
-            if isinstance(count, bool) or not isinstance(count, int):
+            if isinstance(count, bool) or not isinstance(count, Integral):
                 raise TypeError(f"{where}: {name} must be an integer, got {count!r}")
         if groups < 1 or out_channels % groups:
             raise ValueError(
                 f"{where}: out_channels={out_channels} must be a multiple of groups={groups}, which must be positive"
             )
+        out_channels, groups = int(out_channels), int(groups)
         counts: dict[Symmetry, int] = {}
         for key, value in spec.items():
             symmetry = _filter_symmetry(key, where)
@@ -533,10 +537,11 @@ def _count(symmetry: Symmetry, value: object, out_channels: int | None, groups: 
             )
         assert out_channels is not None
         return round(Fraction(number) * out_channels / 100) // orbit * orbit
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"{where}: {symmetry}={value!r} must be a count of output filters or a percentage such as '50%'"
         )
+    value = int(value)
     if value < 0 or value % orbit:
         below = max(value // orbit * orbit, 0)
         in_groups = f" in each of {groups} groups" if groups > 1 else ""

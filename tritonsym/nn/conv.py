@@ -53,10 +53,12 @@ class _SharedConv(nn.modules.conv._ConvNd):
     """What all the modules here share. The bias has one value per output channel unless a subclass says otherwise."""
 
     def __init__(self, *args: Any, activation: str | None, **kwargs: Any) -> None:
+        where, ndim = type(self).__name__, int(self._dense_class().__name__[-2])
+        functional.check_counts(where, 0, in_channels=args[0], out_channels=args[1])
+        functional.check_counts(where, 1, groups=args[6])
         # on the meta device: torch checks and stores its arguments, and its dense weight takes no memory
         kwargs["device"] = "meta"
-        super().__init__(*args, **kwargs)
-        where, ndim = type(self).__name__, int(self._dense_class().__name__[-2])
+        super().__init__(*map(functional.as_ints, args), **kwargs)
         for name, minimum in (
             ("kernel_size", 1),
             ("stride", 1),
@@ -244,7 +246,7 @@ class _OrbitConv(_SharedConv):
             if idle := key.idle_axes(self.kernel_size):
                 warnings.warn(
                     f"{where}: kernel_size={self.kernel_size} is 1 along axis {idle!r} of symmetry {key.name!r}, so "
-                    "the flip changes nothing and the filters of an orbit are identical copies",
+                    "images of a filter are identical copies",
                     stacklevel=3,
                 )
         self.share_bias = share_bias
@@ -355,8 +357,8 @@ class _SymmetricConv(_OrbitConv):
         )
         self._setup_orbits(symmetry, share_bias, device, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = (x, self.padding) if self.padding_mode == "zeros" else self._padded(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = (input, self.padding) if self.padding_mode == "zeros" else self._padded(input)
         return functional.symmetric_conv(
             type(self).__name__,
             x,
@@ -424,15 +426,15 @@ class _SymmetricConvTranspose(_OrbitConv):
         )
         self._setup_orbits(symmetry, share_bias, device, dtype)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is not None:
-            functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
+            functional.check_input(type(self).__name__, input, self.in_channels, len(self.kernel_size))
         output_padding = self._output_padding(  # type: ignore[operator]
-            x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         return functional.symmetric_conv_transpose(
             type(self).__name__,
-            x,
+            input,
             (self.weight,),
             self.bias,
             self.layout,
@@ -520,8 +522,7 @@ class _TiedConv(_SharedConv):
             warnings.warn(
                 f"{where}: {symmetry!r} has no reflections, so parity='odd' is the same as 'even'", stacklevel=2
             )
-        if isinstance(free, bool) or not isinstance(free, int):
-            raise TypeError(f"{where}: free must be a number of filters, got {free!r}")
+        (free,) = functional.check_counts(where, 0, free=free)
         if not 0 <= free <= out_channels or free % groups:
             raise ValueError(
                 f"{where}: free={free} must be a multiple of groups={groups} from 0 to out_channels={out_channels}"
@@ -531,10 +532,11 @@ class _TiedConv(_SharedConv):
         self._store((out_channels - free, into, len(self.orbits)), out_channels, device, dtype)
         free_weight = nn.Parameter(torch.empty(free, into, *self.kernel_size, device=device, dtype=dtype))
         self.free_weight = free_weight if free else None
+        self.weight.requires_grad_(free < out_channels)  # without filters it never gets a gradient, which DDP waits for
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = (x, self.padding) if self.padding_mode == "zeros" else self._padded(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = (input, self.padding) if self.padding_mode == "zeros" else self._padded(input)
         return functional.tied_conv(
             type(self).__name__,
             x,
@@ -663,8 +665,8 @@ class _OrbitPoolConv(_SharedConv):
         self._store(self._dense_shape(), out_channels, device, dtype)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = (x, self.padding) if self.padding_mode == "zeros" else self._padded(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x, padding = (input, self.padding) if self.padding_mode == "zeros" else self._padded(input)
         return functional.orbit_pool_conv(
             type(self).__name__,
             x,

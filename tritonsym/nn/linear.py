@@ -45,13 +45,14 @@ class SymmetricLinear(nn.Module):
         never_unpack: bool = False,
     ) -> None:
         super().__init__()
+        in_features, out_features = functional.check_counts(
+            "SymmetricLinear", 1, in_features=in_features, out_features=out_features
+        )
         if in_features != out_features:
             raise ValueError(
                 f"SymmetricLinear: a symmetric weight is square, but in_features={in_features} and "
                 f"out_features={out_features}; make them equal or use torch.nn.Linear"
             )
-        if in_features < 1:
-            raise ValueError(f"SymmetricLinear: in_features must be positive, got {in_features}")
         functional.check_activation("SymmetricLinear", activation)
         self.in_features = in_features
         self.out_features = out_features
@@ -67,9 +68,9 @@ class SymmetricLinear(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return functional.symmetric_linear(
-            x, self.weight, self.bias, activation=self.activation, never_unpack=self.never_unpack
+            input, self.weight, self.bias, activation=self.activation, never_unpack=self.never_unpack
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -77,8 +78,9 @@ class SymmetricLinear(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        dense = (self.in_features, self.in_features)
-        check_loaded(self, "weight", self.weight, state_dict.get(prefix + "weight"), dense)
+        for name, parameter in self.named_parameters(recurse=False):
+            dense = (self.in_features, self.in_features) if name == "weight" else ()
+            check_loaded(self, name, parameter, state_dict.get(prefix + name), dense)
         calls.forget(*self.parameters())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

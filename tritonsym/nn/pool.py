@@ -37,10 +37,9 @@ class GlobalConv1d(nn.Module):
     ) -> None:
         super().__init__()
         functional.check_activation("GlobalConv1d", activation)
-        if in_channels < 1 or out_channels < 1:
-            raise ValueError(
-                f"GlobalConv1d: in_channels and out_channels must be positive, got {in_channels} and {out_channels}"
-            )
+        in_channels, out_channels = functional.check_counts(
+            "GlobalConv1d", 1, in_channels=in_channels, out_channels=out_channels
+        )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.activation = activation
@@ -94,11 +93,7 @@ class TopKPool1d(nn.Module):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"TopKPool1d: k must be an integer, got {k!r}")
-        if k < 1:
-            raise ValueError(f"TopKPool1d: k must be at least 1, got {k}")
-        self.k = k
+        (self.k,) = functional.check_counts("TopKPool1d", 1, k=k)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.topk_pool1d(x, self.k)
