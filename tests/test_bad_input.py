@@ -707,6 +707,13 @@ CASES = [
     ("explain: module", lambda: tritonsym.explain(nn.Conv2d(4, 4, 3), X), TypeError, "explain tritonsym.nn Conv2d"),
     ("explain: no weights", lambda: tritonsym.explain(tnn.TopKPool1d(1), X), TypeError, "explain weights TopKPool1d"),
     ("explain: target", lambda: tritonsym.explain(layer(), X, "h100"), ValueError, "explain target 'h100' 'sm_..'"),
+    ("explain: small", lambda: tritonsym.explain(layer(), X[..., :2]), ValueError, "SymmetricConv2d (2, 4, 6, 2) pad"),
+    (
+        "explain: target of letters",
+        lambda: tritonsym.explain(layer(), X, "sm_9x"),
+        ValueError,
+        "target 'sm_9x' 'sm_..'",
+    ),
     ("explain: target number", lambda: tritonsym.explain(layer(), X, 90), ValueError, "explain target 90 'sm_..'"),
     ("explain: input", lambda: tritonsym.explain(layer(), X[0, 0]), ValueError, "SymmetricConv2d (N, 4, ...) (6, 6)"),
     ("explain: no input", lambda: tritonsym.explain(layer(), (2, 4, 6, 6)), TypeError, "explain x torch.Tensor tuple"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -381,7 +382,7 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
         )
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"explain: x must be a torch.Tensor, got {type(x).__name__}")
-    if target not in (None, "cpu", "cuda") and not str(target).startswith(("sm_", "gfx")):
+    if target not in (None, "cpu", "cuda") and not re.fullmatch(r"sm_\d+|gfx\w+", str(target)):
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     where = target or ("cpu" if x.device.type == "meta" else x.device.type)
     found = problem(tuple(x.shape), where, dtype_name(x))

@@ -146,6 +146,11 @@ class _SharedConv(nn.modules.conv._ConvNd):
             self.kernel_size, self.stride, tuple(pads), self.dilation, self.transposed, self.output_padding
         )
         sizes = tuple(n + e for n, e in zip(shape[-ndim:], extra, strict=True))
+        if any(size < 1 for size in geometry.out_sizes(sizes)):
+            raise ValueError(
+                f"{where}: an input {tuple(shape)} with kernel_size={self.kernel_size}, padding={self.padding} and "
+                f"dilation={self.dilation} leaves no output; pad more, or less if transposed"
+            )
         batch = shape[0] if len(shape) == ndim + 2 else 1
         channels = self.in_channels // self.groups
         conv = Conv(self._blocks(), self.groups, geometry, self._pool())
