@@ -3,7 +3,7 @@
 #
 #     perf/run_all.sh OUTDIR [--dry]
 #
-# kernel tests on the device, a quick benchmark, the search for tiles, and the benchmark of what it found. Run it again
+# kernel tests on the device, compute-sanitizer where it is installed, a quick benchmark, the search for tiles, and the benchmark of what it found. Run it again
 # with the same OUTDIR to go on where it stopped, until it says that all is done (exit code 0; 75: time was up; 1: a step
 # failed, see its log in OUTDIR). --dry: in Triton's interpreter on the CPU, at tiny sizes. PYTHON: the interpreter.
 set -uo pipefail
@@ -47,6 +47,12 @@ step() {  # NAME COMMAND...: once, at most 10 minutes
 run=("$python" -m tritonsym)
 step info "${run[@]}" info
 step tests "$python" -m pytest -q "${tests[@]}" tests/test_kernels_*.py
+if command -v compute-sanitizer >/dev/null; then  # of small cases: it slows kernels down a hundredfold
+    for tool in memcheck racecheck initcheck; do
+        step "$tool" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
+            "$python" -m pytest -q -p no:xdist -k "kernels_are_exact and (pixel or tied)" tests/test_kernels_conv.py
+    done
+fi
 export XDG_CACHE_HOME=$out/untuned
 step bench "${run[@]}" bench "${device[@]}" --quick --resume --output "$out/bench.json"
 export XDG_CACHE_HOME=$out/tuned  # dispatch takes from here what `tune` finds

@@ -127,6 +127,41 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     return True
 
 
+def repeat(conv, batch, channels, sizes, path, tiles, dtype, times):
+    """Whether so many runs give the same bits, on a GPU half of them in a stream beside another one that is busy."""
+    import torch
+
+    from tritonsym import launch
+
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    conv, dtype = build(**conv), getattr(torch, dtype)
+    torch.manual_seed(0)
+    x = torch.randn(batch, conv.groups * channels, *sizes).to(DEVICE, dtype)
+    rows = torch.randn(conv.groups, conv.rows, channels).to(DEVICE, dtype)
+    dy = torch.randn(conv.out_shape(x)).to(DEVICE, dtype)
+
+    def run():
+        y, winners = launch.forward(x, rows, None, conv.text, path, tiles, None, conv.pool is not None)
+        return y, *launch.backward(dy, x, rows, winners, conv.text, path, tiles, True, True)
+
+    expected = run()
+    assert all(t.isfinite().all() for t in expected)
+    for i in range(times):
+        if DEVICE == "cuda" and i % 2:
+            torch.cuda.synchronize()
+            busy = torch.randn(4096, 4096, device=DEVICE)
+            busy = busy @ busy
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found = run()
+            torch.cuda.synchronize()
+        else:
+            found = run()
+        for name, a, b in zip(("y", "dx", "drows"), expected, found, strict=True):
+            assert torch.equal(a, b), f"{name} of run {i} differs"
+    torch.use_deterministic_algorithms(False)
+    return True
+
+
 def layer(kind, options, shape, dtype, path):
     """`assert_matches_reference` of a layer of `tritonsym.nn` through the kernels; returns the tiles it took."""
     import torch

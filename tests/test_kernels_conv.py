@@ -1,7 +1,7 @@
 """The convolution kernels: in Triton's interpreter against float64, and compiled ahead of time for GPUs."""
 
 import re
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -10,6 +10,8 @@ from interpret import CASES, DEVICE, Interpreter
 import tritonsym
 
 pytest.importorskip("triton")  # Linux only
+
+from tritonsym.kernels import tiles
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,52 @@ def test_kernels_are_exact(interpreter, name, path):
             dtype=dtype,
             layout=layout,
         )
+
+
+#: Of every kernel of a path each tile in the tables once: for y, dx and the weight's gradient.
+SHIPPED = [
+    *(("shift", (tile, tiles.TILES[i - 1])) for i, tile in enumerate(tiles.TILES)),
+    *(
+        ("expand", (tile, tiles.CONV_TILES[i - 1], tiles.WEIGHT_TILES[i % len(tiles.WEIGHT_TILES)]))
+        for i, tile in enumerate(tiles.CONV_TILES)
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SHIPPED)))
+def test_shipped_tiles_are_exact(interpreter, number):
+    path, chosen = SHIPPED[number]
+    variants = [("float16", "last" if number % 2 else "first"), *BFLOAT16]
+    if DEVICE == "cuda" and all(tiles.fits(tile, 4, "sm_90") for tile in chosen):
+        variants.append(("float32", "last"))
+    for dtype, layout in variants:
+        assert interpreter(
+            "convolution",
+            conv={"orbits": {"hv": 4 * 17, "h": 6}, "filters": 77},  # more rows and channels than most tiles have
+            batch=2,
+            channels=70,
+            sizes=[4, 5],
+            path=path,
+            tiles=[number for tile in chosen for number in astuple(tile)],
+            dtype=dtype,
+            layout=layout,
+        )
+
+
+@pytest.mark.parametrize(
+    "path, name", [("shift", "mixed"), ("shift", "max of h"), ("expand", "mixed"), ("expand", "h one row")]
+)
+def test_runs_are_equal(interpreter, path, name):
+    conv, batch, channels, sizes = CASES[name]
+    arguments = {
+        "conv": conv,
+        "batch": batch,
+        "channels": channels,
+        "sizes": sizes,
+        "times": 100 if DEVICE == "cuda" else 1,
+    }
+    for dtype in ("float16", "float32"):
+        assert interpreter("repeat", path=path, tiles=TILES[path][0], dtype=dtype, **arguments)
 
 
 @pytest.mark.parametrize("path", ["shift", "expand"])
