@@ -256,7 +256,7 @@ class _Values:
     def are_in(self, t: Tensor) -> bool:
         if self._form(t) != self.form or t.untyped_storage().nbytes() < self.end:  # it may have been freed
             return False
-        return self.copy == self.memory  # by memcmp; calling it through ctypes costs small layers 2%
+        return self.copy == self.memory  # by memcmp, which takes longer to call through ctypes
 
     @staticmethod
     def _form(t: Tensor) -> tuple[Any, ...]:
