@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that a machine with a CUDA GPU can tell about this library, in about 10 minutes:
+# Everything that a machine with a CUDA GPU can tell about this library, by estimate in 15 minutes:
 #
 #     perf/run_all.sh OUTDIR [--dry]
 #
-# kernel tests on the device, compute-sanitizer where it is installed, a quick benchmark, the search for tiles, and the benchmark of what it found. Run it again
-# with the same OUTDIR to go on where it stopped, until it says that all is done (exit code 0; 75: time was up; 1: a step
-# failed, see its log in OUTDIR). --dry: in Triton's interpreter on the CPU, at tiny sizes. PYTHON: the interpreter.
+# kernel tests on the device, compute-sanitizer where it is installed, a quick benchmark, the search for tiles, and the
+# benchmark of what it found. Run it again with the same OUTDIR to go on where it stopped, until it says that all is done
+# (exit code 0; 75: time was up; 1: a step failed, see its log in OUTDIR). --dry: in Triton's interpreter on the CPU, at
+# tiny sizes. PYTHON: the interpreter.
 set -uo pipefail
 out=${1:?usage: perf/run_all.sh OUTDIR [--dry]}
 mode=${2:-}
@@ -47,7 +48,7 @@ step() {  # NAME COMMAND...: once, at most 10 minutes
 run=("$python" -m tritonsym)
 step info "${run[@]}" info
 step tests "$python" -m pytest -q "${tests[@]}" tests/test_kernels_*.py
-if command -v compute-sanitizer >/dev/null; then  # of small cases: it slows kernels down a hundredfold
+if command -v compute-sanitizer >/dev/null; then  # of small cases: it is slow
     for tool in memcheck racecheck initcheck; do
         step "$tool" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
             "$python" -m pytest -q -p no:xdist -k "kernels_are_exact and (pixel or tied)" tests/test_kernels_conv.py

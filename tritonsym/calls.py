@@ -78,14 +78,13 @@ class Call:
         return self.plan.path != "reference" or self.gathers
 
     def run(self, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        if bias is not None and self.shared is not None:
+        if self.shared is not None:
             bias = reference.full_bias(bias, self.shared)
         if self.plan.path != "reference":
             rows = convolution.stored_rows(self.conv, *self._prepared(weights))
             return convolution.conv(x, rows, bias, self.conv, self.plan, self.activation)
         dense = _recall(self.what, self._make, weights) if self.keeps else self._expand(weights)
-        y = convolution.dense_conv(x, dense, bias, self.conv)
-        return y if self.activation is None else reference.activate(y, self.activation)
+        return reference.activate(convolution.dense_conv(x, dense, bias, self.conv), self.activation)
 
     @cached_property
     def what(self) -> tuple[Any, ...]:
@@ -96,8 +95,7 @@ class Call:
         return weights if self.prepare is None else [self.prepare(w) for w in weights]
 
     def _expand(self, weights: Sequence[Tensor]) -> Tensor:
-        prepared = [w if w.dtype == self.dtype else w.to(self.dtype) for w in self._prepared(weights)]
-        return convolution.expand(self.conv, self.last, *prepared)
+        return convolution.expand(self.conv, self.last, *[w.to(self.dtype) for w in self._prepared(weights)])
 
     def _make(self, weights: Sequence[Tensor]) -> Tensor:
         dense = self._expand(weights)

@@ -509,15 +509,11 @@ class _PlainGlobalConv1d(nn.Module):
             copied = None if value is None else nn.Parameter(value.detach().clone(), value.requires_grad)
             self.register_parameter(name, copied)
         self.activation = layer.activation
-        self.dtype = layer.center.dtype
+        self.narrow = layer.center.dtype if layer.center.itemsize == 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = (self.center - self.surround) @ x
-        if self.dtype.itemsize > 2:
-            rest = reference.of_all_positions(x, self.surround, self.bias)
-        else:
-            rest = reference.of_all_positions(x, self.surround, self.bias, torch.float32).to(self.dtype)
-        return reference.activate(y + rest[..., None], self.activation)
+        return reference.add_all_positions(y, x, self.surround, self.bias, self.activation, self.narrow)
 
 
 class _PlainTopKPool1d(nn.Module):

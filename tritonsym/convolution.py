@@ -38,7 +38,7 @@ def conv(
     if layer.pool and not (plan.path == "shift" and plan.tiles):
         sizes = (layer.groups, len(layer.blocks[0].images), -1)
         y = conv(x, rows, None, replace(layer, pool=None), plan)
-        y = reference.add_bias(reference.reduce_images(y, sizes, layer.pool), bias)
+        y = reference.reduce_images(y, bias, sizes, layer.pool)
     elif plan.tiles and not needs_gradient(x, rows, bias):
         return launch.forward(x, rows, bias, layer.text, plan.path, plan.flat_tiles, activation, False)[0]
     else:
@@ -118,9 +118,7 @@ def dense_conv(x: Tensor, dense: Tensor, bias: Tensor | None, layer: Conv) -> Te
         y = plain(x, dense, own, g.stride, g.padding, g.dilation, layer.groups)
     if layer.pool is None:
         return y
-    return reference.add_bias(
-        reference.reduce_images(y, (layer.groups, len(layer.blocks[0].images), -1), layer.pool), bias
-    )
+    return reference.reduce_images(y, bias, (layer.groups, len(layer.blocks[0].images), -1), layer.pool)
 
 
 def can_pack(x: Tensor, layer: Conv) -> bool:

@@ -240,25 +240,19 @@ def orbit_pool_conv(
     pooled = reduce in ("max", "min")
     dense = orbit_images(weight, symmetry) if pooled else symmetrised(weight, symmetry, reduce)
     y = _CONV[x.ndim - 2](x, dense, None if pooled else bias, stride, padding, dilation, groups)
-    if pooled:
-        y = add_bias(reduce_images(y, (-1, symmetry.order), reduce), bias)
-    return activate(y, activation)
+    return activate(reduce_images(y, bias, (-1, symmetry.order), reduce) if pooled else y, activation)
 
 
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """y (N, C, *sizes) + a value per channel."""
-    return y if bias is None else y + bias.to(y.dtype)[(...,) + (None,) * (y.ndim - 2)]
-
-
-def reduce_images(y: Tensor, sizes: tuple[int, ...], reduce: str) -> Tensor:
-    """Channels of y as `sizes` = (..., images, ...); the maximum or minimum over axis 1 of these."""
+def reduce_images(y: Tensor, bias: Tensor | None, sizes: tuple[int, ...], reduce: str) -> Tensor:
+    """Channels of y as `sizes` = (..., images, ...); the maximum or minimum over axis 1 of these, plus the bias."""
     last = not y.is_contiguous()  # reduce where the channels lie: the memory format stays
     channels = y.ndim - 1 if last else 1
     orbits = y.movedim(1, channels).unflatten(channels, sizes)
     pooled = orbits.amax(channels + 1) if reduce == "max" else orbits.amin(channels + 1)
     if len(sizes) > 2:
         pooled = pooled.flatten(channels, channels + 1)
-    return pooled.movedim(channels, 1)
+    pooled = pooled.movedim(channels, 1)
+    return pooled if bias is None else pooled + bias.to(pooled.dtype)[(...,) + (None,) * (y.ndim - 2)]
 
 
 def symmetric_linear(
@@ -287,19 +281,27 @@ def global_conv1d(
     positions may overflow 16 bits where y does not: it is float32.
     """
     y = (center - surround) @ x
-    if y.dtype in (torch.float16, torch.bfloat16):
-        with torch.autocast(x.device.type, enabled=False):
-            rest = of_all_positions(x, surround, bias, torch.float32).to(y.dtype)
+    if y.dtype not in (torch.float16, torch.bfloat16):
+        return add_all_positions(y, x, surround, bias, activation)
+    with torch.autocast(x.device.type, enabled=False):
+        return add_all_positions(y, x, surround, bias, activation, y.dtype)
+
+
+def add_all_positions(
+    y: Tensor,
+    x: Tensor,
+    surround: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    narrow: torch.dtype | None = None,
+) -> Tensor:
+    """act(y + W_s sum_j x[n, :, j] + b); `narrow`: the dtype of y, if it has 16 bits."""
+    if narrow is None:
+        rest = F.linear(x.sum(-1), surround, bias)
     else:
-        rest = of_all_positions(x, surround, bias)
+        wide = None if bias is None else bias.float()
+        rest = F.linear(x.sum(-1, dtype=torch.float32), surround.float(), wide).to(narrow)
     return activate(y + rest[..., None], activation)
-
-
-def of_all_positions(x: Tensor, surround: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """W_s sum_j x[n, :, j] + b, in this dtype."""
-    if dtype is None:
-        return F.linear(x.sum(-1), surround, bias)
-    return F.linear(x.sum(-1, dtype=dtype), surround.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def topk_pool1d(x: Tensor, k: int) -> Tensor:

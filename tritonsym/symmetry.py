@@ -183,7 +183,7 @@ class Symmetry:
             )
 
     def idle_axes(self, kernel_size: tuple[int, ...]) -> str:
-        """Letters whose flip changes nothing because the kernel has size 1 along that axis."""
+        """Letters whose flip changes nothing because the kernel has size 1 along that axis; of turns both, or none."""
         if self.is_radial:
             return ""
         if not set(self.name) <= set(AXES):  # quarter or half turns, in the plane
