@@ -1,4 +1,7 @@
-"""One small layer of every kind, as fixtures, for the tests of what all layers have in common."""
+"""One small layer of every kind, as fixtures, for the tests of what all layers have in common.
+
+Every run of a test draws the same numbers.
+"""
 
 import dataclasses
 import inspect
@@ -11,10 +14,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
 
 import tritonsym
 import tritonsym.nn as tnn
+
+settings.register_profile("tritonsym", deadline=None, derandomize=True)
+settings.load_profile("tritonsym")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 @dataclass(frozen=True)

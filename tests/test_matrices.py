@@ -44,7 +44,7 @@ def dense_newton_schulz(g, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
     return x.mT if g.shape[0] > g.shape[1] else x
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 3), max_size=2),
     st.integers(1, 20),

@@ -68,7 +68,7 @@ def test_packing_is_lapacks_and_every_conversion_keeps_the_bits(n):
     assert_same_bits(unpack_triu(packed), triu)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(65, 400))
 def test_so_it_is_for_larger_matrices(n):
     test_packing_is_lapacks_and_every_conversion_keeps_the_bits(n)

@@ -384,7 +384,7 @@ def one_thread():
 def test_random_layers_equal_the_dense_layer(family):
     ran = set()
 
-    @settings(max_examples=EACH, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EACH, suppress_health_check=list(HealthCheck))
     @given(cases(family))
     def every(case: Case) -> None:
         check(case)
