@@ -74,6 +74,9 @@ def lay_out(x, layout):
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":
         return x.repeat_interleave(2, -1)[..., ::2]
+    if layout == "turned":  # channels innermost, behind the batch and the other axes in reverse
+        order = (*reversed(range(2, x.ndim)), 0, 1)
+        return x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
     if layout == "far":  # every stride has 31 bits, but not every offset
         apart = (1 << 30) + 16
         far = torch.empty(
@@ -114,6 +117,7 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     tolerance |= rounded
     x, rows, bias, dy = (t.detach().to(DEVICE, dtype) for t in (x, rows, bias, dy))
     x, dy = lay_out(x, layout), dy if layout == "sliced" else lay_out(dy, layout)
+    bias = bias.repeat_interleave(2)[::2] if layout == "sliced" else bias
     got, winners = launch.forward(x, rows, bias, conv.text, path, tiles, activation, conv.pool is not None)
     expected = reference.activate(y.detach() + bias.double()[(...,) + (None,) * len(sizes)], activation)
     exact = {"rtol": 0, "atol": 0} if activation in (None, "relu") else {"rtol": 1e-3, "atol": 1e-3}
@@ -124,6 +128,30 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     torch.testing.assert_close(got_drows.cpu().double(), drows, **tolerance, msg=lambda m: f"drows: {m}")
     only_rows = launch.backward(dy, x, rows, winners, conv.text, path, tiles, False, True)
     assert only_rows[0].numel() == 0 and torch.equal(only_rows[1], got_drows)
+    only_x = launch.backward(dy, x, rows, winners, conv.text, path, tiles, True, False)
+    assert only_x[1].numel() == 0 and torch.equal(only_x[0], got_dx)
+    return True
+
+
+def not_finite(conv, batch, channels, sizes, path, tiles, dtype, activation=None):
+    """Whether NaN and infinity in x reach y as they do in the dense convolution."""
+    import torch
+
+    from tritonsym import launch, reference
+    from tritonsym.convolution import dense_conv, expand_rows
+
+    conv, dtype = build(**conv), getattr(torch, dtype)
+    torch.manual_seed(0)
+    x = torch.randint(-2, 3, (batch, conv.groups * channels, *sizes)).double()
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        x.view(-1)[(i + 1) * x.numel() // 4] = value
+    rows = torch.randint(-2, 3, (conv.groups, conv.rows, channels)).double()
+    y = dense_conv(x, expand_rows(rows, conv), None, conv)
+    assert 0 < y.isnan().sum() < y.numel() and y.isinf().any()
+    expected = reference.activate(y, activation)
+    x, rows = x.to(DEVICE, dtype), rows.to(DEVICE, dtype)
+    got, _ = launch.forward(x, rows, None, conv.text, path, tiles, activation, False)
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
     return True
 
 
@@ -162,7 +190,7 @@ def repeat(conv, batch, channels, sizes, path, tiles, dtype, times):
     return True
 
 
-def layer(kind, options, shape, dtype, path):
+def layer(kind, options, shape, dtype, path, scale=1):
     """`assert_matches_reference` of a layer of `tritonsym.nn` through the kernels; returns the tiles it took."""
     import torch
 
@@ -171,6 +199,9 @@ def layer(kind, options, shape, dtype, path):
     torch.manual_seed(0)
     module = getattr(tritonsym.nn, kind)(**options).to(DEVICE, getattr(torch, dtype))
     x = torch.randn(shape).to(DEVICE, getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= scale
     with tritonsym.backend("triton"), tritonsym.path(path):
         tritonsym.testing.assert_matches_reference(module, x)
         return tritonsym.explain(module, x).tiles

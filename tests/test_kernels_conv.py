@@ -21,7 +21,13 @@ def interpreter():
     interpreter.close()
 
 
-VARIANTS = [("float32", "first"), ("float16", "last"), ("float32", "sliced"), ("float16", "first")]
+VARIANTS = [
+    ("float32", "first"),
+    ("float16", "last"),
+    ("float32", "sliced"),
+    ("float16", "first"),
+    ("float16", "turned"),
+]
 BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" else []
 TILES = {"shift": [[32, 16, 4] * 2, [64, 32, 4] * 2], "expand": [[32, 16, 32, 4, 2] * 3, [64, 32, 16, 4, 2] * 3]}
 
@@ -38,7 +44,7 @@ def test_kernels_are_exact(interpreter, name, path):
     if conv.get("pool") and path == "expand":
         conv = {**conv, "pool": None}
     number = list(CASES).index(name) + (path == "expand")
-    for dtype, layout in (VARIANTS[number % 4], VARIANTS[(number + 1) % 4], *BFLOAT16):
+    for dtype, layout in (VARIANTS[number % 5], VARIANTS[(number + 2) % 5], *BFLOAT16):
         tiles = TILES[path][number // 4 % 2]
         assert interpreter(
             "convolution",
@@ -118,6 +124,23 @@ def test_activations_of_the_epilogue(interpreter, activation, path, pool):
     conv, tiles = {"orbits": "h", "filters": 4, "pool": pool}, TILES[path][0]
     arguments = {"conv": conv, "path": path, "tiles": tiles, "dtype": "float32", "layout": "last"}
     assert interpreter("convolution", batch=1, channels=2, sizes=[4, 5], activation=activation, **arguments)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("path, pool", [("shift", None), ("shift", "max"), ("shift", "min"), ("expand", None)])
+def test_nan_and_infinity(interpreter, activation, path, pool):
+    conv = {"orbits": "h", "filters": 4, "pool": pool}
+    options = {"path": path, "tiles": TILES[path][0], "dtype": "float32", "activation": activation}
+    assert interpreter("not_finite", conv=conv, batch=2, channels=2, sizes=[9, 11], **options)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("scale", [1, 0.1, 1e-4])
+@pytest.mark.parametrize("path", ["shift", "expand"])
+def test_activations_round_as_torchs_do(interpreter, activation, scale, path):
+    options = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, "symmetry": "h", "activation": activation}
+    arguments = {"options": options, "shape": [2, 4, 9, 7], "dtype": "float32", "path": path, "scale": scale}
+    assert interpreter("layer", kind="SymmetricConv2d", **arguments)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", *(["bfloat16"] if DEVICE == "cuda" else [])])

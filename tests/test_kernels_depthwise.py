@@ -77,7 +77,13 @@ CASES = {
     ),
     "no images": ({"orbits": "h", "filters": 2, "groups": 3}, 0, [4, 5]),
 }
-VARIANTS = [("float32", "first"), ("float16", "last"), ("float32", "sliced"), ("float16", "first")]
+VARIANTS = [
+    ("float32", "first"),
+    ("float16", "last"),
+    ("float32", "sliced"),
+    ("float16", "first"),
+    ("float16", "turned"),
+]
 BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" else []
 
 
@@ -86,7 +92,7 @@ def test_kernels_are_exact(interpreter, name):
     """y, dx and the weights' gradient; with layout 'sliced' dy is expanded."""
     conv, batch, sizes = CASES[name]
     number = list(CASES).index(name)
-    for dtype, layout in (VARIANTS[number % 4], VARIANTS[(number + 1) % 4], *BFLOAT16):
+    for dtype, layout in (VARIANTS[number % 5], VARIANTS[(number + 2) % 5], *BFLOAT16):
         options = {"tiles": TILES[number % 3] * 3, "dtype": dtype, "layout": layout, "path": "expand"}
         assert interpreter("convolution", conv=conv, batch=batch, channels=1, sizes=sizes, **options)
 
@@ -95,6 +101,12 @@ def test_offsets_beyond_31_bits(interpreter):
     conv = {"orbits": "h", "filters": 2, "groups": 3}
     options = {"tiles": TILES[0] * 3, "dtype": "float16", "layout": "far", "path": "expand"}
     assert interpreter("convolution", conv=conv, batch=2, channels=1, sizes=[4, 5], **options)
+
+
+def test_nan_and_infinity(interpreter):
+    conv = {"orbits": "h", "filters": 2, "groups": 3}
+    options = {"path": "expand", "tiles": TILES[0] * 3, "dtype": "float32", "activation": "relu"}
+    assert interpreter("not_finite", conv=conv, batch=2, channels=1, sizes=[9, 11], **options)
 
 
 def test_activation_of_the_epilogue(interpreter):

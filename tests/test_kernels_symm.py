@@ -127,6 +127,11 @@ with tritonsym.backend("triton"):
         with torch.no_grad():
             got, exact = layer(x), layer.to_dense().double()(x.double())
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=2e-6)
+    layer, strided = nn.SymmetricLinear(5, 5), torch.randn(10)[::2]
+    with torch.no_grad():
+        got = T.symmetric_linear(x, layer.weight, strided)
+        torch.testing.assert_close(got, x @ layer.expanded_weight() + strided, rtol=1e-5, atol=1e-5)
+        assert T.symmetric_linear(x * torch.nan, layer.weight, strided).isnan().all()
 
     # orders one to three, through the packed weight and x, against the reference
     for n, rows in ((5, 3), (6, 66)):

@@ -71,6 +71,7 @@ def forward(
     layer = Conv.from_text(conv)
     y = _like(x, layer.out_shape(x))
     winners = torch.empty_like(y, dtype=torch.uint8) if keep else y.new_empty(0, dtype=torch.uint8)
+    bias = None if bias is None else bias.contiguous()
     with launching(path, tiles, x, rows):
         run = _shift_forward if path == "shift" else _expand_forward
         run(x, rows, bias, layer, tiles, activation, y, winners if keep else None)
@@ -302,7 +303,7 @@ def _multiply_backward(
         d_g = _by_group(part)  # [G, P, R]
         if dx is not None:
             w = shift.pick(rows, g.rows)
-            if g.whole and is_last(dx):
+            if g.whole and is_last(dx) and dx.movedim(1, -1).is_contiguous():
                 torch.bmm(d_g, w, out=_by_group(dx.unflatten(1, (groups, -1))))
             elif _by_image(dx, g, groups):
                 torch.bmm(w.mT.expand(x.shape[0], -1, -1), part[:, 0].flatten(2), out=dx.flatten(2))

@@ -34,6 +34,7 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: s
     with launch.launching("expand", tile, x, packed):
         from tritonsym.kernels import symm, tiles
 
+        bias = None if bias is None else bias.contiguous()
         return symm.product(x, packed.contiguous(), bias, activation, tiles.GemmTile(*tile), _precision())
 
 
@@ -83,7 +84,6 @@ class _Product(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, packed, _, _, *ctx.tiles = inputs
         ctx.save_for_backward(x, packed)
-        ctx.save_for_forward(x, packed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
