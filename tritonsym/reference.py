@@ -129,7 +129,7 @@ def project_ties(dense: Tensor, orbits: TapOrbits) -> Tensor:
     first = table([orbits.slot.index(s) for s in range(len(orbits))], dense)
     multiplicity = table(orbits.multiplicity, dense)
     taps = dense.flatten(2)
-    base = taps.index_select(-1, first)
+    base = taps.index_select(-1, first).detach()  # what is added is subtracted: its gradients would cancel
     taps = taps.index_select(-1, table(live, dense)) * sign
     total = torch.zeros_like(base).index_add(-1, slot, taps - base.index_select(-1, slot))
     return base + total / multiplicity
@@ -153,7 +153,7 @@ def orbit_mean(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
     return mean * symmetry.order if reduce == "sum" else mean
 
 
-def symmetrised(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
+def symmetrized(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
     """The kernel that reducing over the orbit of w amounts to: sum_g g w, or its mean; symmetric to the bit."""
     kernel_size = tuple(map(int, w.shape[2:]))
     return expand_ties(orbit_mean(w, symmetry, reduce), tap_orbits(symmetry, kernel_size), kernel_size)
@@ -236,9 +236,9 @@ def orbit_pool_conv(
     groups: int,
     activation: str | None = None,
 ) -> Tensor:
-    """y = act(reduce_g conv(x, g weight) + b).  'sum' and 'mean' are one convolution with the symmetrised kernel."""
+    """y = act(reduce_g conv(x, g weight) + b).  'sum' and 'mean' are one convolution with the symmetrized kernel."""
     pooled = reduce in ("max", "min")
-    dense = orbit_images(weight, symmetry) if pooled else symmetrised(weight, symmetry, reduce)
+    dense = orbit_images(weight, symmetry) if pooled else symmetrized(weight, symmetry, reduce)
     y = _CONV[x.ndim - 2](x, dense, None if pooled else bias, stride, padding, dilation, groups)
     return activate(reduce_images(y, bias, (-1, symmetry.order), reduce) if pooled else y, activation)
 
@@ -281,10 +281,11 @@ def global_conv1d(
     positions may overflow 16 bits where y does not: it is float32.
     """
     y = (center - surround) @ x
-    if y.dtype not in (torch.float16, torch.bfloat16):
-        return add_all_positions(y, x, surround, bias, activation)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    if y.dtype == wide:
+        return add_all_positions(y, x, surround, bias, activation, wide)
     with torch.autocast(x.device.type, enabled=False):
-        return add_all_positions(y, x, surround, bias, activation, y.dtype)
+        return add_all_positions(y, x, surround, bias, activation, wide)
 
 
 def add_all_positions(
@@ -293,15 +294,11 @@ def add_all_positions(
     surround: Tensor,
     bias: Tensor | None,
     activation: str | None,
-    narrow: torch.dtype | None = None,
+    wide: torch.dtype,
 ) -> Tensor:
-    """act(y + W_s sum_j x[n, :, j] + b); `narrow`: the dtype of y, if it has 16 bits."""
-    if narrow is None:
-        rest = F.linear(x.sum(-1), surround, bias)
-    else:
-        wide = None if bias is None else bias.float()
-        rest = F.linear(x.sum(-1, dtype=torch.float32), surround.float(), wide).to(narrow)
-    return activate(y + rest[..., None], activation)
+    """act(y + W_s sum_j x[n, :, j] + b), in the dtype of y; the sum is `wide`."""
+    rest = F.linear(x.sum(-1, dtype=wide), surround.to(wide), None if bias is None else bias.to(wide))
+    return activate(y + rest.to(y.dtype)[..., None], activation)
 
 
 def topk_pool1d(x: Tensor, k: int) -> Tensor:

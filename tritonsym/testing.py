@@ -12,6 +12,8 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from tritonsym import dispatch, functional, reference
 from tritonsym.nn.conv import (
@@ -82,10 +86,13 @@ def _dense_conv_transpose(layer: Any, x: Tensor, output_size: list[int] | None =
 
 def _dense_orbit_pool(layer: Any, x: Tensor) -> Tensor:
     ndim, elements = len(layer.kernel_size), layer.symmetry.elements
-    images = torch.stack([_image(layer.weight, g, ndim) for g in elements], 1).flatten(0, 1)
-    channel = -1 - ndim
-    y = layer._conv_forward(x, images, None).unflatten(channel, (-1, len(elements)))
-    y = _REDUCE[layer.reduce](y, channel).to(y.dtype)  # autocast sums in float32
+    images = torch.stack([_image(layer.weight, g, ndim) for g in elements], 1)
+    reduce = _REDUCE[layer.reduce]
+    if layer.reduce in ("sum", "mean"):  # of the convolutions is the convolution with that of the images
+        y = layer._conv_forward(x, reduce(images, 1), None)
+    else:
+        y = layer._conv_forward(x, images.flatten(0, 1), None)
+        y = reduce(y.unflatten(-1 - ndim, (-1, len(elements))), -1 - ndim)
     if layer.bias is not None:
         y = y + layer.bias.view(-1, *[1] * ndim)
     return reference.activate(y, layer.activation)
@@ -142,13 +149,53 @@ def _dense_twin(module: nn.Module) -> nn.Module:
 # --- running modules without a trace ----------------------------------------------------------------------------------
 
 
+class _Copy(torch.autograd.Function):
+    """A copy with the same strides, which a module may change, as it could not a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        if t.layout != torch.strided or t.numel() == 0:
+            return t.clone()
+        length = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        memory = t.as_strided((length,), (1,)).clone().untyped_storage()
+        return torch.empty(0, dtype=t.dtype, device=t.device).set_(memory, 0, t.shape, t.stride())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _DrawnAs(TorchDispatchMode):
+    """Random numbers of `dtype` are those that the dtype `own` gives: from one state every dtype draws others."""
+
+    def __init__(self, own: torch.dtype, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.there, self.back = {dtype: own}, {own: dtype}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        in_place, draws = function._schema.name.endswith("_"), torch.Tag.nondeterministic_seeded in function.tags
+        if not draws or (function._schema.is_mutable and not in_place):
+            return function(*args, **kwargs)
+        there, back = (partial(self._cast, to) for to in (self.there, self.back))
+        drawn = function(*tree_map(there, args), **tree_map(there, kwargs))
+        return args[0].copy_(drawn) if in_place else tree_map(back, drawn)
+
+    @staticmethod
+    def _cast(to: dict[torch.dtype, torch.dtype], value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(to.get(value.dtype, value.dtype))
+        return to.get(value, value) if isinstance(value, torch.dtype) else value
+
+
 def _call(module: nn.Module, args: Sequence[Any]) -> Any:
-    """module(*args) on copies of its buffers; random numbers go on from the same state in every call."""
+    """module(*args) on copies of its buffers and inputs; random numbers go on from the same state in every call."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     tensors = [*module.parameters(), *buffers.values(), *(a for a in args if isinstance(a, Tensor))]
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
+    copies = [_Copy.apply(a) if isinstance(a, Tensor) else a for a in args]
     with torch.random.fork_rng(devices):
-        return functional_call(module, buffers, tuple(args))
+        return functional_call(module, buffers, tuple(copies))
 
 
 def _is_inexact(value: Any) -> bool:
@@ -225,16 +272,19 @@ def _truth_and_dense(
     No dtype is wider than float64: there the error of the dense layer is estimated as its error in float32, times the
     ratio of the two roundings, times 8, since the truth is as wrong and since libraries sum the two dtypes differently.
     """
-    tensors = [*module.parameters(), *(value for value in inputs if isinstance(value, Tensor))]
+    tensors: list[Tensor] = list(module.parameters()) or [value for value in inputs if isinstance(value, Tensor)]
     is_wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
     def dense(dtype: torch.dtype | None) -> Named:
         cast = _in(dtype)
         twin = _dense_twin(module)._apply(cast)
-        return run(twin, [cast(value) if isinstance(value, Tensor) else value for value in inputs])
+        with _DrawnAs(own, dtype) if dtype else nullcontext():
+            return run(twin, [cast(value) if isinstance(value, Tensor) else value for value in inputs])
 
     with dispatch.backend("reference"), dispatch.path("reference"):
-        truth, naive = dense(torch.float64), dense(torch.float32 if is_wide else None)
+        truth = dense(torch.float64)
+        naive = dense(torch.float32 if is_wide else None)
     return truth, naive, 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if is_wide else 1.0
 
 
@@ -269,9 +319,11 @@ def _assert_exact(where: str, got: Tensor, expected: Tensor) -> None:
 def assert_matches_reference(module: nn.Module, *inputs: Any) -> None:
     """Outputs and all gradients of `module` are as right as those of the dense torch layers with the same weights.
 
-    The module runs as it is: mode, dtype, device, and whatever path `tritonsym.explain` would name. A copy runs the
-    dense torch operation of every tritonsym layer on its expanded weight (for `OrbitPoolConv*d` on every image of the
-    filter, for `Symmetrize` on every re-ordering), once in the same dtype and once in float64, or complex128. Then
+    The module runs as it is: mode, dtype, device, and whatever path `tritonsym.explain` would name, with gradients and
+    under no_grad. A copy runs the dense torch operation of every tritonsym layer on its expanded weight (for
+    `OrbitPoolConv*d` on every image of the filter, or their sum or mean; for `Symmetrize` on every re-ordering), once
+    in the same dtype and once in float64, or complex128; both draw the random numbers that the dtype of the module
+    gives. Then
 
         max |got - truth| <= 2 max |dense - truth| + eps max |truth|
 
@@ -293,6 +345,14 @@ def assert_matches_reference(module: nn.Module, *inputs: Any) -> None:
     truth, naive, factor = _truth_and_dense(_outputs_and_gradients, module, inputs)
     if not any(name.startswith("output") for name, _ in truth):
         raise ValueError(f"{where}: {type(module).__name__} returned no floating or complex tensor to compare")
+    _assert_as_right(where, got, truth, naive, factor)
+    # inference may take another path, and kernels apply the activation there
+    outputs = sum(name.startswith("output") for name, _ in truth)
+    inference = _only_outputs(module, inputs)
+    _assert_as_right(f"{where} under no_grad", inference, truth[:outputs], naive[:outputs], factor)
+
+
+def _assert_as_right(where: str, got: Named, truth: Named, naive: Named, factor: float) -> None:
     if len(got) != len(truth):
         raise AssertionError(f"{where}: {len(got)} outputs and gradients, expected {len(truth)}")
     for (_, a), (name, exact), (_, b) in zip(got, truth, naive, strict=True):
