@@ -112,9 +112,9 @@ def _row(
     best = {name: _best(samples, name) for name in names}
     with torch.set_grad_enabled(mode == "training"):
         plan = tritonsym.explain(layer, x)
-    work, needs = plan.problem.shift, cost(case, mode)
+    work, needs = plan.problem.work, cost(case, mode)
     dtype = str(x.dtype).removeprefix("torch.")
-    least = roofline(case, mode, dtype, _device_name(x.device))
+    least = roofline(case, mode, dtype, tuned.device_name(x.device))
 
     def rates(run: Samples) -> Row:
         return {
@@ -180,7 +180,7 @@ def line(row: Row) -> str:
 
 
 def identity(row: Row) -> tuple[str, str, str, str]:
-    """What is measured; the first files were all of float32 on a CPU."""
+    """What is measured."""
     return row["case"], row["dtype"], row["mode"], row["cache"]
 
 
@@ -331,7 +331,7 @@ def machine(program: str, argv: list[str] | None, device: torch.device | None = 
         }
     return {
         "command": ["python", "-m", f"tritonsym.perf.{program}", *(sys.argv[1:] if argv is None else argv)],
-        "device": _device_name(device),
+        "device": tuned.device_name(device),
         **cuda,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -339,17 +339,6 @@ def machine(program: str, argv: list[str] | None, device: torch.device | None = 
         "tritonsym": tritonsym.__version__,
         "commit": output("git", "rev-parse", "HEAD"),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for text in path.read_text().splitlines():
-            if text.startswith("model name"):
-                return text.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _forward_cost(case: Case) -> Cost:
         return Cost(case.batch * n * n, case.batch * n * n, 2 * case.batch * n + stored)
     with torch.device("meta"):
         problem: Any = case.build().problem(case.shape, "cuda", "float32")  # type: ignore[operator]
-    work, traffic = problem.shift, problem.traffic
+    work, traffic = problem.work, problem.traffic
     values = traffic.x + traffic.y + traffic.stored
     return Cost(problem.dense, min(work.multiply_adds, problem.expanded), values)
 

@@ -24,7 +24,7 @@ import tritonsym
 from tritonsym.perf.bench import machine
 from tritonsym.perf.cases import CPU, Case
 
-KINDS = ("max", "rms", "rule")
+NORMS = ("max", "rms", "rule")
 
 
 def _results(layer: nn.Module, x: Tensor, path: str) -> dict[str, Tensor]:
@@ -71,9 +71,9 @@ def main(argv: list[str] | None = None) -> int:
                 form = "channels_last" if last else "nchw"
                 rows.append({"case": case.name, "seed": seed, "format": form, "ratios": ratios(case, seed, last)})
     for name in ("output", "dx", "dw"):
-        worst = [max(rows, key=lambda row, kind=kind: row["ratios"][name][kind]) for kind in KINDS]
+        worst = [max(rows, key=lambda row, kind=kind: row["ratios"][name][kind]) for kind in NORMS]
         shown = [
-            f"{kind} {row['ratios'][name][kind]:.2f} ({row['case']})" for kind, row in zip(KINDS, worst, strict=True)
+            f"{kind} {row['ratios'][name][kind]:.2f} ({row['case']})" for kind, row in zip(NORMS, worst, strict=True)
         ]
         print(f"{name:7} worst over the dense convolution: {', '.join(shown)}")
     if args.output:

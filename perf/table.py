@@ -65,14 +65,14 @@ def _label(shape: str) -> str:
     return f"{batch[1:]} x {channels[1:]} x {size}"
 
 
-def estimate(target: str = "sm_90") -> str:
+def estimate() -> str:
     """Of the same layers on a GPU, by the model of `costs.estimated_seconds`: nothing of it was measured."""
     symmetries = ("h", "hv", "c4", "d4")
     lines: dict[str, list[str]] = {}
     for case in GPU:
         if case.kind in symmetries:
             with torch.device("meta"):
-                problem = case.build().problem(case.shape, target, case.dtypes[0])  # type: ignore[operator]
+                problem = case.build().problem(case.shape, "sm_90", case.dtypes[0])  # type: ignore[operator]
             seconds = costs.estimated_seconds(problem)
             lines.setdefault(case.name.removesuffix(f"-{case.kind}"), []).append(
                 f"{seconds['reference'] / seconds['shift']:.1f}"

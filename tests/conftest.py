@@ -24,6 +24,11 @@ settings.register_profile("tritonsym", deadline=None, derandomize=True)
 settings.load_profile("tritonsym")
 
 
+def pytest_collectstart() -> None:
+    """Before a module is imported, which may draw, too."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

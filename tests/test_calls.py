@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,8 +44,10 @@ def set_bias(module):
 def threads(count):
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 #: What may happen between two calls, and the context of the second.
@@ -113,6 +116,24 @@ def test_errors_come_again():
     module(X)
 
 
+def test_errors_do_not_depend_on_the_call_before():
+    weight = torch.nn.Parameter(torch.randn(2, 4, 3, 3))
+    T.symmetric_conv2d(X, weight, symmetry="hv")
+    with pytest.raises(TypeError, match=r"bias must be a torch\.Tensor"):
+        T.symmetric_conv2d(X, weight, np.zeros(8), symmetry="hv")
+    for stride in (np.ones(2), torch.ones(2)):
+        with pytest.raises(TypeError, match="stride must be 2 integers"):
+            T.symmetric_conv2d(X, weight, stride=stride, symmetry="hv")
+
+
+def test_sizes_of_numpy():
+    weight, two = torch.nn.Parameter(torch.randn(2, 4, 3, 3)), np.int64(2)
+    expected = T.symmetric_conv2d(X, weight.detach(), stride=2, padding=(2, 1), groups=1, symmetry="hv")
+    y = T.symmetric_conv2d(X, weight, stride=two, padding=(two, 1), groups=np.int8(1), symmetry="hv")
+    assert torch.equal(y, expected)
+    assert torch.equal(T.topk_pool1d(X, two), T.topk_pool1d(X, 2))
+
+
 def test_a_list_that_changes():
     weight, stride = torch.nn.Parameter(torch.randn(2, 4, 3, 3)), [1, 1]
     assert T.symmetric_conv2d(X, weight, stride=stride, symmetry="hv").shape[-1] == 5
@@ -149,6 +170,14 @@ def test_contiguous_stays_contiguous(make, shape, mode):
     with mode():
         for _ in range(2):
             assert module(x).is_contiguous()
+
+
+def test_a_layout_that_torch_does_not_call_channels_last():
+    """With a channels-last weight torch's float64 convolution of such an x gives it a wrong gradient."""
+    x = torch.randn(1, 2, 4, 1, dtype=torch.float64).permute(3, 2, 0, 1)
+    module = tritonsym.nn.SymmetricConv2d(4, 4, (1, 2), groups=2, symmetry="h", dtype=torch.float64)
+    tritonsym.testing.assert_matches_reference(module, x)
+    tritonsym.testing.assert_matches_reference(module, x[0])
 
 
 def test_only_free_filters():
@@ -192,6 +221,15 @@ def test_transforms_and_compilers_do_not_repeat(count):
     torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(X), expected)
     assert count["run"] == 1
     torch.testing.assert_close(torch.jit.trace(module, X)(X), expected)
+
+
+def test_traces_leave_nothing_behind():
+    module, counts = layer(), []
+    for _ in range(3):
+        torch.jit.trace(module, X, check_trace=False)
+        gc.collect()
+        counts.append(sum(type(t) is torch.Tensor for t in gc.get_objects()))
+    assert counts[1] == counts[2], "sizes of a trace are tensors"
 
 
 def test_nothing_outlives_its_weight():

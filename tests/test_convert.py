@@ -454,8 +454,14 @@ SKIPS = {
     ),
     "child": (conv_with(lambda m: m[0].add_module("lora", nn.Identity())), "h", "more than weight and bias: lora"),
     "shared weight": (conv_with(share_weight), "h", "its weight is shared: 0.weight, 2.weight"),
+    "integers": (conv_with(lambda m: set_weight(m[0], torch.int8)), "h", "its weight is torch.int8"),
+    "float8": (conv_with(lambda m: set_weight(m[0], torch.float8_e4m3fn)), "h", "its weight is torch.float8_e4m3fn"),
     "lazy": (conv_with(lambda m: m.__setitem__(0, nn.LazyConv2d(8, 3))), "h", "not initialised"),
 }
+
+
+def set_weight(layer, dtype):
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
 
 
 def print_nothing(*_):
@@ -691,6 +697,32 @@ def test_what_plain_layers_would_lose_is_refused():
         with pytest.raises(ValueError, match=rf"materialize: 1.inner \({type(layer).__name__}\) has {has}"):
             materialize(model, inplace=True)
         assert_untouched(model, before)
+
+
+def test_what_learns_still_learns():
+    every = tnn.TiedConv2d(4, 8, 3, symmetry="hv", free=8)
+    some = tnn.TiedConv2d(4, 8, 3, symmetry="hv", free=2)
+    some.weight.requires_grad_(False)
+    normed = nn.Sequential(parametrizations.weight_norm(tnn.SymmetricConv2d(4, 8, 3, symmetry="hv")))
+    with torch.no_grad():
+        assert every.to_dense().weight.requires_grad and some.to_dense().weight.requires_grad
+        assert materialize(normed)[0].weight.requires_grad
+    some.requires_grad_(False)
+    some.bias.requires_grad_(True)
+    assert [p.requires_grad for p in some.to_dense().parameters()] == [False, True]
+    converted = tnn.TiedConv2d.from_dense(nn.Conv2d(4, 8, 3), symmetry="hv", free=8)
+    assert [p.requires_grad for p in converted.parameters()] == [p.requires_grad for p in every.parameters()]
+
+
+@pytest.mark.parametrize("there", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("later", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_materialized_global_conv_computes_in_the_dtype_of_its_input(there, later):
+    layer = tnn.GlobalConv1d(4, 5, activation="tanh", dtype=there)
+    plain = materialize(layer).to(later)
+    x = 30 * torch.ones(1, 4, 4096, dtype=later)  # their sum overflows float16
+    assert torch.equal(plain(x), layer.to(later)(x))
+    exported = torch.export.export(plain, (x,)).module()
+    assert torch.equal(exported(x), plain(x))
 
 
 # --- load_cnn_symmetry ------------------------------------------------------------------------------------------------

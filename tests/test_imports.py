@@ -110,10 +110,19 @@ import json, torch, tritonsym
 from tritonsym.nn import SymmetricConv2d
 layer, x = SymmetricConv2d(2, 4, 3, symmetry="hv"), torch.randn(1, 2, 5, 5, requires_grad=True)
 layer(x).sum().backward()
-tritonsym.explain(layer, x, target="sm_90")
-print(json.dumps([torch.cuda.is_available(), torch.equal(layer(x), layer.to_dense()(x)), bool(x.grad.any())]))
+whys = [tritonsym.explain(layer, x, target="sm_90").why]
+with tritonsym.backend("triton"):
+    whys.append(tritonsym.explain(layer, x).why)
+try:
+    with tritonsym.path("expand"):
+        layer(x)
+except ValueError as error:
+    whys.append(str(error))
+print(json.dumps([torch.cuda.is_available(), torch.equal(layer(x), layer.to_dense()(x)), bool(x.grad.any()), whys]))
 """
-    assert fresh(code, CUDA_VISIBLE_DEVICES="") == [False, True, True]
+    *found, whys = fresh(code, CUDA_VISIBLE_DEVICES="")
+    assert found == [False, True, True]
+    assert whys[:2] == ["Triton is not installed."] * 2 and "Triton is not installed" in whys[2]
 
 
 def test_import_loads_nothing_that_is_optional():

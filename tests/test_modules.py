@@ -194,24 +194,6 @@ def test_initialisation_is_reproducible_and_can_be_deferred(weighted_layer):
         assert_same_state(module, other)
 
 
-def test_initial_values_spread_as_those_of_the_torch_layer(convolution):
-    layer = convolution.but(in_channels=32, out_channels=128, bias=True)
-    accepted = inspect.signature(layer.torch_class).parameters
-    plain = layer.torch_class(**{k: v for k, v in layer.options.items() if k in accepted})
-    bound = plain.weight.abs().max().item()  # of many values, so close to the true one
-    for name, values in layer.make().named_parameters():
-        assert values.abs().max().item() <= 1.02 * bound
-        assert values.std().item() == pytest.approx(bound / 3**0.5, rel=0.2 if name == "bias" else 0.05)
-
-
-@pytest.mark.parametrize("cls", [tnn.SymmetricLinear, tnn.GlobalConv1d])
-def test_initial_values_of_matrices(cls):
-    torch.manual_seed(0)
-    for values in cls(64, 64).parameters():
-        assert values.abs().max().item() <= 1 / 8
-        assert values.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.2 if values.ndim == 1 else 0.05)
-
-
 def assert_same_state(module, other):
     ours, theirs = module.state_dict(), other.state_dict()
     assert list(ours) == list(theirs)

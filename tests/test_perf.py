@@ -262,15 +262,20 @@ def pretended_gpu(monkeypatch):
 
 @pytest.mark.parametrize("cold", [False, True])
 def test_small_steps_are_timed_as_graphs(pretended_gpu, monkeypatch, cold):
-    flushed = []
+    flushed, now = [], [0.0]
+
+    def large():
+        now[0] += 2**-10
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])  # only a large step takes time
     monkeypatch.setattr(torch.Tensor, "zero_", lambda x: flushed.append(x))
-    steps = {"small": lambda: None, "large": lambda: time.sleep(1e-3)}
+    steps = {"small": lambda: None, "large": large}
     samples = measure._on_gpu(steps, 3, torch.device("cpu"), cold)
     assert {len(x) for x in flushed} == ({2048} if cold else set()) and len(flushed) == (8 if cold else 0)
     assert samples["small"].graph and not samples["large"].graph
     assert len(pretended_gpu) == 3
     assert [len(s.seconds) for s in samples.values()] == [3, 3]
-    assert samples["large"].median >= 1e-3 and samples["large"].launch >= 1e-3
+    assert samples["large"].median == pytest.approx(2**-10) and samples["large"].launch == 2**-10
     assert samples["large"].peak_bytes == 250
 
 

@@ -57,7 +57,7 @@ def test_one_multiply_add_per_position_and_stored_weight():
         assert tritonsym.explain(tied, x).flops * 3 == plan.dense_flops
 
 
-def test_auto_takes_shifts_only_where_they_were_measured_to_win(monkeypatch):
+def test_auto_takes_shifts_only_where_the_fit_says_that_they_win(monkeypatch):
     def planned(channels=256, size=28, dtype=torch.float32):
         layer = tritonsym.nn.SymmetricConv2d(
             channels, channels, 3, padding=1, symmetry="hv", device="meta", dtype=dtype

@@ -257,7 +257,7 @@ def test_output_order(bases, free, groups):
     assert layout.stored_channels == layout.stored_per_group * groups
     assert layout.out_channels == len(layout.filters) * groups
     assert {symmetry.name: count for symmetry, count in layout.counts.items()} == counts
-    assert FilterLayout.from_string(str(layout), groups) == layout
+    assert FilterLayout.from_text(str(layout), groups) == layout
     assert FilterLayout.from_stored(counts, layout.stored_channels, groups) == layout
     assert FilterLayout.from_stored(layout, layout.stored_channels, groups) is layout
 

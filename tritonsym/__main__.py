@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonsym
-from tritonsym import dispatch, launch
+from tritonsym import dispatch, launch, tuned
 from tritonsym import nn as tnn
 from tritonsym.testing import assert_equivariant, assert_matches_reference, assert_symmetric
 
@@ -44,27 +44,21 @@ def info() -> int:
         *((package, installed(package)) for package in ("triton", "numpy")),
         ("python", platform.python_version()),
         ("system", platform.platform()),
-        ("cpu", f"{_cpu_name()}, {torch.get_num_threads()} threads"),
+        ("cpu", f"{tuned.device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"),
     ]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         rows.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, capability {major}.{minor}"))
     if not torch.cuda.is_available():
         rows.append(("cuda", "not available"))
-    rows.append(("backend", dispatch.current_backend()))
+    try:
+        rows.append(("backend", dispatch.current_backend()))
+    except ValueError as error:
+        rows.append(("backend", f"none: {error}"))
     rows.append(("TRITONSYM_BACKEND", os.environ.get("TRITONSYM_BACKEND", "not set")))
     for name, value in rows:
         print(f"{name:<18} {value}")
     return 0
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -214,8 +208,11 @@ def _symmetry(text: str) -> str | dict[str, int | str]:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if path.suffix not in (".png", ".pdf", ".svg") or path.is_dir() or not folder.is_dir():
         raise argparse.ArgumentTypeError(f"expected a .png, .pdf or .svg file in an existing folder, got {text!r}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return path
 
 

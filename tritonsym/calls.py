@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -64,7 +65,7 @@ class Call:
     plan: dispatch.Plan
     activation: str | None
     shape: torch.Size  # of x
-    last: bool  # whether x is channels-last
+    last: bool  # whether x is channels-last, to torch too
     dtype: torch.dtype  # to compute in
     gathers: bool  # whether the reference's weight can be gathered from rows
     keeps: bool  # whether that weight is kept
@@ -155,7 +156,7 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
         conv,
         chosen,
         shape=x.shape,
-        last=is_last(x),
+        last=is_last(x) and _is_last_to_torch(x),
         dtype=dtype,
         gathers=gathers,
         keeps=keeps,
@@ -164,6 +165,12 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
     )
     _latest.call = call if call.runs else None
     return call
+
+
+def _is_last_to_torch(x: Tensor) -> bool:
+    """Whether torch's convolutions take x for channels-last: those of others mix up a channels-last weight."""
+    order = (1, *reversed(range(2, x.ndim)), 0)  # from the innermost axis
+    return all(x.stride(b) >= x.stride(a) * x.shape[a] for a, b in pairwise(order))
 
 
 def repeating(function: Function) -> Function:
@@ -184,7 +191,11 @@ def repeating(function: Function) -> Function:
             *(_onednn_is_enabled(), dispatch.generation),
         )
         known = _calls.find(weights[0])
-        if known is not None and known[0] == key:
+        try:
+            is_known = known is not None and known[0] == key
+        except (ValueError, RuntimeError):  # an array or a tensor among the options
+            is_known = False
+        if is_known:
             stored = weights if len(weights) == 1 else [w for w in weights if w.shape[0]] or weights[:1]
             return known[1].run(x, stored, bias)
         _latest.call = None
@@ -201,7 +212,7 @@ def repeating(function: Function) -> Function:
 
 _form = attrgetter("shape", "dtype", "device", "requires_grad")
 _has_gradients, _threads, _autocasts = torch.is_grad_enabled, torch.get_num_threads, torch._C._is_any_autocast_enabled
-_backend, _path = dispatch.SWITCHES
+_backend, _path = dispatch._backend.get, dispatch._path.get
 _onednn_is_enabled = torch._C._get_mkldnn_enabled
 
 
@@ -216,7 +227,7 @@ def kept(what: object, make: Callable[[Sequence[Tensor]], Tensor], *weights: Ten
     """make(weights), kept for inference on the CPU; None where it is not kept.
 
     It is used again only while the stored values are bitwise those it was made of, which costs a fraction of making it
-    again: no change of the parameters, however it comes about, can be missed. Training drops it.
+    again: no change of the parameters, however it comes about, can be missed. Training drops it, unless compiled.
     """
     if _keeps(weights) and is_eager():
         return _recall(what, make, weights)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from tritonsym import functional, reference
 from tritonsym.nn.conv import (
+    INITS,
     Init,
     SymmetricConv1d,
     SymmetricConv2d,
@@ -216,7 +217,7 @@ def replace_layers(
         raise ValueError(f"{where}: linear must be True, False, 'symmetric' or None, got {linear!r}")
     if rule is not None and not callable(rule):
         raise TypeError(f"{where}: rule must be called as rule(name, layer), got {rule!r}")
-    functional.check_choice(where, "init", init, ("project", "keep", "reset"))
+    functional.check_choice(where, "init", init, INITS)
     if not inplace:
         model = copy.deepcopy(model)
 
@@ -293,12 +294,15 @@ def _obstacle(
     further = [*(layer._parameters.keys() - {"weight", "bias"}), *layer._buffers, *layer._modules]
     if further:
         return f"it holds more than weight and bias: {', '.join(further)}"
+    if (dtype := layer.weight.dtype) not in _TRAINABLE:
+        return f"its weight is {dtype}"
     for key, parameter in layer.named_parameters():
         if len(names := owners[id(parameter)]) > 1:
             return f"its {key} is shared: {', '.join(names)}"
     return None
 
 
+_TRAINABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -509,11 +513,12 @@ class _PlainGlobalConv1d(nn.Module):
             copied = None if value is None else nn.Parameter(value.detach().clone(), value.requires_grad)
             self.register_parameter(name, copied)
         self.activation = layer.activation
-        self.narrow = layer.center.dtype if layer.center.itemsize == 2 else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
         y = (self.center - self.surround) @ x
-        return reference.add_all_positions(y, x, self.surround, self.bias, self.activation, self.narrow)
+        # of the dtype at run time: a node of its own, as torch's function cannot be traced
+        wide = x.tracer.create_proxy("call_function", torch.promote_types, (y.dtype, torch.float32), {})
+        return reference.add_all_positions(y, x, self.surround, self.bias, self.activation, wide)
 
 
 class _PlainTopKPool1d(nn.Module):

@@ -54,7 +54,7 @@ class Problem:
     dtype: str
     dense: int  # multiply-adds of the dense layer it replaces
     expanded: int  # multiply-adds of the reference path
-    shift: Work | None = None  # None where the kernels and the shift path cannot compute the layer
+    work: Work | None = None  # None where the kernels and the shift path cannot compute the layer
     training: bool = False  # whether a gradient is needed
     traffic: Traffic | None = None  # of a convolution
     compiled: bool = False  # whether a compiler will fuse the additions
@@ -63,7 +63,7 @@ class Problem:
     @property
     def has_kernel(self) -> bool:
         """Whether some Triton kernel computes the layer in this dtype."""
-        return self.shift is not None and self.dtype in ITEMSIZE
+        return self.work is not None and self.dtype in ITEMSIZE
 
     @property
     def key(self) -> str:
@@ -71,7 +71,7 @@ class Problem:
 
         Positions are those of all groups and images of the batch; z says how often the stored rows are multiplied.
         """
-        work, traffic = self.shift, self.traffic
+        work, traffic = self.work, self.traffic
         assert work is not None and traffic is not None
         positions = self.expanded // max(work.taps * work.channels * work.outputs, 1)
         return (
@@ -95,7 +95,7 @@ class Problem:
         def fit(kind: type[Tile | GemmTile]) -> Callable[..., bool]:
             return lambda *numbers: fits(kind(*numbers), *self._where, taps=True)
 
-        product = Tile if self.shift and self.shift.depthwise else GemmTile
+        product = Tile if self.work and self.work.depthwise else GemmTile
         return {"reference": (), "shift": (fit(Tile),) * 2, "expand": (fit(product),) * 3}
 
     @property
@@ -157,7 +157,7 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
     back once; every term of a sum is a load from L1. Without a product (depthwise) the vendor's convolution is taken to
     be as fast as our kernel, which then saves no more than expanding the weight.
     """
-    work, traffic = problem.shift, problem.traffic
+    work, traffic = problem.work, problem.traffic
     assert work is not None and traffic is not None
     name = architecture(problem.target)
     capability = int(name[3:]) if name.startswith("sm_") else 90  # the interpreter stands in for an H200
@@ -174,12 +174,12 @@ def estimated_seconds(problem: Problem) -> dict[str, float]:
 
     dense = seconds(traffic.x + traffic.y + traffic.expanded, problem.expanded, vendor, terms)
     rows = seconds(2 * traffic.stored)
-    passes = -(-work.z * itemsize // shift.SCRATCH_BYTES)  # every chunk has its launches
+    chunks = -(-work.z * itemsize // shift.SCRATCH_BYTES)  # each has its launches
     gemm = seconds(traffic.x + work.z + traffic.stored, work.multiply_adds, rates.gemm)
     additions = seconds(work.z + traffic.y, terms=work.additions)
     return {
         "reference": rows + seconds(2 * traffic.expanded) + dense,
-        "shift": rows + gemm + additions + 2 * (passes - 1) * rates.launch,
+        "shift": rows + gemm + additions + 2 * (chunks - 1) * rates.launch,
         "expand": rows + seconds(traffic.x + traffic.y + traffic.stored, problem.expanded, ours, terms),
     }
 
@@ -188,8 +188,8 @@ def fastest_on_gpu(problem: Problem, paths: tuple[str, ...]) -> tuple[str, str]:
     """The path of least estimated time; the first one unless another is clearly faster."""
     if architecture(problem.target).startswith("gfx"):
         return paths[0], "No estimate for this GPU."
-    assert problem.shift is not None
-    if problem.shift.passes > MOST_TERMS:
+    assert problem.work is not None
+    if problem.work.passes > MOST_TERMS:
         paths = tuple(path for path in paths if path != "shift")
     seconds = {path: s for path, s in estimated_seconds(problem).items() if path in paths}
     best = min(seconds, key=lambda path: seconds[path])

@@ -1,10 +1,10 @@
 """Which path computes a layer: one pure function of the problem, and the switches that override it.
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
-``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one kernel that works on
-one half, or less, and reads or writes the rest through the symmetry: an implicit GEMM that expands the stored weights
-where it reads them, with all multiply-adds of the dense layer, or plain sums with one input channel per group; a
-product with a packed matrix; one triangle of a symmetric product, and its mirror image).
+``shift`` (`tritonsym.shift`: one multiply-add per position and stored weight) and ``expand`` (one Triton kernel that
+reads or writes through the symmetry: an implicit GEMM that expands the stored weights where it reads them, with all
+multiply-adds of the dense layer, or plain sums with one input channel per group; a product with a packed matrix; one
+triangle of a symmetric product, and its mirror image).
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ generation = 0
 
 _backend: ContextVar[str | None] = ContextVar("tritonsym_backend", default=None)
 _path: ContextVar[tuple[str | None, tuned.Tiles]] = ContextVar("tritonsym_path", default=(None, ()))
-SWITCHES = (_backend.get, _path.get)  # they say how those are set
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block use the 'reference', the 'triton' kernels for all convolutions, or choose ('auto', the default).
+    """Within the block use the 'reference', the 'triton' kernels where there is one, or choose ('auto', the default).
 
     On CPU tensors 'triton' runs Triton's interpreter, slowly, and needs TRITON_INTERPRET=1 from the start.
 
     The environment variable TRITONSYM_BACKEND, read on import, sets the same outside of any block. A function that
     `torch.compile` or `torch.export` has traced keeps the choice in force when it was traced.
+
+    Raises:
+        ValueError: an unknown name.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
@@ -67,6 +69,9 @@ def path(name: str, tiles: tuned.Tiles = ()) -> Iterator[None]:
 
     'expand' is also the kernel of `SymmetricLinear`, `gram` and `symmetric_mm`, on a GPU or under backend('triton');
     they have no 'shift'. `tiles`: also those of the path's kernels (`Plan.tiles`), for the tuner.
+
+    Raises:
+        ValueError: an unknown name; by a layer, that the path cannot compute it, or that the tiles do not fit.
     """
     if name not in PATHS:
         raise ValueError(f"path: expected one of {', '.join(map(repr, PATHS))}, got {name!r}")
@@ -92,7 +97,7 @@ def switches() -> tuple[str, str | None, tuned.Tiles, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer will be computed; `str` is the plan in words."""
+    """How a layer will be computed; `str` is the plan in words. FLOPs: 2 x multiply-adds, of the whole batch."""
 
     problem: Problem
     path: str
@@ -159,12 +164,25 @@ def _check_tiles(problem: Problem, forced: str | None, tiles: tuned.Tiles) -> No
         )
 
 
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _no_kernel(problem: Problem) -> str:
+    """Why no kernel computes this."""
+    if problem.has_kernel:
+        return "Triton is not installed."
+    return f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+
+
 def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tuned.Tiles, threads: int) -> Plan:
-    work = problem.shift
-    has_kernel = problem.has_kernel and find_spec("triton") is not None
+    work = problem.work
+    has_kernel = problem.has_kernel and _has_triton()
     if (forced == "shift" and work is None) or (forced == "expand" and not has_kernel):
+        why = f" ({_no_kernel(problem)})" if forced == "expand" else ""
         raise ValueError(
-            f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}; remove the switch"
+            f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}{why}; "
+            "remove the switch"
         )
     _check_tiles(problem, forced, forced_tiles)
     on_gpu = has_kernel and problem.target != "cpu" and backend != "reference"
@@ -176,7 +194,7 @@ def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tune
     elif backend == "reference":
         chosen, why = "reference", "Forced by the backend 'reference'."
     elif backend == "triton" and not has_kernel:
-        chosen, why = "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+        chosen, why = "reference", _no_kernel(problem)
     elif measured and (backend == "auto" or measured[0] != "reference"):
         chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
     elif backend == "triton":
@@ -187,7 +205,7 @@ def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tune
     elif problem.target == "cpu":
         chosen, why = costs.cheaper_on_cpu(problem, work, threads)
     elif not has_kernel:
-        chosen, why = "reference", f"No Triton kernel computes {problem.dtype}."
+        chosen, why = "reference", _no_kernel(problem)
     else:
         own = ("shift", "expand") if work.depthwise else ("shift",)
         chosen, why = costs.fastest_on_gpu(problem, ("reference", *own))
@@ -298,12 +316,12 @@ def cannot_stay_packed(what: str) -> NotImplementedError:
 
 @lru_cache(maxsize=4096)
 def _matrix_plan(problem: MatrixProblem, backend: str, forced: str | None, forced_tiles: tuned.Tiles) -> Plan:
-    on_gpu, has_kernel = problem.target != "cpu", problem.has_kernel and find_spec("triton") is not None
+    on_gpu, has_kernel = problem.target != "cpu", problem.has_kernel and _has_triton()
     can_run = has_kernel and (on_gpu or backend == "triton")
     if forced == "shift" or (forced == "expand" and not can_run):
         raise ValueError(
             f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype} on {problem.target}; "
-            "remove the switch (tritonsym.backend('triton') runs kernels in Triton's interpreter)"
+            "remove the switch (with triton installed, tritonsym.backend('triton') runs kernels in its interpreter)"
         )
     _check_tiles(problem, forced, forced_tiles)
     measured = tuned.find(problem) if can_run and on_gpu and backend != "reference" else None
@@ -311,10 +329,10 @@ def _matrix_plan(problem: MatrixProblem, backend: str, forced: str | None, force
         chosen, why = forced, "Forced by tritonsym.path."
     elif backend == "reference":
         chosen, why = "reference", "Forced by the backend 'reference'."
-    elif not problem.has_kernel:
-        chosen, why = "reference", f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+    elif not has_kernel:
+        chosen, why = "reference", _no_kernel(problem)
     elif not can_run:
-        chosen, why = "reference", "The Triton kernels need a GPU, and Triton."
+        chosen, why = "reference", "The Triton kernels need a GPU."
     elif measured and (measured[0] == "expand" or (backend == "auto" and not problem.never_unpack)):
         chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
     elif backend == "triton":
@@ -373,6 +391,7 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Plan:
     Raises:
         TypeError: the module is not such a layer.
         ValueError: x does not fit the layer, or the target is unknown.
+        NotImplementedError: the layer must never unpack its weight, but has to.
     """
     problem = getattr(module, "problem", None)
     if not callable(problem):

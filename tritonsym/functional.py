@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from numbers import Integral
 from operator import index
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor
 from tritonsym import calls, ops
 from tritonsym.calls import constant
 from tritonsym.dispatch import computing_dtype
-from tritonsym.packing import check_tensor, order_of
+from tritonsym.packing import check_inexact, check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
 from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
 
@@ -31,20 +31,46 @@ Spec = str | Mapping[str, int] | FilterLayout | None
 Parity = str | Mapping[str, str]
 Activation = Literal["relu", "gelu", "silu", "sigmoid", "tanh"]
 PoolReduction = Literal["max", "min", "sum", "mean"]
-POOL_REDUCTIONS = ("max", "min", "sum", "mean")
+POOL_REDUCTIONS: tuple[str, ...] = get_args(PoolReduction)
+#: Groups of re-orderings that have a name.
+ORDERS = ("swap", "cyclic", "permutations", "flip")
+
+__all__ = [
+    "global_conv1d",
+    "gram",
+    "newton_schulz",
+    "orbit_pool_conv1d",
+    "orbit_pool_conv2d",
+    "orbit_pool_conv3d",
+    "symmetric_conv1d",
+    "symmetric_conv2d",
+    "symmetric_conv3d",
+    "symmetric_conv_transpose1d",
+    "symmetric_conv_transpose2d",
+    "symmetric_conv_transpose3d",
+    "symmetric_linear",
+    "symmetric_matmul",
+    "symmetric_mm",
+    "symmetrize",
+    "tied_conv1d",
+    "tied_conv2d",
+    "tied_conv3d",
+    "topk_pool1d",
+]
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def _remembered(function: Function) -> Function:
-    """Keep results for arguments that can be hashed, not lists or symbolic sizes; a compiler traces the function."""
+    """Keep results for arguments that can be hashed, not lists or symbolic sizes; compilers trace the function."""
     remember: Any = functools.lru_cache(maxsize=4096, typed=True)(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         try:
-            return function(*args) if torch.compiler.is_compiling() else remember(*args)
+            is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+            return function(*args) if is_traced else remember(*args)
         except TypeError:  # an argument cannot be hashed, or is wrong
             return function(*args)
 
@@ -104,7 +130,8 @@ def check_counts(where: str, minimum: int, **values: Any) -> list[int]:
 
 def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
     """One integer per axis."""
-    sizes: list[Any] = list(value) if isinstance(value, tuple | list) else [value]
+    converted = as_ints(value)
+    sizes: list[Any] = list(converted) if isinstance(converted, tuple) else [converted]
     if len(sizes) == 1:
         sizes = sizes * ndim
     are_counts = all(map(is_count, sizes))
@@ -151,12 +178,11 @@ def _check_weight(where: str, name: str, weight: Tensor, ndim: int, shape: str) 
         raise ValueError(f"{where}: {name} must have shape {shape}, got {tuple(weight.shape)}")
 
 
-def _check_groups(where: str, groups: int, filters: int, channels: int = 0, noun: str = "stored filters") -> None:
-    if not is_count(groups):
-        raise TypeError(f"{where}: groups must be an integer, got {groups!r}")
-    if groups < 1 or filters % groups or channels % groups:
-        counted = f"{filters} {noun}" + (f" and {channels} input channels" if channels else "")
-        raise ValueError(f"{where}: groups={groups} must be positive and divide {counted}")
+def _check_groups(where: str, groups: int, parts: int, noun: str = "stored filters") -> int:
+    (count,) = check_counts(where, 1, groups=groups)
+    if parts % count:
+        raise ValueError(f"{where}: groups={groups} must divide {parts} {noun}")
+    return count
 
 
 def check_bias(where: str, bias: Tensor | None, *lengths: int) -> None:
@@ -263,7 +289,7 @@ def _symmetric_conv(
         TypeError: dtypes differ.
     """
     _check_weight(where, "weight", weight, ndim + 2, "(stored filters, C_in / groups, *kernel)")
-    _check_groups(where, groups, weight.shape[0])
+    groups = _check_groups(where, groups, weight.shape[0])
     layout = _stored_layout(where, symmetry, index(weight.shape[0]), groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
     return symmetric_conv(where, x, (weight,), bias, layout, stride, padding, dilation, activation)
@@ -323,7 +349,7 @@ def _symmetric_conv_transpose(
         TypeError: dtypes differ.
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_in, stored filters / groups, *kernel)")
-    _check_groups(where, groups, weight.shape[1] * groups, weight.shape[0])
+    groups = _check_groups(where, groups, weight.shape[0], "input channels")
     stored = index(weight.shape[1]) * groups
     layout = _stored_layout(where, symmetry, stored, groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
@@ -417,7 +443,7 @@ def _tied_conv(
             f"{where}: weight has shape {tuple(weight.shape)}, but {symmetry!r} ({parity}) on a kernel of size {size} "
             f"has {orbits} orbits; expected (tied filters, C_in / groups, {orbits})"
         )
-    _check_groups(where, groups, weight.shape[0])
+    groups = _check_groups(where, groups, weight.shape[0])
     if free_weight is not None:
         check_tensor(where, "free_weight", free_weight)
         expected = (weight.shape[1], *size)
@@ -426,7 +452,7 @@ def _tied_conv(
                 f"{where}: free_weight must have shape (free filters, {', '.join(map(str, expected))}), "
                 f"got {tuple(free_weight.shape)}"
             )
-        _check_groups(where, groups, free_weight.shape[0], noun="free filters")
+        _check_groups(where, groups, free_weight.shape[0], "free filters")
     check_activation(where, activation)
     weights = (weight,) if free_weight is None else (weight, free_weight)
     return tied_conv(where, x, weights, bias, name, odd, size, stride, padding, dilation, groups, activation)
@@ -490,7 +516,7 @@ def _orbit_pool_conv(
 ) -> Tensor:
     """Convolve with a filter and all its images and reduce over the orbit: y = act(reduce_g conv(x, g weight) + b).
 
-    'sum' and 'mean' equal one convolution with the symmetrised kernel, and are computed so.
+    'sum' and 'mean' equal one convolution with the symmetrized kernel, and are computed so.
 
     Args:
         x: (N, C_in, {axes}) or (C_in, {axes}).
@@ -507,7 +533,7 @@ def _orbit_pool_conv(
         TypeError: dtypes differ.
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_out, C_in / groups, *kernel)")
-    _check_groups(where, groups, weight.shape[0], noun="filters")
+    groups = _check_groups(where, groups, weight.shape[0], "filters")
     name = pool_symmetry(where, symmetry, tuple(map(index, weight.shape[2:])))
     check_choice(where, "reduce", reduce, POOL_REDUCTIONS)
     check_activation(where, activation)
@@ -625,8 +651,9 @@ def gram(x: Tensor) -> Tensor:
         (..., m, m) in the dtype of x (the autocast dtype under autocast).
     Raises:
         ValueError: x has fewer than two axes.
+        TypeError: x holds integers.
     """
-    check_tensor("gram", "x", x)
+    check_inexact("gram", "x", x)
     if x.ndim < 2:
         raise ValueError(f"gram: x must have shape (..., m, k), got {tuple(x.shape)}")
     return ops.gram(x, None, 1.0, 0.0)
@@ -644,10 +671,10 @@ def symmetric_mm(matrix: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tenso
         (..., n, n) in the dtype of A (the autocast dtype under autocast).
     Raises:
         ValueError: A is not square.
-        TypeError: alpha or beta is not a number.
+        TypeError: A holds integers, or alpha or beta is not a number.
     """
     where = "symmetric_mm"
-    check_tensor(where, "matrix", matrix)
+    check_inexact(where, "matrix", matrix)
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"{where}: matrix must have shape (..., n, n), got {tuple(matrix.shape)}")
     for name, value in (("alpha", alpha), ("beta", beta)):
@@ -698,10 +725,7 @@ def newton_schulz(
         raise TypeError(f"{where}: gradient must be real and floating, got {gradient.dtype}; convert it")
     if gradient.ndim < 2:
         raise ValueError(f"{where}: gradient must have shape (..., m, k), got {tuple(gradient.shape)}")
-    if not is_count(steps):
-        raise TypeError(f"{where}: steps must be an integer, got {steps!r}")
-    if steps < 0:
-        raise ValueError(f"{where}: steps must not be negative, got {steps}")
+    (steps,) = check_counts(where, 0, steps=steps)
     if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
         raise ValueError(f"{where}: coefficients must be three numbers (a, b, c), got {coefficients!r}")
     a, b, c = coefficients
@@ -765,12 +789,11 @@ def topk_pool1d(x: Tensor, k: int) -> Tensor:
         ValueError: k is not between 1 and L.
         TypeError: k is not an integer, or x is complex.
     """
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"topk_pool1d: k must be an integer, got {k!r}")
+    (k,) = check_counts("topk_pool1d", 1, k=k)
     check_tensor("topk_pool1d", "x", x)
     if x.is_complex():
         raise TypeError(f"topk_pool1d: complex numbers have no order, x is {x.dtype}")
-    if x.ndim == 0 or not 1 <= k <= x.shape[-1]:
+    if x.ndim == 0 or k > x.shape[-1]:
         raise ValueError(f"topk_pool1d: k={k} must be between 1 and the length of the last axis of x {tuple(x.shape)}")
     return ops.topk_pool1d(x, k)
 
@@ -788,7 +811,7 @@ def orders_of(over: Any, n: int, where: str) -> tuple[tuple[int, ...], ...]:
     """The group of re-orderings of n entries that `over` names: order[i] is the entry that comes to place i."""
     identity = tuple(range(n))
     if isinstance(over, str):
-        check_choice(where, "over", over, ("swap", "cyclic", "permutations", "flip"))
+        check_choice(where, "over", over, ORDERS)
         if over == "swap":
             if n % 2:
                 raise ValueError(f"{where}: 'swap' exchanges two halves, but the axis has odd size {n}")
@@ -804,7 +827,10 @@ def orders_of(over: Any, n: int, where: str) -> tuple[tuple[int, ...], ...]:
         return tuple(permutations(identity))
     if not isinstance(over, Sequence) or not all(isinstance(order, Sequence) for order in over):
         raise TypeError(f"{where}: over must be a name such as 'swap' or a list of permutations, got {over!r}")
-    orders: tuple[tuple[int, ...], ...] = tuple(dict.fromkeys(tuple(order) for order in over))
+    try:
+        orders: tuple[tuple[int, ...], ...] = tuple(dict.fromkeys(tuple(map(index, order)) for order in over))
+    except TypeError:
+        raise TypeError(f"{where}: permutations must be of integers, got {over!r}") from None
     for order in orders:
         if sorted(order) != list(identity):
             raise ValueError(f"{where}: {order} is not a permutation of 0..{n - 1}, the entries of the axis")
@@ -853,7 +879,7 @@ def symmetrize(
     if not -x.ndim <= dim < x.ndim or dim % x.ndim == 0:
         raise ValueError(f"{where}: dim={dim} must name an axis of x {tuple(x.shape)} other than the batch axis 0")
     orders = orders_of(over, index(x.shape[dim]), where)
-    y = inner(ops.reorder(x, torch.tensor(orders, device=x.device), dim % x.ndim))
+    y = inner(ops.reorder(x, torch.tensor(orders, dtype=torch.int64, device=x.device), dim % x.ndim))
     if not isinstance(y, Tensor) or y.ndim == 0 or y.shape[0] != x.shape[0] * len(orders):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(

@@ -86,7 +86,7 @@ def _orbit_conv(
     layout: str, groups: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, *transposed: Any
 ) -> tuple[FilterLayout, Conv]:
     """The same objects for the same arguments: they keep their hashes and tables."""
-    filters = FilterLayout.from_string(layout, groups)
+    filters = FilterLayout.from_text(layout, groups)
     geometry = Geometry(kernel_size, stride, padding, dilation, *transposed)
     return filters, Conv(filters.blocks(kernel_size), groups, geometry)
 

@@ -20,8 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Symmetrise = Literal["average", "lower", "upper"]
-
 
 def packed_shape(n: int) -> tuple[int, int]:
     """(rows, columns) of the rectangle that stores a symmetric n x n matrix."""
@@ -31,6 +29,12 @@ def packed_shape(n: int) -> tuple[int, int]:
 def check_tensor(where: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_inexact(where: str, name: str, value: Tensor) -> None:
+    check_tensor(where, name, value)
+    if not (value.is_floating_point() or value.is_complex()):
+        raise TypeError(f"{where}: {name} must be floating or complex, got {value.dtype}; convert it")
 
 
 def order_of(packed: Tensor, where: str = "unpack") -> int:
@@ -63,35 +67,40 @@ def _triangle_order(length: int) -> int | None:
     return n if n * (n + 1) // 2 == length else None
 
 
-def pack(matrix: Tensor, symmetrise: Symmetrise | None = None, *, tolerance: float = 0.0) -> Tensor:
+def pack(
+    matrix: Tensor, symmetrize: Literal["average", "lower", "upper"] | None = None, *, tolerance: float = 0.0
+) -> Tensor:
     """Store a symmetric matrix (n, n) as the rectangle `packed_shape(n)`; the bits of the lower triangle are kept.
 
     Args:
-        matrix: (n, n), symmetric within `tolerance` (largest |S - S^T|) unless `symmetrise` says what to do.
-        symmetrise: 'average' stores (S + S^T) / 2, the nearest symmetric matrix in the Frobenius norm; 'lower' and
+        matrix: (n, n), symmetric within `tolerance` (largest |S - S^T|) unless `symmetrize` says what to do.
+        symmetrize: 'average' stores (S + S^T) / 2, the nearest symmetric matrix in the Frobenius norm; 'lower' and
             'upper' take that triangle and ignore the other.
 
     Raises:
-        ValueError: not square, or not symmetric within `tolerance` while `symmetrise` is None.
+        ValueError: not square, or not symmetric within `tolerance` while `symmetrize` is None.
+        TypeError: no tensor, or integers to average.
     """
     check_tensor("pack", "matrix", matrix)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"pack: expected a square matrix (n, n), got shape {tuple(matrix.shape)}")
-    if symmetrise == "average":
+    if symmetrize == "average":
+        check_inexact("pack", "matrix", matrix)
         mean = (matrix + matrix.mT) / 2
         matrix = torch.where(mean.isfinite(), mean, matrix / 2 + matrix.mT / 2)  # the sum may overflow
-    elif symmetrise == "upper":
+    elif symmetrize == "upper":
         matrix = matrix.mT
-    elif symmetrise is None:
+    elif symmetrize is None:
         differs = (matrix != matrix.mT) & ~(matrix.isnan() & matrix.mT.isnan())
-        difference = (matrix - matrix.mT)[differs].abs().amax().item() if differs.any() else 0.0
+        wide = matrix if matrix.is_floating_point() or matrix.is_complex() else matrix.double()  # signed
+        difference = (wide - wide.mT)[differs].abs().amax().item() if differs.any() else 0.0
         if not difference <= tolerance:
             raise ValueError(
                 f"pack: the matrix is not symmetric: |S - S^T| reaches {difference:.3g}, tolerance {tolerance:.3g}; "
-                "pass symmetrise='average', 'lower' or 'upper', or a larger tolerance"
+                "pass symmetrize='average', 'lower' or 'upper', or a larger tolerance"
             )
-    elif symmetrise != "lower":
-        raise ValueError(f"pack: symmetrise must be 'average', 'lower', 'upper' or None, got {symmetrise!r}")
+    elif symmetrize != "lower":
+        raise ValueError(f"pack: symmetrize must be 'average', 'lower', 'upper' or None, got {symmetrize!r}")
     n = matrix.shape[0]
     columns, odd = (n + 1) // 2, n % 2
     left = matrix[:, :columns].tril()

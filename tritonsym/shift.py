@@ -39,7 +39,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SCRATCH_BYTES = 64 << 20
 
 #: On the CPU the GEMMs add their terms one after the other, which in float32 rounds more than torch's convolutions do.
-#: Sums of about so many terms, added up, keep twice the error of torch's convolution of the same memory format
+#: Sums of at most so many terms, added up, keep twice the error of torch's convolution of the same memory format
 #: (perf/results/*-rounding.json): rows in dx and channels in z if x is channels-first, positions in dw if it is last.
 MOST_ROWS, MOST_CHANNELS, MOST_POSITIONS = 256, 512, 128
 
@@ -351,7 +351,7 @@ def multiply_backward(
 ) -> Tensor:
     """dx of `multiply` (without channels if not needed); the gradients of the rows are added to `drows`.
 
-    With `most_positions`, these are sums of sums over about so many positions.
+    With `most_positions`, these are sums of sums over at most so many positions (or a place of the first axis).
     """
     ndim = x.ndim - 2
     one, zero = [1] * ndim, [0] * ndim
@@ -380,12 +380,13 @@ def multiply_backward(
 
 
 def _pieces(x: Tensor, most_positions: int | None) -> list[tuple[slice, ...]]:
-    """x in pieces of about so many positions."""
+    """x in pieces of at most so many positions, or of one place of the first axis."""
     batch, positions = x.shape[0], math.prod(x.shape[2:])
     if not most_positions or batch * positions <= most_positions:
         return [(slice(None),)]
     images = max(1, most_positions // max(positions, 1))
-    step = -(-x.shape[2] // -(-positions // most_positions))
+    most_places = max(1, most_positions // max(math.prod(x.shape[3:]), 1))
+    step = -(-x.shape[2] // max(-(-x.shape[2] // most_places), 1))
     return [
         (slice(n, n + images), slice(None), slice(at, at + step))
         for n in range(0, batch, images)

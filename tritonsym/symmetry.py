@@ -440,7 +440,7 @@ class FilterLayout:
         return cls.parse(spec, out_channels, groups, where)
 
     @classmethod
-    def from_string(cls, text: str, groups: int = 1) -> FilterLayout:
+    def from_text(cls, text: str, groups: int = 1) -> FilterLayout:
         """Inverse of `str`: 'h:2 hv:8 free:2' counts output filters of all groups together."""
         counts = {key: int(count) for key, count in (item.split(":") for item in text.split())}
         free = counts.pop("free", 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import tempfile
 import warnings
@@ -37,10 +38,26 @@ def gpu(target: str) -> str:
     return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(torch.cuda.current_device()).lower()).strip("-")
 
 
+def device_name(device: torch.device) -> str:
+    """What the machine calls its GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def user_file(name: str) -> Path:
     """The user's table of a GPU."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "tritonsym" / f"{name}.json"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(cache) if cache else Path.home() / ".cache"
+    except RuntimeError:  # no home, as in some containers
+        folder = Path(tempfile.gettempdir())
+    return folder / "tritonsym" / f"{name}.json"
 
 
 def shipped_file(name: str) -> Path:

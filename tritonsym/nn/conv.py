@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Init = Literal["project", "keep", "reset"]
+INITS: tuple[str, ...] = get_args(Init)
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -33,6 +34,12 @@ def with_activation(layer: nn.Module, activation: str | None) -> nn.Module:
     if activation is None:
         return layer
     return nn.Sequential(layer, ACTIVATION_MODULES[activation]()).train(layer.training)
+
+
+def learns(module: nn.Module, bias: bool = False) -> bool:
+    """Whether a parameter of a layer's weights, or of its bias, requires a gradient; or of their parametrizations."""
+    parameters = module.named_parameters()
+    return any(p.requires_grad for name, p in parameters if ("bias" in name.split(".")) == bias)
 
 
 def check_loaded(module: nn.Module, name: str, parameter: Tensor | None, value: Any, dense: Sequence[int]) -> None:
@@ -72,10 +79,9 @@ class _SharedConv(nn.modules.conv._ConvNd):
         functional.check_activation(where, activation)
         self.activation = activation
 
-    def _store(self, weight: Sequence[int], bias: int | None, device: Any, dtype: Any) -> None:
+    def _store(self, weight: Sequence[int], bias: int, device: Any, dtype: Any) -> None:
         self.weight = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
         if self.bias is not None:
-            assert bias is not None
             self.bias = nn.Parameter(torch.empty(bias, device=device, dtype=dtype))
 
     def _fan_in(self) -> int:
@@ -193,16 +199,15 @@ class _SharedConv(nn.modules.conv._ConvNd):
             device="meta",
             **options,
         )
-        layer.weight = nn.Parameter(weight.detach().clone(), self.weight.requires_grad)
+        layer.weight = nn.Parameter(weight.detach().clone(), learns(self))
         if bias is not None:
-            assert self.bias is not None
-            layer.bias = nn.Parameter(bias.detach().clone(), self.bias.requires_grad)
+            layer.bias = nn.Parameter(bias.detach().clone(), learns(self, bias=True))
         return layer.train(self.training)
 
     @classmethod
     def _from_dense(cls, layer: Any, init: Init, options: Mapping[str, Any]) -> Self:
         """A layer of this class with the hyper-parameters of `layer` and, unless init is 'reset', its weights."""
-        functional.check_choice(f"{cls.__name__}.from_dense", "init", init, ("project", "keep", "reset"))
+        functional.check_choice(f"{cls.__name__}.from_dense", "init", init, INITS)
         if not isinstance(layer, cls._dense_class()) or isinstance(layer, _SharedConv):
             expected = f"torch.nn.{cls._dense_class().__name__}"
             raise TypeError(f"{cls.__name__}.from_dense: expected {expected}, got {type(layer).__name__}")
@@ -226,7 +231,7 @@ class _SharedConv(nn.modules.conv._ConvNd):
             if init != "reset":
                 self._adopt(layer.weight, layer.bias, keep=init == "keep")
         for parameter in self.parameters():
-            parameter.requires_grad_(layer.weight.requires_grad)
+            parameter.requires_grad_(parameter.requires_grad and layer.weight.requires_grad)
         if self.bias is not None:
             self.bias.requires_grad_(layer.bias.requires_grad)
         return self.train(layer.training)
@@ -624,7 +629,7 @@ class _OrbitPoolConv(_SharedConv):
     Args:
         in_channels .. padding_mode, device, dtype: as in the torch layer.
         symmetry: the name of a group ('h' ... 'hvz', 'c2', 'c4', 'd4').
-        reduce: 'max', 'min', 'sum' or 'mean'. 'sum' and 'mean' are one convolution with the symmetrised kernel. Where
+        reduce: 'max', 'min', 'sum' or 'mean'. 'sum' and 'mean' are one convolution with the symmetrized kernel. Where
             several images share the maximum, the gradient is divided equally among them (as in ``torch.amax``).
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
 
@@ -689,11 +694,11 @@ class _OrbitPoolConv(_SharedConv):
     def expanded_weight(self) -> Tensor:
         """The dense filters, differentiable.
 
-        'sum' and 'mean': (out, ...), the symmetrised kernels. 'max' and 'min': (out * order, ...), the images of a
+        'sum' and 'mean': (out, ...), the symmetrized kernels. 'max' and 'min': (out * order, ...), the images of a
         filter next to each other: y = reduce of each `order` consecutive channels.
         """
         if self.reduce in ("sum", "mean"):
-            return reference.symmetrised(self.weight, self.symmetry, self.reduce)
+            return reference.symmetrized(self.weight, self.symmetry, self.reduce)
         return reference.orbit_images(self.weight, self.symmetry)
 
     def expanded_bias(self) -> Tensor | None:
@@ -724,7 +729,7 @@ class _OrbitPoolConv(_SharedConv):
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
         if not keep and self.reduce in ("sum", "mean"):
-            weight = reference.symmetrised(weight, self.symmetry, "mean")
+            weight = reference.symmetrized(weight, self.symmetry, "mean")
             if self.reduce == "sum":
                 weight = weight / self.symmetry.order
         self.weight.copy_(weight)
@@ -746,7 +751,7 @@ class _OrbitPoolConv(_SharedConv):
     ) -> Self:
         """Convert a plain torch layer: 'project', 'keep' the filters as they are, or 'reset'.
 
-        'project' makes the symmetrised kernel of 'sum' and 'mean' the nearest symmetric one. No dense layer equals
+        'project' makes the symmetrized kernel of 'sum' and 'mean' the nearest symmetric one. No dense layer equals
         'max' or 'min': there it is 'keep'.
         """
         options = {"symmetry": symmetry, "reduce": reduce, "activation": activation}

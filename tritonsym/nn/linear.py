@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonsym import calls, costs, dispatch, functional, packing
-from tritonsym.nn.conv import Init, check_loaded, with_activation
+from tritonsym.nn.conv import INITS, Init, check_loaded, learns, with_activation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,14 +107,19 @@ class SymmetricLinear(nn.Module):
         """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""
         n = self.in_features
         layer = nn.Linear(n, n, self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(self.expanded_weight().detach(), self.weight.requires_grad)
+        layer.weight = nn.Parameter(self.expanded_weight().detach(), learns(self))
         if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+            layer.bias = nn.Parameter(self.bias.detach().clone(), learns(self, bias=True))
         return with_activation(layer.train(self.training), self.activation)
 
     @classmethod
     def from_dense(
-        cls, layer: nn.Module, *, activation: functional.Activation | None = None, init: Init = "project"
+        cls,
+        layer: nn.Module,
+        *,
+        activation: functional.Activation | None = None,
+        never_unpack: bool = False,
+        init: Init = "project",
     ) -> Self:
         """Convert a `torch.nn.Linear`: 'project' stores (W + W^T) / 2, 'keep' the lower triangle, or 'reset'.
 
@@ -122,12 +127,12 @@ class SymmetricLinear(nn.Module):
             TypeError: not a `torch.nn.Linear`.
             ValueError: in_features != out_features, or an unknown `init`.
         """
-        functional.check_choice("SymmetricLinear.from_dense", "init", init, ("project", "keep", "reset"))
+        functional.check_choice("SymmetricLinear.from_dense", "init", init, INITS)
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"SymmetricLinear.from_dense: expected torch.nn.Linear, got {type(layer).__name__}")
         weight, bias = layer.weight, layer.bias
-        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self = cls(layer.in_features, layer.out_features, bias is not None, activation=activation, **options)
+        options: dict[str, Any] = {"activation": activation, "never_unpack": never_unpack}
+        self = cls(layer.in_features, layer.out_features, bias is not None, weight.device, weight.dtype, **options)
         with torch.no_grad():
             if init != "reset":
                 self.weight.copy_(packing.pack(weight, "average" if init == "project" else "lower"))
@@ -139,11 +144,20 @@ class SymmetricLinear(nn.Module):
         return self.train(layer.training)
 
     @classmethod
-    def from_packed(cls, packed: Tensor, bias: Tensor | None = None) -> Self:
+    def from_packed(
+        cls,
+        packed: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation: functional.Activation | None = None,
+        never_unpack: bool = False,
+    ) -> Self:
         """A layer with these values: ``from_packed(pack_tril(v))``, ``from_packed(pack(S, 'average'))``, ..."""
         n = packing.order_of(packed, "SymmetricLinear.from_packed")
+        packing.check_inexact("SymmetricLinear.from_packed", "packed", packed)
         functional.check_bias("SymmetricLinear.from_packed", bias, n)
-        self = cls(n, n, bias is not None, device=packed.device, dtype=packed.dtype)
+        options: dict[str, Any] = {"activation": activation, "never_unpack": never_unpack}
+        self = cls(n, n, bias is not None, packed.device, packed.dtype, **options)
         with torch.no_grad():
             self.weight.copy_(packed)
             if bias is not None:

@@ -25,7 +25,7 @@ class Symmetrize(nn.Module):
             raise TypeError(f"Symmetrize: inner must be a torch.nn.Module, got {type(inner).__name__}")
         functional.check_choice("Symmetrize", "reduce", reduce, tuple(REDUCTIONS))
         if isinstance(over, str):
-            functional.check_choice("Symmetrize", "over", over, ("swap", "cyclic", "permutations", "flip"))
+            functional.check_choice("Symmetrize", "over", over, functional.ORDERS)
         else:
             over = functional.orders_of(over, functional.order_length(over), "Symmetrize")
         if not functional.is_count(dim):
