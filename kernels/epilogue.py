@@ -18,11 +18,12 @@ def activate(y, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "sigmoid":
         y = tl.sigmoid(y)
     elif ACTIVATION == "tanh":
-        z = y * y  # small y: a least-squares fit of (tanh(y) / y - 1) / z, since the other form cancels there
-        fit = (((-0.00610495 * z + 0.02100364) * z - 0.0538525) * z + 0.13332783) * z - 0.33333328
         e = tl.exp(-2 * tl.abs(y))
         large = (1 - e) / (1 + e)
-        y = tl.where(z < 0.390625, y + y * z * fit, tl.where(y < 0, -large, large))
+        large = tl.where(y < 0, -large, large)
+        z = y * y  # small y: a least-squares fit of (tanh(y) / y - 1) / z, since the other form cancels there
+        fit = (((-0.00610495 * z + 0.02100364) * z - 0.0538525) * z + 0.13332783) * z - 0.33333328
+        y = tl.where(z < 0.390625, y + y * z * fit, large)
     else:
         tl.static_assert(ACTIVATION == "", "unknown activation")
     return y

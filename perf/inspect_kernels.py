@@ -192,9 +192,9 @@ def _depthwise(name: str, tile: Tile, channels_first: bool) -> Entry:
     return Entry(title, kernel, fixed | units, tile, tile.block_p * tile.block_u / (32 * tile.warps), types, odd)
 
 
-def matrix_constants(kernel: Any, tile: GemmTile, itemsize: int) -> dict[str, Any]:
+def matrix_constants(kernel: Any, tile: GemmTile, of_float32: str = "ieee") -> dict[str, Any]:
     """The constexprs of a kernel for symmetric matrices (but its sums of strips) of even n with a shipped tile."""
-    precision = {"PRECISION": "ieee" if itemsize == 2 else "tf32"}
+    precision = {"PRECISION": of_float32}
     if kernel is symm_kernels._strips_kernel:
         shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "BLOCK_C": tile.block_k}
         return precision | shape | {"SEGMENT": SEGMENT_STEPS * tile.block_k, "EVEN": 1}
@@ -214,7 +214,7 @@ def _matrices() -> Iterator[Entry]:
         ("symm y by strips", symm_kernels._strips_kernel, strip, ("x_k",)),
         ("symm dS", symm_kernels._gradient_kernel, square, ("x_k", "dy_k")),
     ):
-        fixed = matrix_constants(kernel, tile, 2) | dict.fromkeys(unit, 1)
+        fixed = matrix_constants(kernel, tile) | dict.fromkeys(unit, 1)
         work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
         types = {"alpha": "fp32", "beta": "fp32", "partial_ptr": "*fp32"}
         odd = () if kernel is gram_kernels._gram_kernel else ODD

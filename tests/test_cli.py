@@ -26,6 +26,12 @@ def test_info(capsys, monkeypatch):
     assert {"triton", "numpy", "python"} <= rows.keys()
 
 
+def test_info_with_a_wrong_backend(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "ENVIRONMENT", "fast")
+    assert main(["info"]) == 0
+    assert re.search(r"^backend +none: TRITONSYM_BACKEND='fast': expected one of auto", capsys.readouterr().out, re.M)
+
+
 def test_info_without_triton(capsys, monkeypatch):
     def version(package):
         raise command_line.PackageNotFoundError(package)
@@ -164,6 +170,7 @@ def test_measurements_without_their_extra(capsys, monkeypatch, command):
         (["check", "--device", "meta"], "device 'meta' cannot be used"),
         (["demo", "--epochs", "0"], "expected a positive number, got '0'"),
         (["demo", "--output", "nowhere/demo.png"], "an existing folder, got 'nowhere/demo.png'"),
+        (["demo", "--output", "/"], "expected a .png, .pdf or .svg file"),
         (["demo", "--output", "demo.txt"], "expected a .png, .pdf or .svg file"),
         (["demo", "--symmetry", "q7"], "unknown symmetry 'q7'"),
         (["demo", "--symmetry", "h:3%%"], "'3%%' is not a percentage"),

@@ -147,7 +147,7 @@ def test_kernels_are_no_top_level_package():
 
 
 def test_public_names_exist():
-    for package in (tritonsym, tritonsym.nn):
+    for package in (tritonsym, tritonsym.nn, tritonsym.functional, tritonsym.testing):
         assert package.__all__ == sorted(package.__all__)
         assert all(hasattr(package, name) for name in package.__all__)
     assert tritonsym.__version__ == importlib.metadata.version("tritonsym")

@@ -169,6 +169,14 @@ def test_what_kernels_cannot_compute_goes_to_the_reference(dtype):
         tritonsym.testing.assert_matches_reference(layer, torch.randn(1, 4, 5, 5, dtype=dtype))
 
 
+def test_devices_without_kernels():
+    layer = tritonsym.nn.SymmetricConv2d(512, 512, 3, symmetry="hv", device="meta", dtype=torch.bfloat16)
+    problem = layer.problem((64, 512, 14, 14), "xpu", "bfloat16")
+    assert (tritonsym.dispatch.plan(problem).path, tritonsym.dispatch.plan(problem).tiles) == ("reference", ())
+    with tritonsym.backend("triton"):
+        assert tritonsym.dispatch.plan(problem).why == "No kernel runs on xpu."
+
+
 @pytest.mark.parametrize(
     "size, dtype, path", [(64, "bfloat16", "reference"), (512, "bfloat16", "shift"), (512, "float64", "reference")]
 )
@@ -223,6 +231,20 @@ def test_shipped_tiles_compile(target):
                 assert not spread(kernel, "load"), entry.name
         if product and entry.tile.block_n == 128 and target == "sm_90":  # no division for every place, say
             assert found.instructions < 160, entry.name
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("channels", [64, 256])
+def test_weight_gradients_of_float32_do_not_spill(target, channels):
+    from tritonsym.perf import inspect_kernels
+
+    layer = tritonsym.nn.SymmetricConv2d(channels, channels, 3, padding=1, symmetry="hv", device="meta")
+    with tritonsym.path("expand"):
+        plan = tritonsym.explain(layer, torch.empty(8, channels, 28, 28, device="meta"), target=target)
+    tile = tiles.GemmTile(*plan.tiles[2])
+    entry = inspect_kernels._product("dw", tile, channels_first=False)
+    kernel = inspect_kernels.compile_kernel(entry.kernel, entry.fixed, tile, target, "fp32", entry.types, entry.odd)
+    assert inspect_kernels.inspect(kernel, entry.work).spills == 0
 
 
 def spread(kernel, access):

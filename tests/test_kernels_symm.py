@@ -223,11 +223,11 @@ def shipped():
         yield from ((kernel, "bf16", "SQUARE_TILES", 0, target, False) for kernel in KERNELS["SQUARE_TILES"])
 
 
-def constants(kernel, tile, itemsize):
+def constants(kernel, tile, of_float32="ieee"):
     from tritonsym.kernels import symm
     from tritonsym.perf import inspect_kernels
 
-    return inspect_kernels.matrix_constants(getattr(symm, kernel), tile, itemsize)
+    return inspect_kernels.matrix_constants(getattr(symm, kernel), tile, of_float32)
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "table", "place", "target", "is_even"), [*shipped()])
@@ -237,9 +237,10 @@ def test_shipped_tiles_compile(ahead_of_time, kernel, dtype, table, place, targe
     itemsize = ITEMSIZE[dtype]
     tile = getattr(tiles, table)[itemsize][place]
     strides = {"x_k": 1, "dy_k": 1} if kernel == "_gradient_kernel" else {"x_k": 1}
-    fixed = constants(kernel, tile, itemsize) | strides | {"EVEN": int(is_even)}
-    found = ahead_of_time(getattr(symm, kernel), dtype, fixed, tile, target, partial_ptr="*fp32")
-    found.check()
+    for precision in ("ieee", "tf32")[: itemsize // 2]:
+        fixed = constants(kernel, tile, precision) | strides | {"EVEN": int(is_even)}
+        found = ahead_of_time(getattr(symm, kernel), dtype, fixed, tile, target, partial_ptr="*fp32")
+        found.check(multiplies=itemsize == 2 or precision == "tf32")
     if found.count and is_even and dtype == "bf16":
         assert found.narrow_loads == 0
 
@@ -251,7 +252,7 @@ def test_sizes_of_one_compile(ahead_of_time, kernel, ones):
     from tritonsym.kernels import symm, tiles
 
     tile = (tiles.STRIP_TILES if kernel == "_strips_kernel" else tiles.SQUARE_TILES)[2][-1]
-    fixed = constants(kernel, tile, 2)
+    fixed = constants(kernel, tile)
     if kernel == "_sum_kernel":
         fixed = {"HAS_BIAS": True, "ACTIVATION": "", "BLOCK_R": 128, "SEGMENT": 512, "BLOCK_B": 16, "BLOCK_Q": 64}
     function = getattr(symm, kernel)

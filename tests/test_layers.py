@@ -432,6 +432,12 @@ def test_inner_is_called_once_on_all_orders(over, batch):
     assert y.shape == (batch, 3)
 
 
+@pytest.mark.parametrize("over", ["swap", "cyclic", "permutations", "flip"])
+def test_symmetrize_of_no_entries(over):
+    y = tnn.Symmetrize(nn.Flatten(), over)(torch.ones(3, 0, 2))
+    assert y.shape == (3, 0)
+
+
 @OVER
 @REDUCTION
 @pytest.mark.parametrize("dim", [1, -1])

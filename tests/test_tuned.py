@@ -396,3 +396,14 @@ def test_shipped_tables_lie_beside_the_kernels():
     """.ci/lint builds a wheel with one."""
     kernels = importlib.import_module("tritonsym.kernels")
     assert SHIPPED("nvidia-h200") == Path(kernels.__file__).parent / "tuned" / "nvidia-h200.json"
+
+
+def test_a_user_without_a_home_has_no_tables(monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tuned.Path, "home", fail)
+    assert tuned.user_file("sm_90").parent.name == "tritonsym"
+    dispatch.forget()
+    assert explain().path

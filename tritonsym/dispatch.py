@@ -164,20 +164,20 @@ def _check_tiles(problem: Problem, forced: str | None, tiles: tuned.Tiles) -> No
         )
 
 
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _runs_kernels(target: str) -> bool:
+    return find_spec("triton") is not None and re.fullmatch(r"cpu|cuda|sm_\d+|gfx\w+", target) is not None
 
 
 def _no_kernel(problem: Problem) -> str:
     """Why no kernel computes this."""
     if problem.has_kernel:
-        return "Triton is not installed."
+        return "Triton is not installed." if find_spec("triton") is None else f"No kernel runs on {problem.target}."
     return f"No Triton kernel computes {problem.layer} in {problem.dtype}."
 
 
 def _plan(problem: Problem, backend: str, forced: str | None, forced_tiles: tuned.Tiles, threads: int) -> Plan:
     work = problem.work
-    has_kernel = problem.has_kernel and _has_triton()
+    has_kernel = problem.has_kernel and _runs_kernels(problem.target)
     if (forced == "shift" and work is None) or (forced == "expand" and not has_kernel):
         why = f" ({_no_kernel(problem)})" if forced == "expand" else ""
         raise ValueError(
@@ -227,12 +227,13 @@ def _tiles(problem: Problem, work: Work, path: str) -> tuple[tuple[int, ...], ..
     if work.depthwise:
         return (astuple(tiles.pick_depthwise(work.groups)),) * 3
     itemsize, target = costs.ITEMSIZE[problem.dtype], architecture(problem.target)
+    weight_tiles = tiles.WEIGHT_TILES if itemsize == 2 else tiles.WEIGHT_TILES[1:]  # the widest spills in float32
     return tuple(
         astuple(tiles.pick_gemm(some, columns, length, itemsize, target))
         for some, columns, length in (
             (tiles.CONV_TILES, work.outputs, work.channels),
             (tiles.CONV_TILES, work.channels, work.outputs),
-            (tiles.WEIGHT_TILES, work.channels, 64),  # positions of an image: most have more
+            (weight_tiles, work.channels, 64),  # positions of an image: most have more
         )
     )
 
@@ -316,7 +317,7 @@ def cannot_stay_packed(what: str) -> NotImplementedError:
 
 @lru_cache(maxsize=4096)
 def _matrix_plan(problem: MatrixProblem, backend: str, forced: str | None, forced_tiles: tuned.Tiles) -> Plan:
-    on_gpu, has_kernel = problem.target != "cpu", problem.has_kernel and _has_triton()
+    on_gpu, has_kernel = problem.target != "cpu", problem.has_kernel and _runs_kernels(problem.target)
     can_run = has_kernel and (on_gpu or backend == "triton")
     if forced == "shift" or (forced == "expand" and not can_run):
         raise ValueError(
