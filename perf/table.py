@@ -1,6 +1,6 @@
 """Print, or write into README.md, the tables of results and of estimates, and draw the plots.
 
-    python -m tritonsym.perf.table perf/results/2026-11-21-cpu.json [--write README.md]
+    python -m tritonsym.perf.table perf/results/2026-11-22-cpu.json [--write README.md]
 
 `--write` replaces what stands between ``<!-- table -->`` and ``<!-- /table -->`` in that file, and the same for
 ``estimate``. Plots go beside the results.
