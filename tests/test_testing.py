@@ -266,6 +266,9 @@ def test_inputs_that_a_model_changes():
                 x.mul_(2)
             return x[index.clamp_(max=1)]
 
+    model = conv(symmetry="hv")
+    for x in (torch._neg_view(planar()), planar()[:, :, :1].expand(-1, -1, 5, -1), planar().mT):
+        assert_matches_reference(model, x)
     x, index = planar(), torch.tensor([0, 5])
     assert_matches_reference(Clamps(), x, index)
     assert torch.equal(x, planar()) and index[1] == 5

@@ -168,7 +168,8 @@ def plan(layer: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, 
 
 
 def _is_last_to_torch(x: Tensor) -> bool:
-    """Whether torch's convolutions take x for channels-last: those of others mix up a channels-last weight."""
+    """Whether torch's convolutions take x for channels-last. With any other x and a channels-last weight, those of
+    float64 in groups may give a wrong gradient (torch 2.13)."""
     order = (1, *reversed(range(2, x.ndim)), 0)  # from the innermost axis
     return all(x.stride(b) >= x.stride(a) * x.shape[a] for a, b in pairwise(order))
 

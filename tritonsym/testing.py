@@ -154,7 +154,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
-        if t.layout != torch.strided or t.numel() == 0:
+        if type(t) is not Tensor or t.layout != torch.strided or t.numel() == 0 or t.is_neg() or t.is_conj():
             return t.clone()
         length = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
         memory = t.as_strided((length,), (1,)).clone().untyped_storage()

@@ -152,7 +152,12 @@ class SymmetricLinear(nn.Module):
         activation: functional.Activation | None = None,
         never_unpack: bool = False,
     ) -> Self:
-        """A layer with these values: ``from_packed(pack_tril(v))``, ``from_packed(pack(S, 'average'))``, ..."""
+        """A layer with these values: ``from_packed(pack_tril(v))``, ``from_packed(pack(S, 'average'))``, ...
+
+        Raises:
+            ValueError: `packed` has no shape of `packed_shape`, or the bias is not (n,).
+            TypeError: `packed` holds integers.
+        """
         n = packing.order_of(packed, "SymmetricLinear.from_packed")
         packing.check_inexact("SymmetricLinear.from_packed", "packed", packed)
         functional.check_bias("SymmetricLinear.from_packed", bias, n)
