@@ -87,6 +87,17 @@ def lay_out(x, layout):
     return x
 
 
+#: The interpreter does not know bfloat16.
+BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" else []
+
+
+def variants(number):
+    """Two pairs of a dtype and a layout, by turns, and those of bfloat16."""
+    layouts = ("first", "last", "sliced", "first", "turned")
+    turns = [*zip(("float32", "float16", "float32", "float16", "float16"), layouts, strict=True)]
+    return [turns[number % 5], turns[(number + 2) % 5], *BFLOAT16]
+
+
 def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None):
     """Whether y, dx and the gradient of the rows are exactly those of the dense convolution in float64.
 

@@ -5,7 +5,7 @@ from dataclasses import astuple, replace
 
 import pytest
 import torch
-from interpret import CASES, DEVICE, Interpreter
+from interpret import BFLOAT16, CASES, DEVICE, Interpreter, variants
 
 import tritonsym
 
@@ -21,14 +21,6 @@ def interpreter():
     interpreter.close()
 
 
-VARIANTS = [
-    ("float32", "first"),
-    ("float16", "last"),
-    ("float32", "sliced"),
-    ("float16", "first"),
-    ("float16", "turned"),
-]
-BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" else []
 TILES = {"shift": [[32, 16, 4] * 2, [64, 32, 4] * 2], "expand": [[32, 16, 32, 4, 2] * 3, [64, 32, 16, 4, 2] * 3]}
 
 
@@ -44,7 +36,7 @@ def test_kernels_are_exact(interpreter, name, path):
     if conv.get("pool") and path == "expand":
         conv = {**conv, "pool": None}
     number = list(CASES).index(name) + (path == "expand")
-    for dtype, layout in (VARIANTS[number % 5], VARIANTS[(number + 2) % 5], *BFLOAT16):
+    for dtype, layout in variants(number):
         tiles = TILES[path][number // 4 % 2]
         assert interpreter(
             "convolution",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpret import DEVICE, Interpreter
+from interpret import DEVICE, Interpreter, variants
 
 import tritonsym
 
@@ -77,14 +77,6 @@ CASES = {
     ),
     "no images": ({"orbits": "h", "filters": 2, "groups": 3}, 0, [4, 5]),
 }
-VARIANTS = [
-    ("float32", "first"),
-    ("float16", "last"),
-    ("float32", "sliced"),
-    ("float16", "first"),
-    ("float16", "turned"),
-]
-BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" else []
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,7 +84,7 @@ def test_kernels_are_exact(interpreter, name):
     """y, dx and the weights' gradient; with layout 'sliced' dy is expanded."""
     conv, batch, sizes = CASES[name]
     number = list(CASES).index(name)
-    for dtype, layout in (VARIANTS[number % 5], VARIANTS[(number + 2) % 5], *BFLOAT16):
+    for dtype, layout in variants(number):
         options = {"tiles": TILES[number % 3] * 3, "dtype": dtype, "layout": layout, "path": "expand"}
         assert interpreter("convolution", conv=conv, batch=batch, channels=1, sizes=sizes, **options)
 
