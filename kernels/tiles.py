@@ -117,7 +117,7 @@ def pick_gemm(tiles: Sequence[GemmTile], columns: int, length: int, itemsize: in
 GROUP = 8
 
 #: Square tiles of products with symmetric matrices, by the bytes of an operand, the preferred first. From compiled code
-#: (no spills, in float32 with tensor cores or, torch's default, without; the prototypes' choice), not from timings.
+#: (no spills, but a few of the gram kernel in tf32 on sm_100; in 16 bits the prototypes' choice), not from timings.
 SQUARE_TILES = {
     2: (GemmTile(128, 128, 64, 8, 4), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 128, 32, 8, 2)),
     4: (GemmTile(64, 64, 16, 4, 3),),
