@@ -10,91 +10,43 @@ order and splits the positions over programs, whose partial results are added af
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonsym.kernels.address import positions, read_at, wide
+from tritonsym.kernels.address import Grid, positions, read_tap, wide
 from tritonsym.kernels.epilogue import activate
-from tritonsym.kernels.tiles import GemmTile
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How positions of the result map to positions of the source: (mul p + step k + shift) / div per axis, where div
-    divides it, for tap k of a kernel of these sizes."""
-
-    kernel: tuple[int, int, int]
-    mul: tuple[int, int, int]
-    step: tuple[int, int, int]
-    shift: tuple[int, int, int]
-    div: tuple[int, int, int]
-
-    def constants(self) -> dict[str, int]:
-        names = {"K": self.kernel, "MUL_": self.mul, "STEP_": self.step, "SHIFT_": self.shift, "DIV_": self.div}
-        return {f"{name}{axis}": v for name, values in names.items() for axis, v in zip("DHW", values, strict=True)}
+from tritonsym.kernels.tiles import GemmTile, most_splits
 
 
 @triton.jit
-def _conv_kernel(
+def _implicit_gemm_kernel(
     source_ptr,  # [N, groups * SOURCE_C, SD, SH, SW], any strides
     rows_ptr,  # [groups, R, C]
     table_ptr,  # [O, TAPS]: sign * (row + 1), 0 where no weight stands
     bias_ptr,  # [groups * TARGET_C] or None
     target_ptr,  # [N, groups * TARGET_C, TD, TH, TW], any strides
     M,  # N * TD * TH * TW
-    TD,
-    TH,
-    TW,
-    SD,
-    SH,
-    SW,
-    SOURCE_C,
-    TARGET_C,
-    R,
-    C,
-    source_n,
-    source_c,
-    source_d,
-    source_h,
-    source_w,
-    target_n,
-    target_c,
-    target_d,
-    target_h,
-    target_w,
-    KD: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    MUL_D: tl.constexpr,
-    MUL_H: tl.constexpr,
-    MUL_W: tl.constexpr,
-    STEP_D: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    SHIFT_D: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    DIV_D: tl.constexpr,
-    DIV_H: tl.constexpr,
-    DIV_W: tl.constexpr,
+    TD, TH, TW, SD, SH, SW, SOURCE_C, TARGET_C, R, C,
+    source_n, source_c, source_d, source_h, source_w,
+    target_n, target_c, target_d, target_h, target_w,
+    KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
     GRADIENT: tl.constexpr,  # the source channels are filters, the target channels those of the weight
     SIGNED: tl.constexpr,  # some sign is negative
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,  # of float32: 'tf32' or 'ieee'
     WIDE: tl.constexpr,  # offsets within an image need 64 bits
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """target[p, j] = act(bias[j] + sum_{k, i} source[at(p, k), i] W[k, i, j]).
 
     at(p, k) = (MUL p + STEP k + SHIFT) / DIV; the source is 0 where DIV does not divide it and outside the image.
     W[k, i, j] = sign[j, k] rows[row[j, k], i], and with GRADIENT sign[i, k] rows[row[i, k], j].
     """
-    TAPS: tl.constexpr = KD * KH * KW
+    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     tiles_n = tl.cdiv(TARGET_C, BLOCK_N)
     group = tl.program_id(1).to(tl.int64)
     n, d, h, w, live = positions(tl.program_id(0) // tiles_n, M, TD, TH, TW, BLOCK_M, WIDE)  # [M]
@@ -112,13 +64,9 @@ def _conv_kernel(
         i_has = i < SOURCE_C
         if WIDE:
             i = i.to(tl.int64)
-        shift_d = k // (KH * KW) * STEP_D + SHIFT_D
-        shift_h = k // KW % KH * STEP_H + SHIFT_H
-        shift_w = k % KW * STEP_W + SHIFT_W
-        place, inside = read_at(
-            d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, source_d, source_h, source_w,
-            MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
-        )  # fmt: skip
+        place, inside = read_tap(
+            d, h, w, k, live, SD, SH, SW, source_d, source_h, source_w, KERNEL, MUL, STEP, SHIFT, DIV
+        )  # [M]
         x = tl.load(
             source[None, :] + ((i * source_c)[:, None] + place[None, :]),
             mask=i_has[:, None] & inside[None, :],
@@ -154,65 +102,32 @@ def _conv_kernel(
 
 
 @triton.jit
-def _weight_gradient_kernel(
+def _wgrad_kernel(
     dy_ptr,  # [N, groups * O, YD, YH, YW], any strides
     x_ptr,  # [N, groups * C, XD, XH, XW], any strides
     images_ptr,  # [row tiles, 2 + 3 IMAGES]: first row, rows, then per image first filter, tap, sign (0: none)
-    work_ptr,  # [batches, splits, groups, R, C]
+    workspace_ptr,  # [batches, splits, groups, R, C]
     M,  # positions of one image of the tensor that is read in place
     BATCH,  # images
     STEPS,  # blocks of positions of one split
     SPLITS,  # of the blocks of an image
     PART,  # images of one part of the batch
-    PD,
-    PH,
-    PW,
-    SD,
-    SH,
-    SW,
-    O,
-    C,
-    R,
-    GROUPS,
-    dy_n,
-    dy_c,
-    dy_d,
-    dy_h,
-    dy_w,
-    x_n,
-    x_c,
-    x_d,
-    x_h,
-    x_w,
-    KD: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    MUL_D: tl.constexpr,
-    MUL_H: tl.constexpr,
-    MUL_W: tl.constexpr,
-    STEP_D: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    SHIFT_D: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    DIV_D: tl.constexpr,
-    DIV_H: tl.constexpr,
-    DIV_W: tl.constexpr,
+    PD, PH, PW, SD, SH, SW, O, C, R, GROUPS,
+    dy_n, dy_c, dy_d, dy_h, dy_w, x_n, x_c, x_d, x_h, x_w,
+    KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # x is read at p and dy at at(p, k), not the other way round
     IMAGES: tl.constexpr,
     SIGNED: tl.constexpr,  # some sign is negative
     ALIGN: tl.constexpr,  # divides all rows of a tile and first filters, so that neighbours are read together
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """work[b, s, group, r, c] = sum of sign dy[n, p, o] x[n, at(p, k), c] over images (o, k, sign) of row r, over the n
-    of part b of the batch and the p of split s.
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """workspace[b, s, group, r, c] = sum of sign dy[n, p, o] x[n, at(p, k), c] over images (o, k, sign) of row r, over
+    the n of part b of the batch and the p of split s.
 
-    at(p, k) as in `_conv_kernel`. The innermost loop is over n: places are worked out once for all images of the batch.
+    at(p, k) as in `_implicit_gemm_kernel`. The innermost loop is over n: places are worked out once for all images of
+    the batch.
     """
     tiles_c = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) // tiles_c
@@ -241,21 +156,12 @@ def _weight_gradient_kernel(
             o = tl.multiple_of(tl.load(images_ptr + 2 + 3 * image), ALIGN)
             k = tl.load(images_ptr + 3 + 3 * image)
             sign = tl.load(images_ptr + 4 + 3 * image)
-            shift_d = k // (KH * KW) * STEP_D + SHIFT_D
-            shift_h = k // KW % KH * STEP_H + SHIFT_H
-            shift_w = k % KW * STEP_W + SHIFT_W
             if TRANSPOSED:
                 x_at = d * x_d + h * x_h + w * x_w
-                dy_at, there = read_at(
-                    d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, dy_d, dy_h, dy_w,
-                    MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
-                )  # fmt: skip
+                dy_at, there = read_tap(d, h, w, k, live, SD, SH, SW, dy_d, dy_h, dy_w, KERNEL, MUL, STEP, SHIFT, DIV)
             else:
                 dy_at = d * dy_d + h * dy_h + w * dy_w
-                x_at, there = read_at(
-                    d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, x_d, x_h, x_w,
-                    MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
-                )  # fmt: skip
+                x_at, there = read_tap(d, h, w, k, live, SD, SH, SW, x_d, x_h, x_w, KERNEL, MUL, STEP, SHIFT, DIV)
             dy_at = ((o + r) * dy_c)[:, None] + dy_at[None, :]  # [M, K]
             dy_there = r_has[:, None] & there[None, :]
             x_at = (c * x_c)[:, None] + x_at[None, :]  # [N, K]
@@ -270,65 +176,51 @@ def _weight_gradient_kernel(
             if SIGNED:
                 total *= tl.where(sign < 0, -1.0, 1.0)
     place = ((split.to(tl.int64) * GROUPS + group) * R + first + r) * C  # [M]
-    tl.store(work_ptr + place[:, None] + c[None, :], total, mask=r_has[:, None] & c_has[None, :])
+    tl.store(workspace_ptr + place[:, None] + c[None, :], total, mask=r_has[:, None] & c_has[None, :])
 
 
-def conv(
-    source: Tensor,
+def fprop(
+    x: Tensor,
     rows: Tensor,
     table: Tensor,
-    target: Tensor,
+    y: Tensor,
     grid: Grid,
     tile: GemmTile,
     *,
-    gradient: bool,
     signed: bool,
     precision: str,
     bias: Tensor | None = None,
     activation: str | None = None,
+    gradient: bool = False,
 ) -> None:
-    """Fill target (N, groups * J, D, H, W) from source (N, groups * I, D, H, W) and rows (groups, R, C), contiguous."""
-    if target.numel() == 0:
+    """Fill y (N, groups * O, D, H, W) from x (N, groups * C, D, H, W) and rows (groups, R, C), contiguous."""
+    if y.numel() == 0:
         return
     groups, stored, channels = rows.shape
-    batch, target_c, *sizes = target.shape
-    count = batch * sizes[0] * sizes[1] * sizes[2]
+    batch, target_c, *sizes = y.shape
     target_c //= groups
+    count = batch * math.prod(sizes)
     programs = triton.cdiv(count, tile.block_m) * triton.cdiv(target_c, tile.block_n)
-    _conv_kernel[(programs, groups)](
-        source,
-        rows,
-        table,
-        bias,
-        target,
-        count,
-        *sizes,
-        *source.shape[2:],
-        source.shape[1] // groups,
-        target_c,
-        stored,
-        channels,
-        *source.stride(),
-        *target.stride(),
-        **grid.constants(),
-        GRADIENT=gradient,
-        SIGNED=signed,
-        ACTIVATION=activation or "",
-        PRECISION=precision,
-        WIDE=wide(source, target),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    _implicit_gemm_kernel[(programs, groups)](
+        x, rows, table, bias, y,
+        count, *sizes, *x.shape[2:], x.shape[1] // groups, target_c, stored, channels, *x.stride(), *y.stride(),
+        GRADIENT=gradient, SIGNED=signed, ACTIVATION=activation or "", PRECISION=precision, WIDE=wide(x, y),
+        **grid.constants, **tile.constants, **tile.options,
+    )  # fmt: skip
 
 
-def weight_gradient(
+def dgrad(
+    dy: Tensor, rows: Tensor, table: Tensor, dx: Tensor, grid: Grid, tile: GemmTile, *, signed: bool, precision: str
+) -> None:
+    """Fill dx from dy and rows; `grid` says where dx reads dy."""
+    fprop(dy, rows, table, dx, grid, tile, signed=signed, precision=precision, gradient=True)
+
+
+def wgrad(
     dy: Tensor,
     x: Tensor,
     images: Tensor,
-    work: Tensor,
+    drows: Tensor,
     grid: Grid,
     tile: GemmTile,
     *,
@@ -336,46 +228,27 @@ def weight_gradient(
     signed: bool,
     align: int,
     precision: str,
+    most_bytes: int,
 ) -> None:
-    """Fill work (batches, splits, groups, R, C), float32, with partial gradients of the stored rows, of so many parts
-    of the batch and of the positions; their sum is the gradient.
+    """Fill drows (groups, R, C) with the sum of partial gradients, of parts of the batch and of the positions.
 
-    `images` comes from a table of the row tiles of `tile.block_m`; rows that no image uses are left as they are.
-    `align` divides the rows of every tile and the first filter of every image.
+    `images` comes from a table of the row tiles of `tile.block_m`; rows that no image uses are 0. `align` divides the
+    rows of every tile and the first filter of every image.
     """
-    batches, splits, groups, stored, channels = work.shape
+    groups, stored, channels = drows.shape
     read, mapped = (x, dy) if transposed else (dy, x)
-    batch = read.shape[0]
-    count = read.shape[2] * read.shape[3] * read.shape[4]
+    batch, count = read.shape[0], math.prod(read.shape[2:])
+    blocks = triton.cdiv(count, tile.block_k)
     programs = images.shape[0] * triton.cdiv(channels, tile.block_n)
-    _weight_gradient_kernel[(programs, groups * splits * batches)](
-        dy,
-        x,
-        images,
-        work,
-        count,
-        batch,
-        triton.cdiv(triton.cdiv(count, tile.block_k), splits),
-        splits,
-        triton.cdiv(batch, batches),
-        *read.shape[2:],
-        *mapped.shape[2:],
-        dy.shape[1] // groups,
-        channels,
-        stored,
-        groups,
-        *dy.stride(),
-        *x.stride(),
-        **grid.constants(),
-        TRANSPOSED=transposed,
-        IMAGES=(images.shape[1] - 2) // 3,
-        SIGNED=signed,
-        ALIGN=align,
-        PRECISION=precision,
-        WIDE=wide(dy, x),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    splits = most_splits(programs * groups, batch * blocks, drows.numel(), most_bytes)
+    batches = max(1, min(splits, batch // 16))
+    splits = max(1, min(splits // batches, blocks))
+    workspace = drows.new_zeros(batches, splits, *drows.shape, dtype=torch.float32)
+    _wgrad_kernel[(programs, groups * splits * batches)](
+        dy, x, images, workspace,
+        count, batch, triton.cdiv(blocks, splits), splits, triton.cdiv(batch, batches),
+        *read.shape[2:], *mapped.shape[2:], dy.shape[1] // groups, channels, stored, groups, *dy.stride(), *x.stride(),
+        TRANSPOSED=transposed, IMAGES=(images.shape[1] - 2) // 3, SIGNED=signed, ALIGN=align, PRECISION=precision,
+        WIDE=wide(dy, x), **grid.constants, **tile.constants, **tile.options,
+    )  # fmt: skip
+    drows.copy_(workspace.flatten(0, 1).sum(0))

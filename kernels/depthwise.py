@@ -11,14 +11,16 @@ whether x is channels-last or channels-first.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonsym.kernels.address import positions, read_at, wide
-from tritonsym.kernels.conv import Grid
+from tritonsym.kernels.address import Grid, positions, read_tap, wide
 from tritonsym.kernels.epilogue import activate
-from tritonsym.kernels.tiles import Tile
+from tritonsym.kernels.tiles import Tile, most_splits
 
 
 @triton.jit
@@ -29,46 +31,17 @@ def _depthwise_kernel(
     bias_ptr,  # [GROUPS * TARGET_F] or None
     target_ptr,  # [N, GROUPS * TARGET_F, TD, TH, TW], any strides
     M,  # N * TD * TH * TW
-    TD,
-    TH,
-    TW,
-    SD,
-    SH,
-    SW,
-    GROUPS,
-    source_n,
-    source_c,
-    source_d,
-    source_h,
-    source_w,
-    target_n,
-    target_c,
-    target_d,
-    target_h,
-    target_w,
+    TD, TH, TW, SD, SH, SW, GROUPS,
+    source_n, source_c, source_d, source_h, source_w,
+    target_n, target_c, target_d, target_h, target_w,
     SOURCE_F: tl.constexpr,
     TARGET_F: tl.constexpr,
-    KD: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    MUL_D: tl.constexpr,
-    MUL_H: tl.constexpr,
-    MUL_W: tl.constexpr,
-    STEP_D: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    SHIFT_D: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    DIV_D: tl.constexpr,
-    DIV_H: tl.constexpr,
-    DIV_W: tl.constexpr,
+    KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
     SIGNED: tl.constexpr,  # some sign is negative
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within an image need 64 bits
-    BLOCK_P: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):
+    BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
     """target[n, g, j, p] = act(bias[g, j] + sum_{i, k} W[g, i + j, k] source[n, g, i, at(p, k)]).
 
     W[g, o, k] = sign[o, k] rows[g, row[o, k]]; at(p, k) as in `kernels.conv`. The source or the target has one channel
@@ -86,18 +59,14 @@ def _depthwise_kernel(
     total = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
     for i in range(SOURCE_F):
         channel = (g * SOURCE_F + i) * source_c  # [U]
-        for k in range(KD * KH * KW):
-            shift_d = k // (KH * KW) * STEP_D + SHIFT_D
-            shift_h = k // KW % KH * STEP_H + SHIFT_H
-            shift_w = k % KW * STEP_W + SHIFT_W
-            place, inside = read_at(
-                d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, source_d, source_h, source_w,
-                MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
-            )  # fmt: skip
+        for k in range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
+            place, inside = read_tap(
+                d, h, w, k, live, SD, SH, SW, source_d, source_h, source_w, KERNEL, MUL, STEP, SHIFT, DIV
+            )
             x = tl.load(
                 source[None, :] + (channel[:, None] + place[None, :]), mask=has[:, None] & inside[None, :], other=0.0
             )  # [U, P]
-            entry = tl.load(table_ptr + (i + j) * (KD * KH * KW) + k)
+            entry = tl.load(table_ptr + (i + j) * (KERNEL[0] * KERNEL[1] * KERNEL[2]) + k)
             weight = tl.load(rows_ptr + tl.maximum(tl.abs(entry) - 1, 0) * GROUPS + g, mask=has, other=0.0)  # [U]
             weight = tl.where(entry == 0, 0.0, weight)
             if SIGNED:
@@ -116,55 +85,25 @@ def _depthwise_kernel(
 
 
 @triton.jit
-def _depthwise_weight_kernel(
+def _depthwise_wgrad_kernel(
     dy_ptr,  # [N, GROUPS * F, YD, YH, YW], any strides
     x_ptr,  # [N, GROUPS, XD, XH, XW], any strides
     images_ptr,  # [R, 2 + 3 IMAGES]: row, 1, then per image filter, tap, sign (0: none)
-    work_ptr,  # [splits, GROUPS, R]
+    workspace_ptr,  # [splits, GROUPS, R]
     M,  # positions of the tensor that is read in place, with the batch
     STEPS,  # blocks of positions of one split
-    PD,
-    PH,
-    PW,
-    SD,
-    SH,
-    SW,
-    GROUPS,
-    R,
-    dy_n,
-    dy_c,
-    dy_d,
-    dy_h,
-    dy_w,
-    x_n,
-    x_c,
-    x_d,
-    x_h,
-    x_w,
+    PD, PH, PW, SD, SH, SW, GROUPS, R,
+    dy_n, dy_c, dy_d, dy_h, dy_w,
+    x_n, x_c, x_d, x_h, x_w,
     F: tl.constexpr,
-    KD: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    MUL_D: tl.constexpr,
-    MUL_H: tl.constexpr,
-    MUL_W: tl.constexpr,
-    STEP_D: tl.constexpr,
-    STEP_H: tl.constexpr,
-    STEP_W: tl.constexpr,
-    SHIFT_D: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    DIV_D: tl.constexpr,
-    DIV_H: tl.constexpr,
-    DIV_W: tl.constexpr,
+    KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # x is read at p and dy at at(p, k), not the other way round
     IMAGES: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):
-    """work[split, g, r] = sum of sign dy[n, g, o, p] x[n, g, at(p, k)] over images (o, k, sign) of row r and over the
-    positions (n, p) of the split."""
+    BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """workspace[split, g, r] = sum of sign dy[n, g, o, p] x[n, g, at(p, k)] over images (o, k, sign) of row r and over
+    the positions (n, p) of the split."""
     images_ptr += tl.program_id(0) % R * (2 + 3 * IMAGES)  # neighbours read the same positions
     g = tl.program_id(0) // R * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
     has = g < GROUPS
@@ -178,21 +117,12 @@ def _depthwise_weight_kernel(
             o = tl.load(images_ptr + 2 + 3 * image)
             k = tl.load(images_ptr + 3 + 3 * image)
             sign = tl.load(images_ptr + 4 + 3 * image)
-            shift_d = k // (KH * KW) * STEP_D + SHIFT_D
-            shift_h = k // KW % KH * STEP_H + SHIFT_H
-            shift_w = k % KW * STEP_W + SHIFT_W
             if TRANSPOSED:
                 x_at = d * x_d + h * x_h + w * x_w
-                dy_at, there = read_at(
-                    d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, dy_d, dy_h, dy_w,
-                    MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
-                )  # fmt: skip
+                dy_at, there = read_tap(d, h, w, k, live, SD, SH, SW, dy_d, dy_h, dy_w, KERNEL, MUL, STEP, SHIFT, DIV)
             else:
                 dy_at = d * dy_d + h * dy_h + w * dy_w
-                x_at, there = read_at(
-                    d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, x_d, x_h, x_w,
-                    MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
-                )  # fmt: skip
+                x_at, there = read_tap(d, h, w, k, live, SD, SH, SW, x_d, x_h, x_w, KERNEL, MUL, STEP, SHIFT, DIV)
             mask = has[:, None] & there[None, :]
             filters = ((g * F + o if F > 1 else g) * dy_c)[:, None]
             dy = tl.load((dy_ptr + n * dy_n)[None, :] + (filters + dy_at[None, :]), mask=mask, other=0.0)  # [U, P]
@@ -200,14 +130,14 @@ def _depthwise_weight_kernel(
             product = dy.to(tl.float32) * x.to(tl.float32)
             total += tl.where(sign < 0, -product, tl.where(sign == 0, 0.0, product))
     place = (split.to(tl.int64) * GROUPS + g) * R + tl.load(images_ptr)
-    tl.store(work_ptr + place, tl.sum(total, 1), mask=has)
+    tl.store(workspace_ptr + place, tl.sum(total, 1), mask=has)
 
 
-def conv(
-    source: Tensor,
+def fprop(
+    x: Tensor,
     rows: Tensor,
     table: Tensor,
-    target: Tensor,
+    y: Tensor,
     grid: Grid,
     tile: Tile,
     *,
@@ -215,67 +145,41 @@ def conv(
     bias: Tensor | None = None,
     activation: str | None = None,
 ) -> None:
-    """Fill target (N, groups * J, D, H, W) from source (N, groups * I, D, H, W), I or J being 1, and contiguous rows
+    """Fill y (N, groups * J, D, H, W) from x (N, groups * I, D, H, W), I or J being 1, and contiguous rows
     (R, groups)."""
-    if target.numel() == 0:
+    if y.numel() == 0:
         return
     groups = rows.shape[1]
-    batch, channels, *sizes = target.shape
-    count = batch * sizes[0] * sizes[1] * sizes[2]
+    batch, channels, *sizes = y.shape
+    count = batch * math.prod(sizes)
     programs = triton.cdiv(count, tile.block_p) * triton.cdiv(groups, tile.block_u) * (channels // groups)
     _depthwise_kernel[(programs,)](
-        source,
-        rows,
-        table,
-        bias,
-        target,
-        count,
-        *sizes,
-        *source.shape[2:],
-        groups,
-        *source.stride(),
-        *target.stride(),
-        SOURCE_F=source.shape[1] // groups,
-        TARGET_F=channels // groups,
-        **grid.constants(),
-        SIGNED=signed,
-        ACTIVATION=activation or "",
-        WIDE=wide(source, target),
-        BLOCK_P=tile.block_p,
-        BLOCK_U=tile.block_u,
-        num_warps=tile.warps,
-    )
+        x, rows, table, bias, y, count, *sizes, *x.shape[2:], groups, *x.stride(), *y.stride(),
+        SOURCE_F=x.shape[1] // groups, TARGET_F=channels // groups, SIGNED=signed, ACTIVATION=activation or "",
+        WIDE=wide(x, y), **grid.constants, **tile.constants, **tile.options,
+    )  # fmt: skip
 
 
-def weight_gradient(
-    dy: Tensor, x: Tensor, images: Tensor, work: Tensor, grid: Grid, tile: Tile, *, transposed: bool
+#: dx from dy: the same, with a `Grid` that says where dx reads dy.
+dgrad = fprop
+
+
+def wgrad(
+    dy: Tensor, x: Tensor, images: Tensor, drows: Tensor, grid: Grid, tile: Tile, *, transposed: bool, most_bytes: int
 ) -> None:
-    """Fill work (splits, groups, R, 1), float32, with partial gradients of the stored rows; their sum is the gradient.
-
-    `images` comes from a table of the rows, one by one.
-    """
-    splits, groups, stored, _ = work.shape
+    """Fill drows (groups, R, 1) with the sum of partial gradients, of parts of the positions; `images` comes from a
+    table of the rows, one by one."""
+    groups, stored, _ = drows.shape
     read, mapped = (x, dy) if transposed else (dy, x)
-    count = read.shape[0] * read.shape[2] * read.shape[3] * read.shape[4]
-    _depthwise_weight_kernel[(stored * triton.cdiv(groups, tile.block_u), splits)](
-        dy,
-        x,
-        images,
-        work,
-        count,
-        triton.cdiv(triton.cdiv(count, tile.block_p), splits),
-        *read.shape[2:],
-        *mapped.shape[2:],
-        groups,
-        stored,
-        *dy.stride(),
-        *x.stride(),
-        F=dy.shape[1] // groups,
-        **grid.constants(),
-        TRANSPOSED=transposed,
-        IMAGES=(images.shape[1] - 2) // 3,
-        WIDE=wide(dy, x),
-        BLOCK_P=tile.block_p,
-        BLOCK_U=tile.block_u,
-        num_warps=tile.warps,
-    )
+    count = read.shape[0] * math.prod(read.shape[2:])
+    programs = stored * triton.cdiv(groups, tile.block_u)
+    splits = most_splits(programs, count // tile.block_p, drows.numel(), most_bytes)
+    workspace = drows.new_zeros(splits, *drows.shape, dtype=torch.float32)
+    _depthwise_wgrad_kernel[(programs, splits)](
+        dy, x, images, workspace,
+        count, triton.cdiv(triton.cdiv(count, tile.block_p), splits), *read.shape[2:], *mapped.shape[2:],
+        groups, stored, *dy.stride(), *x.stride(),
+        F=dy.shape[1] // groups, TRANSPOSED=transposed, IMAGES=(images.shape[1] - 2) // 3, WIDE=wide(dy, x),
+        **grid.constants, **tile.constants, **tile.options,
+    )  # fmt: skip
+    drows.copy_(workspace.sum(0))

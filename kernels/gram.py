@@ -14,15 +14,11 @@ def accumulate(
     total,  # [I, J] float32
     a,  # [I, 1] pointers to k = 0
     b,  # [1, J] pointers to k = 0
-    begin,
-    end,
-    a_k,
-    b_k,
+    begin, end, a_k, b_k,
     rows,  # [I, 1] which rows of a may be read
     columns,  # [1, J] which columns of b
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """total[i, j] + sum of a[i, k] b[k, j] over begin <= k < end."""
     for first in range(begin, end, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -46,22 +42,12 @@ def _gram_kernel(
     x_ptr,  # [batch, M, K], any strides
     a_ptr,  # [batch, M, M], any strides; read where i >= j, and within the tiles on the diagonal
     c_ptr,  # [batch, M, M], contiguous
-    M,
-    K,
-    x_batch,
-    x_m,
-    x_k,
-    a_batch,
-    a_m,
-    a_n,
-    alpha,
-    beta,
+    M, K, x_batch, x_m, x_k, a_batch, a_m, a_n, alpha, beta,
     HAS_A: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,  # tile rows that are worked on together, for the sake of the cache
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """c[i, j] = c[j, i] = beta a[i, j] + alpha sum_k x[i, k] x[j, k] for i >= j: one program per tile of i >= j."""
     tile_rows = tl.cdiv(M, BLOCK_M)
     tiles = tile_rows * (tile_rows + 1) // 2
@@ -106,21 +92,8 @@ def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: GemmTile,
         return c
     tile_rows = triton.cdiv(m, tile.block_m)
     _gram_kernel[(tile_rows * (tile_rows + 1) // 2 * batch,)](
-        x,
-        x if a is None else a,
-        c,
-        m,
-        k,
-        *x.stride(),
-        *((0, 0, 0) if a is None else a.stride()),
-        alpha,
-        beta,
-        HAS_A=a is not None,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        GROUP=GROUP,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        x, x if a is None else a, c, m, k, *x.stride(), *((0, 0, 0) if a is None else a.stride()), alpha, beta,
+        HAS_A=a is not None, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, GROUP=GROUP, PRECISION=precision,
+        **tile.options,
+    )  # fmt: skip
     return c

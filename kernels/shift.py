@@ -1,86 +1,62 @@
-"""The additions of the shift path as one Triton kernel: forward, its adjoint, any symmetry, one to three axes."""
+"""The sums of the shift path as one Triton kernel: forward, its adjoint, any symmetry, one to three axes."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonsym.kernels.address import positions, read_at, wide
+from tritonsym.kernels.address import Three, positions, read_at, wide
 from tritonsym.kernels.epilogue import activate
 from tritonsym.kernels.tiles import Tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tables are kept: as a key, one is itself
 class Table:
-    """Constants of one launch: which sums stand in which target channels.
+    """Which sums stand in which target channels of a group.
 
-    Sum o fills the target channels first[o] + u, u < filters[o]. Each of its terms (channel, shift, sign, image) is
-    source channel channel + u at position (mul p + shift) / div of every axis, times sign; `image` counts where the
-    source is the gradient of a pooled orbit. With `pool` the sums are the images of one filter each, and only the
-    largest ('max') or smallest ('min') is stored.
+    A sum (first, filters, terms) fills the target channels first + u, u < filters. Each of its terms (channel, shift,
+    sign, image) is source channel channel + u at position (mul p + shift) / div of every axis, times sign; `image`
+    counts where the source is the gradient of a pooled orbit. With `pool` the sums are the images of one filter each,
+    and only the largest ('max') or smallest ('min') is stored.
     """
 
-    first: tuple[int, ...]
-    filters: tuple[int, ...]
-    terms: tuple[tuple[tuple[int, tuple[int, int, int], int, int], ...], ...]
-    mul: tuple[int, int, int]
-    div: tuple[int, int, int]
+    source_channels: int  # of a group
+    target_channels: int
+    sums: tuple[tuple[int, int, tuple[tuple[int, Three, int, int], ...]], ...]
+    mul: Three
+    div: Three
     pool: str = ""
 
 
 @triton.jit
-def _add_kernel(
+def _shift_sum_kernel(
     source_ptr,  # [N, groups * SOURCE_C, SD, SH, SW], any strides
     target_ptr,  # [N, groups * TARGET_C, TD, TH, TW], any strides
     bias_ptr,  # [groups * TARGET_C] or None
     winners_ptr,  # bits of the images that won, strides of the pooled tensor; None if not kept or needed
     M,  # N * TD * TH * TW
-    TD,
-    TH,
-    TW,
-    SD,
-    SH,
-    SW,
-    source_n,
-    source_c,
-    source_d,
-    source_h,
-    source_w,
-    target_n,
-    target_c,
-    target_d,
-    target_h,
-    target_w,
-    SOURCE_C: tl.constexpr,
-    TARGET_C: tl.constexpr,
+    TD, TH, TW, SD, SH, SW,
+    source_n, source_c, source_d, source_h, source_w, target_n, target_c, target_d, target_h, target_w,
+    SOURCE_C: tl.constexpr, TARGET_C: tl.constexpr,
     TILES: tl.constexpr,  # filter tiles of one group
     TILE_AT: tl.constexpr,  # of every sum: its first tile; sums of equal filters share their tiles
-    FIRST: tl.constexpr,
-    FILTERS: tl.constexpr,
+    FIRST: tl.constexpr, FILTERS: tl.constexpr,  # of every sum
     TERMS: tl.constexpr,  # of every sum: as many as the longest has, the rest with SIGN 0
-    CHANNEL: tl.constexpr,
-    SHIFT_D: tl.constexpr,
-    SHIFT_H: tl.constexpr,
-    SHIFT_W: tl.constexpr,
-    SIGN: tl.constexpr,
-    IMAGE: tl.constexpr,
-    MUL_D: tl.constexpr,
-    MUL_H: tl.constexpr,
-    MUL_W: tl.constexpr,
-    DIV_D: tl.constexpr,
-    DIV_H: tl.constexpr,
-    DIV_W: tl.constexpr,
+    CHANNEL: tl.constexpr, SHIFT_D: tl.constexpr, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,  # of every term
+    SIGN: tl.constexpr, IMAGE: tl.constexpr,  # of every term
+    MUL: tl.constexpr, DIV: tl.constexpr,
     POOL: tl.constexpr,
     WON: tl.constexpr,  # the source is the gradient of a pooled orbit: only images that won receive it
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within an image need 64 bits
-    BLOCK_P: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):
+    BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
     """target[n, FIRST[o] + u, p] = act(bias + sum_t SIGN[o, t] source[n, CHANNEL[o, t] + u, at(p, o, t)]).
 
     at(p, o, t) = (MUL p + SHIFT[o, t]) / DIV; 0 where DIV does not divide it and outside the image. POOL: the extremum
@@ -107,7 +83,7 @@ def _add_kernel(
                 if SIGN[o * TERMS + t] != 0:
                     place, inside = read_at(
                         d, h, w, SHIFT_D[o * TERMS + t], SHIFT_H[o * TERMS + t], SHIFT_W[o * TERMS + t], live,
-                        SD, SH, SW, source_d, source_h, source_w, MUL_D, MUL_H, MUL_W, DIV_D, DIV_H, DIV_W,
+                        SD, SH, SW, source_d, source_h, source_w, MUL, DIV,
                     )  # fmt: skip
                     place = ((u + CHANNEL[o * TERMS + t]) * source_c)[:, None] + (source + place)[None, :]
                     mask = has[:, None] & inside[None, :]
@@ -153,87 +129,67 @@ def _add_kernel(
             tl.store(winners_ptr + place, winners.to(tl.uint8), mask=mask)
 
 
-def constants(table: Table, source_channels: int, target_channels: int, tile: Tile, **options: Any) -> dict[str, Any]:
-    """The constexpr arguments of the kernel for one table."""
+@lru_cache(maxsize=1024)
+def constants(table: Table, block_u: int) -> dict[str, Any]:
+    """The constexpr arguments of the kernel for one table and tile width."""
     tile_at: list[int] = []
-    end = 0
-    for o, filters in enumerate(table.filters):
-        if o and filters == table.filters[o - 1]:
-            tile_at.append(tile_at[-1])
-        else:
-            tile_at.append(end)
-            end += triton.cdiv(filters, tile.block_u)
-    most = max(map(len, table.terms))
-    terms = [term for sum_ in table.terms for term in (*sum_, *[(0, (0, 0, 0), 0, 0)] * (most - len(sum_)))]
-    channel, shift, sign, image = zip(*terms, strict=True)
-    shift_d, shift_h, shift_w = zip(*shift, strict=True)
+    end, before = 0, -1
+    for _, filters, _ in table.sums:
+        tile_at.append(tile_at[-1] if filters == before else end)
+        end, before = tile_at[-1] + triton.cdiv(filters, block_u), filters
+    most = max(len(terms) for *_, terms in table.sums)
+    flat = [term for *_, terms in table.sums for term in (*terms, *[(0, (0, 0, 0), 0, 0)] * (most - len(terms)))]
+    channel, shift, sign, image = zip(*flat, strict=True)
     return {
-        "SOURCE_C": source_channels,
-        "TARGET_C": target_channels,
+        "SOURCE_C": table.source_channels,
+        "TARGET_C": table.target_channels,
         "TILES": end,
         "TILE_AT": tuple(tile_at),
-        "FIRST": table.first,
-        "FILTERS": table.filters,
+        "FIRST": tuple(first for first, *_ in table.sums),
+        "FILTERS": tuple(filters for _, filters, _ in table.sums),
         "TERMS": most,
         "CHANNEL": channel,
-        "SHIFT_D": shift_d,
-        "SHIFT_H": shift_h,
-        "SHIFT_W": shift_w,
+        **dict(zip(("SHIFT_D", "SHIFT_H", "SHIFT_W"), zip(*shift, strict=True), strict=True)),
         "SIGN": sign,
         "IMAGE": image,
-        **dict(zip(("MUL_D", "MUL_H", "MUL_W"), table.mul, strict=True)),
-        **dict(zip(("DIV_D", "DIV_H", "DIV_W"), table.div, strict=True)),
+        "MUL": table.mul,
+        "DIV": table.div,
         "POOL": table.pool,
-        "WON": False,
-        "ACTIVATION": "",
-        "WIDE": False,
-        "BLOCK_P": tile.block_p,
-        "BLOCK_U": tile.block_u,
-        **options,
     }
 
 
-def add(
-    source: Tensor,
+def shift_sum(
+    z: Tensor,
     table: Table,
-    target: Tensor,
-    groups: int,
+    y: Tensor,
     tile: Tile,
     *,
     bias: Tensor | None = None,
     activation: str | None = None,
-    kept: Tensor | None = None,
-    won: Tensor | None = None,
+    winners: Tensor | None = None,
 ) -> None:
-    """Fill `target` (N, groups * channels, D, H, W) with the sums of `table` over `source`; both with any strides.
+    """Fill y (N, groups * channels, D, H, W) with the sums of `table` over z; both with any strides.
 
-    `kept` (strides of the target) receives the winners of a pooled orbit; `won` (strides of the source) are the
-    winners that a gradient goes to.
+    `winners` (strides of y) receives those of a pooled orbit.
     """
+    _launch(z, table, y, tile, bias, winners, ACTIVATION=activation or "", WON=False)
+
+
+def gather_sum(dy: Tensor, table: Table, d: Tensor, tile: Tile, *, winners: Tensor | None = None) -> None:
+    """Fill d with the sums of `table` over dy; `winners` (strides of dy) are those that a gradient goes to."""
+    _launch(dy, table, d, tile, None, winners, ACTIVATION="", WON=winners is not None)
+
+
+def _launch(
+    source: Tensor, table: Table, target: Tensor, tile: Tile, bias: Tensor | None, winners: Tensor | None, **fixed: Any
+) -> None:
     if target.numel() == 0:
         return
     batch, channels, *sizes = target.shape
-    count = batch * sizes[0] * sizes[1] * sizes[2]
-    fixed = constants(
-        table,
-        source.shape[1] // groups,
-        channels // groups,
-        tile,
-        WON=won is not None,
-        ACTIVATION=activation or "",
-        WIDE=wide(source, target),
-    )
-    grid = (triton.cdiv(count, tile.block_p), groups * fixed["TILES"])
-    _add_kernel[grid](
-        source,
-        target,
-        bias,
-        kept if won is None else won,
-        count,
-        *sizes,
-        *source.shape[2:],
-        *source.stride(),
-        *target.stride(),
-        **fixed,
-        num_warps=tile.warps,
-    )
+    count = batch * math.prod(sizes)
+    fixed |= constants(table, tile.block_u)
+    programs = triton.cdiv(count, tile.block_p), channels // table.target_channels * fixed["TILES"]
+    _shift_sum_kernel[programs](
+        source, target, bias, winners, count, *sizes, *source.shape[2:], *source.stride(), *target.stride(),
+        WIDE=wide(source, target), **fixed, **tile.constants, **tile.options,
+    )  # fmt: skip

@@ -26,20 +26,11 @@ def _product_kernel(
     packed_ptr,  # [2 N + 1, K], contiguous
     bias_ptr,  # [K + N]
     y_ptr,  # [B, K + N], contiguous
-    B,
-    K,
-    N,
-    x_b,
-    x_k,
-    EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    B, K, N, x_b, x_k,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """y[m, j] = act(bias[j] + sum_k x[m, k] S[k, j]): one program per tile of y, whose columns lie in one half."""
     left_tiles = tl.cdiv(K, BLOCK_N)
     columns = left_tiles + tl.cdiv(N, BLOCK_N)
@@ -97,17 +88,10 @@ def _strip(
     r,
     rows,  # of the triangle
     columns,
-    begin,
-    end,
-    K,
-    B,
-    x_k,
+    begin, end, K, B, x_k,
     live,  # [1, B]
-    IS_LEFT: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    IS_LEFT: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """total[r, m] += sum_c S[r, c] x[m, c] and partial[c, m] = sum_r S[r, c] x[m, r], c != r, over stored entries.
 
     One load of every entry for both.
@@ -134,20 +118,10 @@ def _strips_kernel(
     x_ptr,  # [B, K + N], any strides
     packed_ptr,  # [2 N + 1, K], contiguous
     partial_ptr,  # [strips + 2 segments, K + N, B] float32
-    B,
-    K,
-    N,
-    x_b,
-    x_k,
-    strips,
-    segments,
-    EVEN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    B, K, N, x_b, x_k, strips, segments,
+    EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Every stored entry S[i, j] into partial sums of y[m, i] and, i != j, of y[m, j]: a program is a strip of rows
     by a segment of columns, of the left triangle and then of the right one.
 
@@ -202,18 +176,10 @@ def _sum_kernel(
     partial_ptr,  # as `_strips_kernel` leaves it; other slots are not all written
     bias_ptr,  # [K + N]
     y_ptr,  # [B, K + N], contiguous
-    B,
-    K,
-    N,
-    strips,
-    segments,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
+    B, K, N, strips, segments,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
     """y[m, q] = act(bias[q] + sum_s partial[s, q, m]), in the order of s, over the slots that hold entries of row q."""
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m = tl.arange(0, BLOCK_B)
@@ -242,18 +208,9 @@ def _gradient_kernel(
     x_ptr,  # [B, K + N], any strides
     dy_ptr,  # [B, K + N], any strides
     d_ptr,  # [2 N + 1, K], contiguous
-    B,
-    K,
-    N,
-    x_b,
-    x_k,
-    dy_b,
-    dy_k,
-    EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    B, K, N, x_b, x_k, dy_b, dy_k,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """d of entry S[i, j] = sum_m x[m, i] dy[m, j] + dy[m, i] x[m, j], i != j, and sum_m x[m, i] dy[m, i] for S[i, i].
 
     One program per tile of the rectangle, on or below its diagonal of the left triangle, else of the right one; and
@@ -297,25 +254,10 @@ def product_by_tiles(
     k = packed.shape[1]
     columns = triton.cdiv(k, tile.block_n) + triton.cdiv(n - k, tile.block_n)
     _product_kernel[(triton.cdiv(batch, tile.block_m) * columns,)](
-        x,
-        packed,
-        x if bias is None else bias,
-        y,
-        batch,
-        k,
-        n - k,
-        *x.stride(),
-        EVEN=1 - n % 2,
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation or "",
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP=GROUP,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        x, packed, x if bias is None else bias, y, batch, k, n - k, *x.stride(),
+        EVEN=1 - n % 2, HAS_BIAS=bias is not None, ACTIVATION=activation or "", GROUP=GROUP, PRECISION=precision,
+        **tile.constants, **tile.options,
+    )  # fmt: skip
     return y
 
 
@@ -334,34 +276,14 @@ def product_by_strips(
     sizes = (batch, k, n - k)
     shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "SEGMENT": segment}
     _strips_kernel[(strips, segments)](
-        x,
-        packed,
-        partial,
-        *sizes,
-        *x.stride(),
-        strips,
-        segments,
-        EVEN=1 - n % 2,
-        BLOCK_C=tile.block_k,
-        PRECISION=precision,
-        **shape,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        x, packed, partial, *sizes, *x.stride(), strips, segments,
+        EVEN=1 - n % 2, BLOCK_C=tile.block_k, PRECISION=precision, **shape, **tile.options,
+    )  # fmt: skip
     block_q = 1024 // tile.block_n
     _sum_kernel[(triton.cdiv(n, block_q),)](
-        partial,
-        x if bias is None else bias,
-        y,
-        *sizes,
-        strips,
-        segments,
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation or "",
-        BLOCK_Q=block_q,
-        **shape,
-        num_warps=4,
-    )
+        partial, x if bias is None else bias, y, *sizes, strips, segments,
+        HAS_BIAS=bias is not None, ACTIVATION=activation or "", BLOCK_Q=block_q, **shape, num_warps=4,
+    )  # fmt: skip
     return y
 
 
@@ -382,19 +304,7 @@ def gradient(x: Tensor, dy: Tensor, tile: GemmTile, precision: str) -> Tensor:
         return d
     tiles = [triton.cdiv(size, tile.block_m) for size in (n, k, n - k)]
     _gradient_kernel[(tiles[0] * tiles[1] + tiles[2],)](
-        x,
-        dy,
-        d,
-        batch,
-        k,
-        n - k,
-        *x.stride(),
-        *dy.stride(),
-        EVEN=1 - n % 2,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        x, dy, d, batch, k, n - k, *x.stride(), *dy.stride(),
+        EVEN=1 - n % 2, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, PRECISION=precision, **tile.options,
+    )  # fmt: skip
     return d

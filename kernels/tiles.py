@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 #: Shared memory that one program may use, in bytes, by target. Unknown NVIDIA targets: the least of them.
 SHARED = {
@@ -31,6 +32,16 @@ class Tile:
     block_u: int
     warps: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """The constexpr arguments of a kernel."""
+        return {"BLOCK_P": self.block_p, "BLOCK_U": self.block_u}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of Triton's compiler."""
+        return {"num_warps": self.warps}
+
 
 @dataclass(frozen=True)
 class GemmTile:
@@ -43,6 +54,14 @@ class GemmTile:
     warps: int
     stages: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
     def shared(self, itemsize: int) -> int:
         """Bytes of shared memory for the operands, at most."""
         return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
@@ -51,6 +70,13 @@ class GemmTile:
     def accumulators(self) -> int:
         """float32 values of the result per thread (of 32 a warp)."""
         return self.block_m * self.block_n // (32 * self.warps)
+
+
+def as_tiles(numbers: Sequence[int]) -> list[Any]:
+    """The tiles of a path's kernels from their numbers, one after the other: two `Tile` for 'shift', three `GemmTile`
+    for 'implicit_gemm', or three `Tile` where it is not a matrix product."""
+    kind, size = (GemmTile, 5) if len(numbers) == 15 else (Tile, 3)
+    return [kind(*numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
 
 def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) -> bool:
@@ -69,6 +95,12 @@ def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) 
         return False
     limit = SHARED.get(target, 64 << 10 if target.startswith("gfx") else 99 << 10)
     return tile.accumulators <= 128 and tile.shared(itemsize) <= limit
+
+
+def most_splits(programs: int, blocks: int, values: int, most_bytes: int) -> int:
+    """How many programs may share the positions of a sum: about 512 in all, 16 blocks each at least, and their partial
+    results, so many float32 values each, in so many bytes."""
+    return max(1, min(512 // max(programs, 1), blocks // 16, most_bytes // (4 * max(values, 1))))
 
 
 #: Every tile of the additions that `pick` may return.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonsym.nn as tnn
-from tritonsym import costs, dispatch, functional
+from tritonsym import functional, plan
 
 
 class Function(nn.Module):
@@ -27,9 +28,9 @@ class Function(nn.Module):
     def to_dense(self) -> Function:
         return Function(self.dense, self.dense)
 
-    def problem(self, shape: tuple[int, ...], target: str, dtype: str) -> costs.Problem:
+    def problem(self, x: Tensor, target: str, training: bool) -> plan.GramProblem:
         """Of every product with a symmetric result in it, for a square matrix."""
-        return dispatch.gram_problem(shape, target, dtype)
+        return plan.gram_problem(x.shape, target, plan.dtype_name(x))
 
 
 def _function(name: str, dense: Callable[[Tensor], Tensor], **options: Any) -> Callable[[int], nn.Module]:
@@ -42,27 +43,27 @@ def _newton_schulz(g: Tensor) -> Tensor:
     return 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
 
 
-def _conv(symmetry: Any, **options: Any) -> Callable[[int], nn.Module]:
-    options = {"kernel_size": 3, "padding": 1, "bias": False, "symmetry": symmetry, **options}
-    return lambda c: tnn.SymmetricConv2d(c, c, **options)
+def _conv(layer: str, symmetry: Any, kernel_size: int = 3, **options: Any) -> Callable[[int], nn.Module]:
+    options = {"padding": kernel_size // 2, "bias": False, "symmetry": symmetry, **options}
+    return lambda c: getattr(tnn, layer)(c, c, kernel_size, **options)
 
 
-def _tied(symmetry: str, kernel_size: int = 3) -> Callable[[int], nn.Module]:
-    options: dict[str, Any] = {"padding": kernel_size // 2, "bias": False, "symmetry": symmetry}
-    return lambda c: tnn.TiedConv2d(c, c, kernel_size, groups=1 if kernel_size == 3 else c, **options)
-
-
+_orbit = "SymmetricConv2d"
 #: Every kind of layer by its name, for so many channels.
 KINDS: dict[str, Callable[[int], nn.Module]] = {
-    **{symmetry: _conv(symmetry) for symmetry in ("h", "hv", "c4", "d4")},
-    "mixed": _conv({"h": "25%", "hv": "25%", "d4": "25%"}),
-    "tied-hv": _tied("hv"),
-    "tied-d4": _tied("d4"),
+    **{symmetry: _conv(_orbit, symmetry) for symmetry in ("h", "hv", "c4", "d4")},
+    "mixed": _conv(_orbit, {"h": "25%", "hv": "25%", "d4": "25%"}),
+    "groups4-hv": _conv(_orbit, "hv", groups=4),
+    "k5-hv": _conv(_orbit, "hv", 5),
+    "stride2-hv": _conv(_orbit, "hv", stride=2),
+    "transpose4-hv": _conv("SymmetricConvTranspose2d", "hv", 4, stride=2, padding=1),
+    "k9-h": _conv("SymmetricConv1d", "h", 9),
+    "hvz": _conv("SymmetricConv3d", "hvz"),
+    "tied-hv": _conv("TiedConv2d", "hv"),
+    "tied-d4": _conv("TiedConv2d", "d4"),
+    "radial7": _conv("TiedConv2d", "radial", 7),
+    "depthwise7-hv": lambda c: _conv("TiedConv2d", "hv", 7, groups=c)(c),
     "pool-hv": lambda c: tnn.OrbitPoolConv2d(c, c // 4, 3, padding=1, bias=False, symmetry="hv"),
-    "hvz": lambda c: tnn.SymmetricConv3d(c, c, 3, padding=1, bias=False, symmetry="hvz"),
-    "stride2-hv": _conv("hv", stride=2),
-    "transpose4-hv": lambda c: tnn.SymmetricConvTranspose2d(c, c, 4, 2, 1, bias=False, symmetry="hv"),
-    "depthwise7-hv": _tied("hv", 7),
     "linear": lambda n: tnn.SymmetricLinear(n, n, bias=False),
     "gram": _function("gram", lambda x: x @ x.mT),
     "symmetric_mm": _function("symmetric_mm", lambda x: x @ x),
@@ -88,106 +89,93 @@ class Case:
         return f"n{self.batch}-c{self.channels}{size if self.sizes else ''}-{self.kind}"
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.batch, self.channels, *self.sizes)
-
-    @property
     def modes(self) -> tuple[str, ...]:
         return ("forward",) if self.kind in FUNCTIONS else ("forward", "training")
 
-    def build(self) -> nn.Module:
-        return KINDS[self.kind](self.channels)
+    def build(self, dtype: str, device: torch.device | str) -> nn.Module:
+        with torch.device(device):
+            return KINDS[self.kind](self.channels).to(getattr(torch, dtype))
 
-    def input(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        x = torch.randn(self.shape, dtype=dtype, device=device)
-        return x + x.mT if self.kind == "symmetric_mm" else x
+    def input(self, dtype: str, device: torch.device | str) -> dict[str, Tensor]:
+        """The same input in every memory format; the last is channels-last if there is such a format."""
+        x = torch.randn(self.batch, self.channels, *self.sizes, dtype=getattr(torch, dtype), device=device)
+        if self.kind == "symmetric_mm":
+            x = x + x.mT
+        last = memory_format("channels_last", x)
+        return {"nchw": x, **({} if last is None else {"channels_last": x.to(memory_format=last)})}
 
     def tiny(self) -> Case:
         """The same in a size for Triton's interpreter."""
-        return Case(self.kind, 1 if self.sizes else 8, 8, (3,) * len(self.sizes))
+        channels = 16 if "groups" in self.kind else 8
+        return Case(self.kind, 1 if self.sizes else 8, channels, (3,) * len(self.sizes))
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds of the dense layer, those needed, and values read and written at least."""
-
-    dense: int
-    useful: int
-    values: int
+def memory_format(form: str, x: Tensor) -> torch.memory_format | None:
+    """Of layers on an input like x; None where torch has none."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return torch.contiguous_format if form == "nchw" else last.get(x.ndim)
 
 
-def cost(case: Case, mode: str) -> Cost:
-    """What a case takes however it is computed; a training step has two more products like that of the forward pass."""
-    once, times = _forward_cost(case), 1 if mode == "forward" else 3
-    return Cost(times * once.dense, times * once.useful, times * once.values)
+def shape_and_kind(name: str) -> tuple[str, str]:
+    """Of a case's name: 'n8-c64-3x3-tied-hv' -> ('8 x 64 x 3x3', 'tied-hv')."""
+    found = re.fullmatch(r"n(\d+)-c(\d+)(?:-(\d[\dx^]*))?-(.+)", name)
+    assert found, name
+    *shape, kind = found.groups()
+    return " x ".join(size for size in shape if size), kind
 
 
 @cache
-def _forward_cost(case: Case) -> Cost:
-    n = case.channels
+def cost(case: Case, mode: str) -> dict[str, int]:
+    """What a case takes however it is computed: multiply-adds of the dense layer and those that are needed, and values
+    read and written at least. A training step has two more products like that of the forward pass."""
+    n, x = case.channels, case.input("float32", "meta")["nchw"]
+    problem: Any = case.build("float32", "meta").problem(x, "cuda", False)  # type: ignore[operator]
     if case.kind in FUNCTIONS:
-        dense, useful, matrices = FUNCTIONS[case.kind]
-        return Cost(dense * n**3, int(useful * n**3), matrices * n * n)
-    if case.kind == "linear":
-        stored = n * (n + 1) // 2
-        return Cost(case.batch * n * n, case.batch * n * n, 2 * case.batch * n + stored)
-    with torch.device("meta"):
-        problem: Any = case.build().problem(case.shape, "cuda", "float32")  # type: ignore[operator]
-    work, traffic = problem.work, problem.traffic
-    values = traffic.x + traffic.y + traffic.stored
-    return Cost(problem.dense, min(work.multiply_adds, problem.expanded), values)
+        once = [int(factor * n**power) for factor, power in zip(FUNCTIONS[case.kind], (3, 3, 2), strict=True)]
+    elif case.kind == "linear":
+        once = [problem.dense, problem.dense, 2 * x.numel() + n * (n + 1) // 2]
+    else:
+        once = [problem.dense, min(problem.work[0], problem.expanded), x.numel() + problem.y + problem.stored]
+    times = 3 if mode == "training" else 1
+    return {name: times * number for name, number in zip(("dense", "useful", "values"), once, strict=True)}
 
 
-#: Datasheet peaks by a part of the GPU's name: 16-bit and tf32 multiply-adds x 2 per second (dense), bytes per second.
-PEAKS = {
-    "A100": (312e12, 156e12, 2.04e12),
-    "H100 80GB HBM3": (989e12, 494e12, 3.35e12),
-    "H200": (989e12, 494e12, 4.8e12),
-    "B200": (2250e12, 1125e12, 8e12),
-}
-
-
-def peak(device: str, dtype: str) -> tuple[float, float] | None:
-    """(FLOP/s, bytes/s) of a device by its name, None if unknown."""
-    for name, (half, tf32, memory) in PEAKS.items():
+def roofline(row: dict[str, Any], device: str) -> float | None:
+    """Seconds below which a GPU, by its name, cannot do what a row's case takes: its arithmetic, or its traffic."""
+    for name, gpu in plan.DEVICES.items():
         if name in device:
-            return (tf32 if dtype == "float32" else half), memory
+            flops, itemsize = (gpu.tf32, 4) if row["dtype"] == "float32" else (gpu.half, 2)
+            return max(2 * row["useful"] / flops, row["values"] * itemsize / gpu.peak_memory)
     return None
 
 
-def roofline(case: Case, mode: str, dtype: str, device: str) -> float | None:
-    """Seconds below which the device cannot compute the case: its arithmetic, or its traffic with memory."""
-    if (rates := peak(device, dtype)) is None:
-        return None
-    least = cost(case, mode)
-    return max(2 * least.useful / rates[0], least.values * (4 if dtype == "float32" else 2) / rates[1])
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+Shape = tuple[int, int, tuple[int, ...]]
 
 
-def _all(kinds: tuple[str, ...], shapes: list[tuple[int, int, tuple[int, ...]]]) -> list[Case]:
+def _all(kinds: tuple[str, ...], shapes: list[Shape]) -> list[Case]:
     return [Case(kind, *shape) for shape in shapes for kind in kinds]
 
 
+#: README's inputs, over which means are taken, and its symmetries.
+INPUTS: list[Shape] = [(8, 32, (32, 32)), (8, 64, (32, 32)), (8, 64, (56, 56)), (8, 128, (28, 28)), (1, 256, (14, 14))]
+INPUTS += [(8, 256, (28, 28)), (4, 512, (14, 14)), (2, 384, (19, 19)), (1, 320, (64, 64)), (2, 1280, (16, 16))]
+SYMMETRIES = ("h", "hv", "d4")
+MEANT = {case.name for case in _all(SYMMETRIES, INPUTS)}
+
 #: Sizes that fit a laptop.
 CPU: list[Case] = [
-    *_all(
-        ("h", "hv", "d4"),
-        [
-            (8, 32, (32, 32)),
-            (8, 64, (32, 32)),
-            (8, 64, (56, 56)),
-            (8, 128, (28, 28)),
-            (1, 256, (14, 14)),
-            (8, 256, (28, 28)),
-            (4, 512, (14, 14)),
-            (2, 384, (19, 19)),
-            (1, 320, (64, 64)),
-            (2, 1280, (16, 16)),
-        ],
-    ),
+    *_all(SYMMETRIES, [(8, 16, (32, 32)), *INPUTS]),
     *_all(("tied-hv", "tied-d4", "pool-hv"), [(8, 64, (56, 56)), (8, 256, (28, 28)), (4, 512, (14, 14))]),
     *_all(("hvz",), [(1, 32, (16,) * 3), (1, 64, (16,) * 3)]),
-    *_all(("stride2-hv",), [(8, 128, (28, 28)), (8, 256, (28, 28))]),
+    *_all(("stride2-hv", "mixed"), [(8, 128, (28, 28)), (8, 256, (28, 28))]),
     *_all(("transpose4-hv",), [(8, 64, (16, 16)), (4, 256, (16, 16))]),
+    *_all(("groups4-hv",), [(8, 256, (28, 28))]),
+    *_all(("k5-hv",), [(8, 64, (28, 28))]),
+    *_all(("radial7",), [(4, 128, (28, 28))]),
+    *_all(("k9-h",), [(8, 128, (512,))]),
+    *_all(("hv",), [(1, 64, (256, 256))]),
 ]
 
 _PLANAR = ("h", "hv", "c4", "d4", "tied-hv", "tied-d4", "pool-hv", "mixed")
@@ -210,11 +198,7 @@ GPU: list[Case] = [
 
 
 def select(cases: list[Case], words: str) -> list[Case]:
-    """The cases whose name has one of the words, separated by commas, in it.
-
-    Raises:
-        ValueError: no case has such a word; the message lists what there is.
-    """
+    """The cases whose name has one of the words, separated by commas, in it; ValueError if none has one of them."""
     for word in words.split(","):
         if not any(word in case.name for case in cases):
             raise ValueError(f"no case contains {word!r}; known: {', '.join(case.name for case in cases)}")

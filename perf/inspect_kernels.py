@@ -2,7 +2,7 @@
 
     python -m tritonsym.perf.inspect_kernels [--targets sm_90,gfx942]
 
-Columns: registers per thread, spills and reloads, shared memory, machine instructions (of the additions: per term of a
+Columns: registers per thread, spills and reloads, shared memory, machine instructions (of the sums: per term of a
 value; of a product: of one step, per 1000 multiply-adds; depthwise: per multiply-add of one tap), tensor-core
 instructions, widest load and store in bits. AMD targets only show that the kernel compiles.
 
@@ -28,12 +28,13 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compiler when triton is imported
 
+import torch
 import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonsym import launch, shift
+from tritonsym import launch
 from tritonsym.kernels import conv as conv_kernels
 from tritonsym.kernels import depthwise as depthwise_kernels
 from tritonsym.kernels import gram as gram_kernels
@@ -51,7 +52,8 @@ from tritonsym.kernels.tiles import (
     Tile,
     pick,
 )
-from tritonsym.symmetry import FilterLayout
+from tritonsym.spec import ConvSpec, Geometry, orbit_spec, pool_spec
+from tritonsym.symmetry import FilterLayout, Symmetry
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -92,11 +94,13 @@ class Compiled:
     store_bits: int | None
 
 
-def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | None = None) -> shift.Conv:
+def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | None = None) -> ConvSpec:
     """A convolution with so many stored filters, stride 1."""
-    layout = FilterLayout.parse(symmetry, stored * 2 ** (3 if symmetry in ("d4", "hvz") else len(symmetry)))
-    one = (1,) * len(kernel_size)
-    return shift.Conv(layout.blocks(kernel_size), 1, shift.Geometry(kernel_size, one, one, one), pool)
+    one, zero = (1,) * len(kernel_size), (0,) * len(kernel_size)
+    geometry = Geometry(kernel_size, one, one, one, zero)
+    if pool:
+        return pool_spec(Symmetry(symmetry), pool, stored, 1, geometry)
+    return orbit_spec(FilterLayout.from_stored(symmetry, stored), geometry)
 
 
 def entries() -> Iterator[Entry]:
@@ -109,23 +113,23 @@ def entries() -> Iterator[Entry]:
         ("c4", (5, 5), None),
         ("hvz", (3, 3, 3), None),
     ):
-        conv = layer(symmetry, kernel_size, 64, pool)
-        taps = math.prod(kernel_size)
+        spec = layer(symmetry, kernel_size, 64, pool)
         for adjoint in (False, True):
-            reads = len(conv.blocks[0].images) * taps if adjoint else 0
+            reads = spec.filters // 64 * math.prod(kernel_size) if adjoint else 0
+            tiles = dict.fromkeys(pick(filters, math.prod(kernel_size), reads) for filters in (64, 16))
             if not pool or not adjoint:  # the launcher divides the gradient of a pooled orbit into channels-last
-                yield _additions(conv, adjoint, pick(64, taps, reads), channels_first=True)
-            for tile in dict.fromkeys(pick(filters, taps, reads) for filters in (64, 16)):
-                yield _additions(conv, adjoint, tile)
+                yield _sums(spec, adjoint, next(iter(tiles)), channels_first=True)
+            for tile in tiles:
+                yield _sums(spec, adjoint, tile)
     for tile in CONV_TILES:
         for name, channels_first in product(("y", "dx"), (False, True)):
-            yield _product(name, tile, channels_first)
+            yield _gemm(name, tile, channels_first)
     for tile, channels_first in product(WEIGHT_TILES, (False, True)):
-        yield _product("dw", tile, channels_first)
+        yield _gemm("dw", tile, channels_first)
     for tile in DEPTHWISE_TILES:
         for name in ("y", "dx", "dw"):
             for channels_first in (False, True) if tile.block_u > 1 else (True,):
-                yield _depthwise(name, tile, channels_first)
+                yield _gemm(name, tile, channels_first)
     yield from _matrices()
 
 
@@ -136,60 +140,51 @@ def _strides(images: tuple[str, ...], channels_first: bool) -> tuple[dict[str, i
     return {f"{name}_w": 1 for name in images}, tuple(f"{name}_{axis}" for name in images for axis in "ncdh")
 
 
-def _product(name: str, tile: GemmTile, channels_first: bool) -> Entry:
-    units, odd = _strides(("dy", "x") if name == "dw" else ("source", "target"), channels_first)
-    fixed: dict[str, Any] = launch.grid(layer("hv", (3, 3), 64).geometry, False).constants()
-    fixed |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-    fixed |= units | {"PRECISION": "tf32", "WIDE": False}
-    if name == "dw":
-        kernel = conv_kernels._weight_gradient_kernel
-        fixed |= {"IMAGES": 4, "SIGNED": False, "ALIGN": 16, "TRANSPOSED": False}
-    else:
-        kernel = conv_kernels._conv_kernel
-        fixed |= {"GRADIENT": name == "dx", "SIGNED": False, "ACTIVATION": ""}
-        fixed |= {"bias_ptr": None} if name == "dx" else {}
-    title = f"expand {name} {tile.block_m}x{tile.block_n}x{tile.block_k}{' NCHW' if channels_first else ''}"
-    types = {"table_ptr": "*i32", "images_ptr": "*i32", "work_ptr": "*fp32"}
-    work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
-    return Entry(title, kernel, fixed, tile, work, types, ODD + odd)
+def _title(name: str, sizes: dict[str, int], channels_first: bool = False) -> str:
+    return f"{name} {'x'.join(map(str, sizes.values()))}{' NCHW' if channels_first else ''}"
 
 
-def _additions(conv: shift.Conv, adjoint: bool, tile: Tile, channels_first: bool = False) -> Entry:
+def _sums(spec: ConvSpec, adjoint: bool, tile: Tile, channels_first: bool = False) -> Entry:
     """`channels_first`: y or dy; z and d never are."""
-    table = shift_kernels.Table(*launch.table_fields(conv, (8,) * len(conv.geometry.kernel_size), adjoint))
-    channels = (conv.rows, conv.out_channels)
-    fixed = shift_kernels.constants(
-        table, *(channels[::-1] if adjoint else channels), tile, WON=adjoint and conv.pool is not None
-    )
-    unused = ("bias_ptr",) if adjoint else ()
-    unused += () if conv.pool else ("winners_ptr",)
+    ready = launch.prepared(spec, torch.device("cpu"))
+    table = ready.gather_sum if adjoint else ready.shift_sum
     image, z = ("source", "target") if adjoint else ("target", "source")
     units, odd = _strides((image,), channels_first)
-    fixed |= units | {f"{z}_c": 1} | dict.fromkeys(unused)
-    symmetry = f"{len(conv.blocks[0].images)} images{' pooled' if conv.pool else ''} {len(conv.geometry.kernel_size)}-D"
-    name = (
-        f"shift {'d' if adjoint else 'y'} {symmetry} {tile.block_p}x{tile.block_u}{' NCHW' if channels_first else ''}"
-    )
-    work = sum(map(len, table.terms)) * tile.block_p * tile.block_u / (32 * tile.warps)
-    return Entry(name, shift_kernels._add_kernel, fixed, tile, work, {"winners_ptr": "*u8"}, ODD + odd)
+    fixed = shift_kernels.constants(table, tile.block_u) | tile.constants | units | {f"{z}_c": 1}
+    fixed |= {"WON": adjoint and spec.pool is not None, "ACTIVATION": "", "WIDE": False}
+    fixed |= dict.fromkeys((("bias_ptr",) if adjoint else ()) + (() if spec.pool else ("winners_ptr",)))
+    images = f"{len(spec.blocks[0].images)} images{' pooled' if spec.pool else ''}"
+    name = f"shift {'d' if adjoint else 'y'} {images} {len(spec.geometry.kernel_size)}-D"
+    work = sum(len(terms) for *_, terms in table.sums) * tile.block_p * tile.block_u / (32 * tile.warps)
+    title = _title(name, tile.constants, channels_first)
+    return Entry(title, shift_kernels._shift_sum_kernel, fixed, tile, work, {"winners_ptr": "*u8"}, ODD + odd)
 
 
-def _depthwise(name: str, tile: Tile, channels_first: bool) -> Entry:
-    """7x7 kernels, one filter per group; 16 divides the groups."""
-    where = launch.grid(layer("hv", (7, 7), 1).geometry, name == "dx").constants()
-    fixed = {**where, "WIDE": False, "BLOCK_P": tile.block_p, "BLOCK_U": tile.block_u}
+def _gemm(name: str, tile: Any, channels_first: bool) -> Entry:
+    """3x3 kernels with channels that 16 divides or, with a `Tile`, 7x7, one filter per group and such groups."""
+    is_product = isinstance(tile, GemmTile)
+    grid = launch.grid(layer("hv", (3, 3) if is_product else (7, 7), 64).geometry)
+    grid = grid.reversed if name == "dx" and not is_product else grid
     units, odd = _strides(("dy", "x") if name == "dw" else ("source", "target"), channels_first)
+    fixed: dict[str, Any] = grid.constants | tile.constants | units | {"WIDE": False}
     if name == "dw":
-        kernel = depthwise_kernels._depthwise_weight_kernel
-        fixed |= {"F": 1, "IMAGES": 4, "TRANSPOSED": False}
+        kernel = conv_kernels._wgrad_kernel if is_product else depthwise_kernels._depthwise_wgrad_kernel
+        fixed |= {"IMAGES": 4, "TRANSPOSED": False}
+        fixed |= {"SIGNED": False, "ALIGN": 16} if is_product else {"F": 1}
     else:
-        kernel = depthwise_kernels._depthwise_kernel
-        fixed |= {"SOURCE_F": 1, "TARGET_F": 1, "SIGNED": False, "ACTIVATION": ""}
-        fixed |= {"bias_ptr": None} if name == "dx" else {}
-    title = f"depthwise {name} {tile.block_p}x{tile.block_u}{' NCHW' if channels_first else ''}"
-    types = {"table_ptr": "*i32", "images_ptr": "*i32", "work_ptr": "*fp32"}
-    odd += ("R", *(size for size in ODD if size != "GROUPS"))
-    return Entry(title, kernel, fixed | units, tile, tile.block_p * tile.block_u / (32 * tile.warps), types, odd)
+        kernel = conv_kernels._implicit_gemm_kernel if is_product else depthwise_kernels._depthwise_kernel
+        fixed |= {"SIGNED": False, "ACTIVATION": ""} | ({"bias_ptr": None} if name == "dx" else {})
+        fixed |= {"GRADIENT": name == "dx"} if is_product else {"SOURCE_F": 1, "TARGET_F": 1}
+    fixed |= {"PRECISION": "tf32"} if is_product else {}
+    sizes = ODD if is_product else ("R", *(size for size in ODD if size != "GROUPS"))
+    types = {"table_ptr": "*i32", "images_ptr": "*i32", "workspace_ptr": "*fp32"}
+    title = _title(f"{'implicit_gemm' if is_product else 'depthwise'} {name}", tile.constants, channels_first)
+    return Entry(title, kernel, fixed, tile, _work(tile), types, sizes + odd)
+
+
+def _work(tile: Any) -> float:
+    """Multiply-adds of one step or tap per thread, of a product in thousands."""
+    return math.prod(tile.constants.values()) / (32 * tile.warps) / (1000 if isinstance(tile, GemmTile) else 1)
 
 
 def matrix_constants(kernel: Any, tile: GemmTile, of_float32: str = "ieee") -> dict[str, Any]:
@@ -215,10 +210,9 @@ def _matrices() -> Iterator[Entry]:
         ("symm dS", symm_kernels._gradient_kernel, square, ("x_k", "dy_k")),
     ):
         fixed = matrix_constants(kernel, tile) | dict.fromkeys(unit, 1)
-        work = tile.block_m * tile.block_n * tile.block_k / (32 * tile.warps) / 1000
         types = {"alpha": "fp32", "beta": "fp32", "partial_ptr": "*fp32"}
         odd = () if kernel is gram_kernels._gram_kernel else ODD
-        yield Entry(f"{name} {tile.block_m}x{tile.block_n}x{tile.block_k}", kernel, fixed, tile, work, types, odd)
+        yield Entry(_title(name, tile.constants), kernel, fixed, tile, _work(tile), types, odd)
 
 
 def compile_kernel(
@@ -243,10 +237,7 @@ def compile_kernel(
         {(names.index(n),): value for n, value in fixed.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    options = {"num_warps": tile.warps}
-    if isinstance(tile, GemmTile):
-        options["num_stages"] = tile.stages
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(source, target=TARGETS[target], options=tile.options)
 
 
 def compile_entry(entry: Entry, target: str) -> Any:

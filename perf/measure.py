@@ -4,182 +4,159 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tritonsym
-from tritonsym import launch, testing
-from tritonsym.dispatch import PATHS
+from tritonsym import launch, plan, testing
 from tritonsym.perf.cases import Function
 
 Step = Callable[[], object]
-Name = TypeVar("Name")
 
-#: Steps on a GPU that take less are timed as CUDA graphs, so that launching them does not count.
+#: Steps on a GPU that take fewer seconds are timed as CUDA graphs, so that launching them does not count.
 GRAPH_BELOW = 300e-6
+#: A sample on the CPU is the mean of as many calls as take so many seconds, at least one.
+SAMPLE = 2e-3
 
 
-@dataclass
-class Samples:
-    """Of one step: seconds of every sample; on a GPU also what the host takes to launch it, and its peak memory."""
-
-    seconds: list[float] = field(default_factory=list)
-    launch: float | None = None
-    peak_bytes: int | None = None
-    graph: bool = False
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """Between the quartiles, over the median."""
-        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (0.0, 0.0, 0.0)
-        return (high - low) / self.median
+def spread(seconds: list[float]) -> float:
+    """Between the quartiles, over the median."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (0.0, 1.0, 0.0)
+    return (high - low) / middle
 
 
-def forced(path: str, tiles: Any = ()) -> Any:
-    """The context that computes by a path; 'auto' is whatever dispatch chooses."""
-    return tritonsym.path(path, tiles) if path in PATHS else contextlib.nullcontext()
+def forced(path: str | None, tiles: Any = ()) -> Any:
+    """The context that computes by a path; 'auto' is whatever the plan is."""
+    return contextlib.nullcontext() if path in (None, "auto") else tritonsym.path(path, tiles)
+
+
+def auto(layer: nn.Module, x: Tensor, training: bool) -> plan.Plan:
+    """How a call computes it by default."""
+    with torch.set_grad_enabled(training):
+        planned: plan.Plan = tritonsym.explain(layer, x)
+    return planned
 
 
 def paths(layer: nn.Module, x: Tensor) -> list[str]:
-    """'auto', and the paths that can be forced on this layer and run on the device of x."""
-    possible = ["auto"]
-    for path in PATHS:
-        try:
-            with tritonsym.path(path):
-                plan = tritonsym.explain(layer, x)
-        except (ValueError, NotImplementedError):
-            continue
-        if plan.path == path and (path != "expand" or launch.runs_on(x.device)):
-            possible.append(path)
+    """Those that can be forced on this layer and run on the device of x."""
+    possible = []
+    for path in plan.PATHS:
+        with contextlib.suppress(ValueError, NotImplementedError), tritonsym.path(path):
+            planned = tritonsym.explain(layer, x).path == path
+            if planned and (path != "implicit_gemm" or launch.runs_on(x.device)):
+                possible.append(path)
     return possible
 
 
 def make_step(module: nn.Module, x: Tensor, training: bool, path: str | None = None, tiles: Any = ()) -> Step:
     """A forward pass, or one with the gradients of x and of every parameter; of torch's own layer without a path."""
 
-    def call() -> Tensor:
-        if path in (None, "auto"):
-            return module(x)
-        with forced(path, tiles):
+    def forward() -> Tensor:
+        with torch.no_grad(), forced(path, tiles):
             return module(x)
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return call()
+    def step() -> object:
+        with forced(path, tiles):
+            y = module(inputs[0])
+        return torch.autograd.grad(y, inputs, dy)
 
     if not training:
         return forward
-    x = x.detach().requires_grad_()
-    inputs = [x, *module.parameters()]
+    inputs = [x.detach().requires_grad_(), *module.parameters()]
     dy = torch.ones_like(forward())  # a dense tensor, as a network sends
-    return lambda: torch.autograd.grad(call(), inputs, dy)
+    return step
 
 
 def gate(layer: nn.Module, x: Tensor, path: str, tiles: Any = ()) -> None:
-    """One image, or a whole matrix, through the path is as right as through torch's own layer.
-
-    Raises:
-        AssertionError: it is not.
-    """
+    """Raise AssertionError unless the path, of one image or a whole matrix, is as right as torch's own layer."""
+    is_default = path in {auto(layer, x, training).path for training in (False, True)}
     x = x[:1] if hasattr(layer, "kernel_size") else x
     with forced(path, tiles):
         if isinstance(layer, Function):
-            return _gate_function(layer, x)
-        plan = tritonsym.explain(layer, x)
-        # by torch ops the shift path may round a little more than the rule allows where `auto` would not take it; the
-        # gradient of a maximum goes to one of two nearly equal images: rounding decides which
-        if plan.path != "shift" or plan.tiles:
+            exact = layer.dense(x.double())
+            errors = [(f(x).double() - exact).square().mean().sqrt() for f in (layer.ours, layer.dense)]
+            allowed = 2 * errors[1] + torch.finfo(x.dtype).eps * exact.square().mean().sqrt()
+            assert errors[0] <= allowed, f"RMS error {errors[0]:.3e} > allowed {allowed:.3e}"
+        # by torch ops the shift path may round a little more than the rule allows where `auto` would not take it
+        elif path == "shift" and not is_default and not tritonsym.explain(layer, x).tiles:
+            with torch.no_grad():
+                y = layer(x)
+                with tritonsym.path("reference"):
+                    torch.testing.assert_close(y, layer(x))
+        else:  # the gradient of a maximum goes to one of two nearly equal images: rounding decides which
             ordered = getattr(layer, "reduce", None) in ("max", "min")
-            testing.assert_matches_reference(copy.deepcopy(layer).requires_grad_(False) if ordered else layer, x)
-            return
-        with torch.no_grad():
-            y = layer(x)
-    with torch.no_grad(), tritonsym.path("reference"):
-        torch.testing.assert_close(y, layer(x))
+            testing.assert_matches_reference(copy.deepcopy(layer).requires_grad_(not ordered), x)
 
 
-def _gate_function(layer: Function, x: Tensor) -> None:
-    exact = layer.dense(x.double())
-    errors = [(function(x).double() - exact).square().mean().sqrt() for function in (layer.ours, layer.dense)]
-    allowed = 2 * errors[1] + torch.finfo(x.dtype).eps * exact.square().mean().sqrt()
-    assert errors[0] <= allowed, f"RMS error {errors[0]:.3e} > allowed {allowed:.3e}, twice that of the dense function"
+def measure(
+    steps: dict[Any, Step], rounds: int, device: torch.device, cold: bool = True
+) -> tuple[dict[Any, list[float]], dict[str, Any]]:
+    """Seconds of every step, to 4 digits, once in each round, so that a drift of the machine's speed touches all of
+    them; in an order drawn for every round, so that none always runs after the same other one, whose data or code it
+    finds in the caches.
 
-
-def measure(steps: dict[Name, Step], rounds: int, device: torch.device, cold: bool = True) -> dict[Name, Samples]:
-    """Every step once in each round, so that a drift of the machine's speed touches all of them; in an order drawn for
-    every round, so that none always runs after the same other one, whose data or code it finds in the caches.
-
-    On a GPU every sample starts with an L2 cache full of other data, unless `cold` is false.
+    On a GPU every sample starts with an L2 cache full of other data, unless `cold` is false, and the second result
+    tells of every step what the host takes to launch it, its peak memory, and which ran as CUDA graphs.
     """
-    return _on_gpu(steps, rounds, device, cold) if device.type == "cuda" else _on_cpu(steps, rounds)
-
-
-def _on_cpu(steps: dict[Name, Step], rounds: int) -> dict[Name, Samples]:
-    samples = {name: Samples() for name in steps}
-    for step in steps.values():
-        step()
-    for name, step in _rounds(steps, rounds):
-        start = time.perf_counter()
-        step()
-        samples[name].seconds.append(time.perf_counter() - start)
-    return samples
-
-
-def _rounds(steps: dict[Name, Step], rounds: int) -> Iterator[tuple[Name, Step]]:
-    order, draw = list(steps.items()), random.Random(0)
+    if device.type == "cuda":
+        sample, more = _on_gpu(steps, device, cold)
+    else:
+        calls = {name: math.ceil(SAMPLE / min(_seconds(step, 1) for _ in range(3))) for name, step in steps.items()}
+        sample, more = lambda name: _seconds(steps[name], calls[name]), {}
+    found: dict[Any, list[float]] = {name: [] for name in steps}
+    order, draw = list(steps), random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
-        yield from order
+        for name in order:
+            found[name].append(float(f"{sample(name):.4g}"))
+    return found, more
 
 
-def _on_gpu(steps: dict[Name, Step], rounds: int, device: torch.device, cold: bool) -> dict[Name, Samples]:
-    found: dict[Name, Samples] = {}
-    runs: dict[Name, Step] = {}
+def _seconds(step: Step, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return max(time.perf_counter() - start, 1e-9) / calls
+
+
+def _on_gpu(steps: dict[Any, Step], device: torch.device, cold: bool) -> tuple[Callable[[Any], float], dict[str, Any]]:
+    launched: dict[Any, float] = {}
+    peak: dict[Any, int] = {}
+    graphs: dict[Any, Step] = {}
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     other = torch.empty(2 * l2, dtype=torch.uint8, device=device)
 
-    def event_seconds(run: Step, host: float) -> float:
-        torch.cuda._sleep(int(4e9 * min(host, 5e-3)))  # cycles, until the host has launched all that follows
+    def sample(name: Any) -> float:
+        torch.cuda._sleep(int(4e9 * min(launched[name], 5e-3)))  # cycles, until the host has launched all that follows
         if cold:
             other.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        graphs.get(name, steps[name])()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
     for name, step in steps.items():
-        for _ in range(3):  # compiles, fills caches
-            step()
+        _seconds(step, 3)  # compiles, fills caches
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
-        start = time.perf_counter()
-        for _ in range(10):
-            step()
-        host = (time.perf_counter() - start) / 10
+        peak[name] = torch.cuda.max_memory_allocated() - before
+        launched[name] = float(f"{_seconds(step, 10):.4g}")
         torch.cuda.synchronize()
-        graph = _graph(step) if event_seconds(step, host) < GRAPH_BELOW else None
-        runs[name] = graph or step
-        found[name] = Samples(launch=host, peak_bytes=peak, graph=graph is not None)
-    for name, run in _rounds(runs, rounds):
-        found[name].seconds.append(event_seconds(run, found[name].launch or 0.0))
-    return found
+        if sample(name) < GRAPH_BELOW and (graph := _graph(step)):
+            graphs[name] = graph
+    return sample, {"launch": launched, "peak_bytes": peak, "graph": [*graphs]}
 
 
 def _graph(step: Step) -> Step | None:

@@ -56,7 +56,7 @@ if command -v compute-sanitizer >/dev/null; then  # of small cases: it is slow
 fi
 export XDG_CACHE_HOME=$out/untuned
 step bench "${run[@]}" bench "${device[@]}" --quick --resume --output "$out/bench.json"
-export XDG_CACHE_HOME=$out/tuned  # dispatch takes from here what `tune` finds
+export XDG_CACHE_HOME=$out/tuned  # plans take from here what `tune` finds
 step tune "${run[@]}" tune "${device[@]}" "${tuning[@]}" --output "$out/tuned.json"
 [ -e "$out/tune.done" ] && step bench-tuned "${run[@]}" bench "${device[@]}" --quick --resume --output "$out/bench-tuned.json"
 case $code in

@@ -12,10 +12,11 @@ of these layers to another file too, for example one to ship with the library.
 from __future__ import annotations
 
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tritonsym
-from tritonsym import costs, dispatch, launch, tuned
+from tritonsym import launch, plan, tuned
 from tritonsym.perf.bench import UNFINISHED, kernels_if_interpreted, parser, prepare
 from tritonsym.perf.cases import Case
-from tritonsym.perf.measure import gate, make_step, measure, paths
+from tritonsym.perf.measure import Step, gate, make_step, measure, paths
 
 #: A tile is better if its median time is below this share of the best one's.
 BETTER = 0.98
@@ -36,9 +37,10 @@ BETTER = 0.98
 
 @dataclass(frozen=True)
 class Job:
-    """A problem, and what makes a layer and an input that pose it."""
+    """A problem, whether it is that of a training step, and what makes a layer and an input that pose it."""
 
-    problem: costs.Problem
+    problem: plan.Problem
+    training: bool
     make: Callable[[], tuple[nn.Module, Tensor]]
 
 
@@ -56,27 +58,29 @@ def neighbours(tile: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         yield (2 * m, 2 * n, *rest)
 
 
-def climb(problem: costs.Problem, layer: nn.Module, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
+def _medians(steps: dict[Any, Step], rounds: int, device: torch.device) -> dict[Any, float]:
+    return {name: statistics.median(seconds) for name, seconds in measure(steps, rounds, device)[0].items()}
+
+
+def climb(job: Job, layer: nn.Module, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
     """The best tiles found by moving to a better neighbour of one tile after the other until there is none."""
     with tritonsym.path(path):
-        best = dispatch.plan(problem).tiles
-    seen = {best}
-    used = range(len(best) if problem.training else 1)  # the others are of gradients
-    better = True
+        best = plan.plan(job.problem).tiles
+    seen, better = {best}, True
     while better:
         better = False
-        for i in used:
+        for i in range(len(best) if job.training else 1):  # the others are of gradients
             for tile in neighbours(best[i]):
                 tiles = (*best[:i], tile, *best[i + 1 :])
-                if tiles in seen or not problem.runs(path, tiles):
+                if tiles in seen or not job.problem.runs(path, tiles):
                     continue
                 if time.monotonic() > deadline:
                     return best
                 seen.add(tiles)
                 try:
-                    steps = {t: make_step(layer, x, problem.training, path, t) for t in (best, tiles)}
-                    samples = measure(steps, 5, x.device)
-                    if samples[tiles].median < BETTER * samples[best].median:
+                    steps = {t: make_step(layer, x, job.training, path, t) for t in (best, tiles)}
+                    seconds = _medians(steps, 5, x.device)
+                    if seconds[tiles] < BETTER * seconds[best]:
                         gate(layer, x, path, tiles)
                         best, better = tiles, True
                 except (RuntimeError, AssertionError):
@@ -86,16 +90,16 @@ def climb(problem: costs.Problem, layer: nn.Module, x: Tensor, path: str, deadli
 
 def search(job: Job, deadline: float) -> dict[str, Any]:
     """The entry of a table for a job: the fastest of the paths that are right, each with its best tiles."""
-    (layer, x), problem = job.make(), job.problem
+    layer, x = job.make()
     tiles: dict[str, tuned.Tiles] = {}
-    for path in paths(layer, x)[1:]:  # not 'auto'
+    for path in paths(layer, x):
         try:
             gate(layer, x, path)
-            tiles[path] = () if path == "reference" else climb(problem, layer, x, path, deadline)
+            tiles[path] = () if path == "reference" else climb(job, layer, x, path, deadline)
         except (RuntimeError, AssertionError) as error:
             tqdm.write(f"    {path} is left out: {str(error).splitlines()[0]}")
-    steps = {path: make_step(layer, x, problem.training, path, t) for path, t in tiles.items()}
-    seconds = {path: samples.median for path, samples in measure(steps, 9, x.device).items()}
+    steps = {path: make_step(layer, x, job.training, path, t) for path, t in tiles.items()}
+    seconds = _medians(steps, 9, x.device)
     best = min(seconds, key=lambda path: seconds[path])
     return {"path": best, "tiles": tiles[best], "seconds": seconds}
 
@@ -123,7 +127,7 @@ def run(jobs: Sequence[Job], device: torch.device, budget: float, again: bool = 
         tuned.record(file, {key: entry})
         shown = ", ".join(f"{path} {1e6 * s:.1f} us" for path, s in entry["seconds"].items())
         tqdm.write(f"{key}\n    {entry['path']} {[list(tile) for tile in entry['tiles']]}: {shown}")
-    dispatch.forget()
+    plan.forget()
     print(f"{len(entries)} of {len(by_key)} layers are in {file}")
     return entries, len(entries) == len(by_key)
 
@@ -137,12 +141,11 @@ def tune(model: nn.Module, example_input: Tensor, budget_s: float = 300) -> dict
 
     def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
-        like = torch.empty_like(x, device="meta", dtype=dispatch.computing_dtype(x))
-        problem = layer.problem(tuple(x.shape), x.device.type, dispatch.dtype_name(x))  # type: ignore[operator]
-        if problem.has_kernel:
-            make = partial(_copy, layer, like, x.device)
-            problem = replace(problem, last=dispatch.takes_last(layer, x))
-            jobs.extend(Job(replace(problem, training=training), make) for training in (False, True))
+        like = torch.empty_like(x, device="meta", dtype=plan.computing_dtype(x))
+        for training in (False, True):
+            problem = layer.problem(like, x.device.type, training)  # type: ignore[operator]
+            if problem.has_kernel:
+                jobs.append(Job(problem, training, partial(_copy, layer, like, x.device)))
 
     hooks = [layer.register_forward_pre_hook(remember) for layer in model.modules() if hasattr(layer, "problem")]
     try:
@@ -168,19 +171,10 @@ def _copy(layer: nn.Module, like: Tensor, device: torch.device) -> tuple[nn.Modu
 def _jobs(case: Case, device: torch.device) -> Iterator[Job]:
     """Of a case in its first dtype, every mode; images are channels-last."""
     dtype = case.dtypes[0]
-
-    def make() -> tuple[nn.Module, Tensor]:
-        with device:
-            layer = case.build().to(getattr(torch, dtype))
-        x = case.input(getattr(torch, dtype), device)
-        if not case.sizes:
-            return layer, x
-        return layer, x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-    with torch.device("meta"):
-        problem = case.build().problem(case.shape, device.type, dtype)  # type: ignore[operator]
     for mode in case.modes:
-        yield Job(replace(problem, training=mode == "training", last=len(case.sizes) > 1), make)
+        x, training = [*case.input(dtype, "meta").values()][-1], mode == "training"
+        problem = case.build(dtype, "meta").problem(x, device.type, training)  # type: ignore[operator]
+        yield Job(problem, training, lambda: (case.build(dtype, device), [*case.input(dtype, device).values()][-1]))
 
 
 def main(argv: list[str] | None = None) -> int:

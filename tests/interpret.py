@@ -44,26 +44,75 @@ class Interpreter:
         self.process.wait()
 
 
-def build(orbits=None, ties=None, filters=0, free=0, kernel=(3, 3), groups=1, pool=None, **geometry):
-    """The `shift.Conv` of `filters` output filters per group in orbits, or so many tied ones and `free` ones."""
-    from tritonsym.shift import Conv, Geometry
-    from tritonsym.symmetry import FilterLayout, Symmetry, tap_orbits, tied_blocks
+def build(orbits=None, ties=None, filters=0, free=0, kernel=(3, 3), groups=1, pool=None, transposed=False, **geometry):
+    """The `ConvSpec` of `filters` output filters per group in orbits, or so many tied ones and `free` ones.
 
-    kernel = tuple(kernel)
+    `geometry`: fields of `Geometry`, a number for all axes.
+    """
+    from dataclasses import replace
 
-    def each(name, default):
-        value = geometry.get(name, default)
-        return (value,) * len(kernel) if isinstance(value, int) else tuple(value)
+    from tritonsym.spec import Geometry, orbit_spec, pool_spec, tied_spec
+    from tritonsym.symmetry import FilterLayout, Symmetry, tap_orbits
 
-    if ties is None:
-        blocks = FilterLayout.parse(orbits, filters).blocks(kernel)
+    sizes = {"stride": 1, "padding": 1, "dilation": 1, "extra": 0, **geometry}
+    sizes = {name: (v,) * len(kernel) if isinstance(v, int) else tuple(v) for name, v in sizes.items()}
+    geometry = Geometry(tuple(kernel), **sizes, transposed=transposed)
+    if pool:
+        return pool_spec(Symmetry(orbits), pool, filters // Symmetry(orbits).order, groups, geometry)
+    if ties:
+        orbits = tap_orbits(Symmetry(ties[0]), geometry.kernel_size, ties[1])
+        return tied_spec(orbits, filters, free, groups, geometry)
+    return orbit_spec(replace(FilterLayout.parse(orbits, filters), groups=groups), geometry)
+
+
+def dense_conv(x, rows, spec):
+    """The convolution of x with the dense weight that the rows (groups, R, C) amount to, by torch; pooled."""
+    import torch
+    from torch.nn import functional as F
+
+    table = torch.tensor(spec.row_table)  # [filters, taps]
+    weight = table.sign().unsqueeze(-1) * rows[:, table.abs() - 1]  # [G, filters, taps, C]
+    weight = weight.where((table != 0).unsqueeze(-1), 0)
+    g, dims = spec.geometry, len(spec.geometry.kernel_size)
+    options = {"stride": g.stride, "dilation": g.dilation, "groups": spec.groups}
+    if g.transposed:
+        weight = weight.permute(0, 3, 1, 2).flatten(0, 1).unflatten(-1, g.kernel_size)
+        function = getattr(F, f"conv_transpose{dims}d")
+        y = function(x, weight, padding=g.padding, output_padding=g.extra, **options)
     else:
-        symmetry, odd = ties
-        blocks = tied_blocks(tap_orbits(Symmetry(symmetry), kernel, odd), filters, free)
-    transposed = geometry.get("transposed", False)
-    extra = each("output_padding", 0) if transposed else ()
-    shape = Geometry(kernel, each("stride", 1), each("padding", 1), each("dilation", 1), transposed, extra)
-    return Conv(blocks, groups, shape, pool)
+        weight = weight.permute(0, 1, 3, 2).flatten(0, 1).unflatten(-1, g.kernel_size)
+        sides = [side for p, e in zip(g.padding[::-1], g.extra[::-1], strict=True) for side in (p, p + e)]
+        y = getattr(F, f"conv{dims}d")(F.pad(x, sides), weight, **options)
+    assert y.shape[2:] == spec.geometry.out_sizes(x.shape[2:])
+    if spec.pool:
+        y = y.unflatten(1, (spec.groups, -1, spec.blocks[0].filters))
+        y = getattr(y, f"a{spec.pool}")(2).flatten(1, 2)
+    return y
+
+
+def forward(x, rows, bias, spec, path, tiles, activation=None):
+    """`launch.fprop` into a new y, and the winners of a pooled orbit."""
+    import torch
+
+    from tritonsym import launch
+
+    shape = (x.shape[0], spec.out_channels, *spec.geometry.out_sizes(x.shape[2:]))
+    y = launch.like(x, shape) if launch.is_last(x) else x.new_empty(shape)
+    winners = torch.empty_like(y, dtype=torch.uint8) if spec.pool else None
+    launch.fprop(x, rows, bias, spec, path, tiles, activation, y, winners)
+    return y, winners
+
+
+def backward(dy, x, rows, winners, spec, path, tiles, need_x=True, need_rows=True):
+    """`launch.backward` into a new dx and drows; None where not needed."""
+    import torch
+
+    from tritonsym import launch
+
+    dx = torch.empty_like(x) if need_x else None
+    drows = torch.empty_like(rows) if need_rows else None
+    launch.backward(dy, x, rows, winners, spec, path, tiles, dx, drows)
+    return dx, drows
 
 
 def lay_out(x, layout):
@@ -98,7 +147,7 @@ def variants(number):
     return [turns[number % 5], turns[(number + 2) % 5], *BFLOAT16]
 
 
-def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None):
+def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None):
     """Whether y, dx and the gradient of the rows are exactly those of the dense convolution in float64.
 
     The numbers are small integers, so that every sum is exact in float32 and float16, and rounded in bfloat16.
@@ -106,21 +155,21 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     import torch
 
     from tritonsym import launch, reference
-    from tritonsym.convolution import dense_conv, expand_rows
 
-    conv, dtype = build(**conv), getattr(torch, dtype)
+    launch.SCRATCH_BYTES = scratch or 64 << 20
+    spec, dtype = build(**conv), getattr(torch, dtype)
     torch.manual_seed(0)
 
     def draw(*shape):
         return torch.randint(-2, 3, shape).double()
 
-    x = draw(batch, conv.groups * channels, *sizes).requires_grad_()
-    rows = draw(conv.groups, conv.rows, channels).requires_grad_()
-    bias = draw(conv.out_channels)
-    y = dense_conv(x, expand_rows(rows, conv), None, conv)
+    x = draw(batch, spec.groups * channels, *sizes).requires_grad_()
+    rows = draw(spec.groups, spec.rows, channels).requires_grad_()
+    bias = draw(spec.out_channels)
+    y = dense_conv(x, rows, spec)
     dy = draw(*y.shape[:1], 1, *y.shape[2:]).expand(y.shape) if layout == "sliced" else draw(*y.shape)
     dx, drows = torch.autograd.grad(y, (x, rows), dy)
-    if conv.pool:  # shared by up to 8 winners: not exact
+    if spec.pool:  # shared by up to 8 winners: not exact
         tolerance = {"rtol": 4e-3 if dtype == torch.float16 else 1e-6, "atol": 1e-2 if dtype == torch.float16 else 1e-5}
     else:
         tolerance = {"rtol": 0, "atol": 0}
@@ -129,18 +178,14 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     x, rows, bias, dy = (t.detach().to(DEVICE, dtype) for t in (x, rows, bias, dy))
     x, dy = lay_out(x, layout), dy if layout == "sliced" else lay_out(dy, layout)
     bias = bias.repeat_interleave(2)[::2] if layout == "sliced" else bias
-    got, winners = launch.forward(x, rows, bias, conv.text, path, tiles, activation, conv.pool is not None)
+    got, winners = forward(x, rows, bias, spec, path, tiles, activation)
     expected = reference.activate(y.detach() + bias.double()[(...,) + (None,) * len(sizes)], activation)
     exact = {"rtol": 0, "atol": 0} if activation in (None, "relu") else {"rtol": 1e-3, "atol": 1e-3}
     exact |= rounded
     torch.testing.assert_close(got.cpu().double(), expected, **exact, msg=lambda m: f"y: {m}")
-    got_dx, got_drows = launch.backward(dy, x, rows, winners, conv.text, path, tiles, True, True)
+    got_dx, got_drows = backward(dy, x, rows, winners, spec, path, tiles)
     torch.testing.assert_close(got_dx.cpu().double(), dx, **tolerance, msg=lambda m: f"dx: {m}")
     torch.testing.assert_close(got_drows.cpu().double(), drows, **tolerance, msg=lambda m: f"drows: {m}")
-    only_rows = launch.backward(dy, x, rows, winners, conv.text, path, tiles, False, True)
-    assert only_rows[0].numel() == 0 and torch.equal(only_rows[1], got_drows)
-    only_x = launch.backward(dy, x, rows, winners, conv.text, path, tiles, True, False)
-    assert only_x[1].numel() == 0 and torch.equal(only_x[0], got_dx)
     return True
 
 
@@ -148,43 +193,45 @@ def not_finite(conv, batch, channels, sizes, path, tiles, dtype, activation=None
     """Whether NaN and infinity in x reach y as they do in the dense convolution."""
     import torch
 
-    from tritonsym import launch, reference
-    from tritonsym.convolution import dense_conv, expand_rows
+    from tritonsym import reference
 
-    conv, dtype = build(**conv), getattr(torch, dtype)
+    spec, dtype = build(**conv), getattr(torch, dtype)
     torch.manual_seed(0)
-    x = torch.randint(-2, 3, (batch, conv.groups * channels, *sizes)).double()
+    x = torch.randint(-2, 3, (batch, spec.groups * channels, *sizes)).double()
     for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
         x.view(-1)[(i + 1) * x.numel() // 4] = value
-    rows = torch.randint(-2, 3, (conv.groups, conv.rows, channels)).double()
-    y = dense_conv(x, expand_rows(rows, conv), None, conv)
+    rows = torch.randint(-2, 3, (spec.groups, spec.rows, channels)).double()
+    y = dense_conv(x, rows, spec)
     assert 0 < y.isnan().sum() < y.numel() and y.isinf().any()
     expected = reference.activate(y, activation)
-    x, rows = x.to(DEVICE, dtype), rows.to(DEVICE, dtype)
-    got, _ = launch.forward(x, rows, None, conv.text, path, tiles, activation, False)
+    got, _ = forward(x.to(DEVICE, dtype), rows.to(DEVICE, dtype), None, spec, path, tiles, activation)
     torch.testing.assert_close(got.cpu().double(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
     return True
 
 
 def repeat(conv, batch, channels, sizes, path, tiles, dtype, times):
-    """Whether so many runs give the same bits, on a GPU half of them in a stream beside another one that is busy."""
+    """Whether so many runs, and either gradient alone, give the same bits.
+
+    On a GPU half of the runs are in a stream beside another one that is busy.
+    """
     import torch
 
-    from tritonsym import launch
-
     torch.use_deterministic_algorithms(True)  # what is not written is NaN
-    conv, dtype = build(**conv), getattr(torch, dtype)
+    spec, dtype = build(**conv), getattr(torch, dtype)
     torch.manual_seed(0)
-    x = torch.randn(batch, conv.groups * channels, *sizes).to(DEVICE, dtype)
-    rows = torch.randn(conv.groups, conv.rows, channels).to(DEVICE, dtype)
-    dy = torch.randn(conv.out_shape(x)).to(DEVICE, dtype)
+    x = torch.randn(batch, spec.groups * channels, *sizes).to(DEVICE, dtype)
+    rows = torch.randn(spec.groups, spec.rows, channels).to(DEVICE, dtype)
+
+    dy = torch.randn(batch, spec.out_channels, *spec.geometry.out_sizes(sizes)).to(DEVICE, dtype)
 
     def run():
-        y, winners = launch.forward(x, rows, None, conv.text, path, tiles, None, conv.pool is not None)
-        return y, *launch.backward(dy, x, rows, winners, conv.text, path, tiles, True, True)
+        y, winners = forward(x, rows, None, spec, path, tiles)
+        return winners, y, *backward(dy, x, rows, winners, spec, path, tiles)
 
-    expected = run()
+    winners, *expected = run()
     assert all(t.isfinite().all() for t in expected)
+    assert torch.equal(expected[1], backward(dy, x, rows, winners, spec, path, tiles, need_rows=False)[0])
+    assert torch.equal(expected[2], backward(dy, x, rows, winners, spec, path, tiles, need_x=False)[1])
     for i in range(times):
         if DEVICE == "cuda" and i % 2:
             torch.cuda.synchronize()
@@ -195,7 +242,7 @@ def repeat(conv, batch, channels, sizes, path, tiles, dtype, times):
             torch.cuda.synchronize()
         else:
             found = run()
-        for name, a, b in zip(("y", "dx", "drows"), expected, found, strict=True):
+        for name, a, b in zip(("y", "dx", "drows"), expected, found[1:], strict=True):
             assert torch.equal(a, b), f"{name} of run {i} differs"
     torch.use_deterministic_algorithms(False)
     return True
@@ -224,20 +271,53 @@ CASES = {
     "1-D h": ({"orbits": "h", "filters": 10, "kernel": [3]}, 2, 5, [13]),
     "h one pixel": ({"orbits": "h", "filters": 2}, 1, 1, [1, 1]),
     "h one row": ({"orbits": "h", "filters": 2 * 33}, 3, 31, [1, 9]),
-    "hv": ({"orbits": "hv", "filters": 4 * 17}, 1, 33, [5, 7]),
-    "hv in groups": ({"orbits": "hv", "filters": 4 * 3, "groups": 3}, 2, 16, [4, 5]),
+    "hv": ({"orbits": "hv", "filters": 4 * 17}, 1, 33, [5, 4]),
+    "hv in groups": ({"orbits": "hv", "filters": 4 * 3, "groups": 2}, 2, 16, [4, 5]),
     "v even kernel": ({"orbits": "v", "filters": 2 * 16, "kernel": [4, 2]}, 2, 7, [6, 5]),
-    "c4 5x5": ({"orbits": "c4", "filters": 4 * 3, "kernel": [5, 5], "padding": 2}, 1, 17, [7, 6]),
+    "c4, even kernel": ({"orbits": "c4", "filters": 4 * 3, "kernel": [4, 4], "padding": 2}, 1, 17, [5, 4]),
     "c2 unpadded": ({"orbits": "c2", "filters": 6, "padding": 0}, 2, 3, [3, 4]),
     "d4": ({"orbits": "d4", "filters": 8 * 15}, 1, 15, [4, 3]),
-    "mixed": ({"orbits": {"h": 4, "v": 2, "c2": 2, "d4": 16}, "filters": 31}, 2, 9, [4, 5]),
+    "mixed": ({"orbits": {"h": 4, "c2": 2, "d4": 8}, "filters": 19}, 2, 9, [4, 3]),
     "dilation": ({"orbits": "h", "filters": 4, "dilation": 2, "padding": [2, 1]}, 2, 3, [9, 8]),
     "stride": ({"orbits": "hv", "filters": 8, "stride": 2}, 2, 5, [9, 8]),
     "stride in groups": ({"orbits": "h", "filters": 6, "stride": 2, "groups": 2}, 1, 4, [7, 6]),
     "stride 3, kernel 4": ({"orbits": "h", "filters": 4, "kernel": [4, 4], "stride": [3, 2]}, 1, 2, [11, 10]),
     "stride > kernel": ({"orbits": "h", "filters": 4, "kernel": [2, 2], "stride": 3, "padding": 0}, 2, 3, [8, 7]),
+    "uneven padding": ({"orbits": "h", "filters": 6, "kernel": [2, 4], "stride": 2, "extra": [1, 2]}, 2, 3, [7, 6]),
+    "image smaller than the stride": ({"orbits": "hv", "filters": 8, "stride": [3, 2]}, 2, 3, [1, 5]),
+    "image smaller than the stride, nothing to read": (
+        {"orbits": "h", "filters": 4, "kernel": [1, 3], "stride": 3, "padding": [2, 1]},
+        2,
+        3,
+        [1, 4],
+    ),
     "patches": ({"orbits": "hv", "filters": 8, "kernel": [4, 4], "stride": 4, "padding": 0}, 2, 3, [8, 12]),
-    "3-D hvz": ({"orbits": "hvz", "filters": 8 * 2, "kernel": [3, 3, 3]}, 1, 3, [3, 4, 5]),
+    "3-D hvz": ({"orbits": "hvz", "filters": 8 * 2, "kernel": [3, 2, 2]}, 1, 3, [3, 2, 4]),
+    "3-D hvz, stride, dilation, groups": (
+        {
+            "orbits": "hvz",
+            "filters": 8,
+            "kernel": [2, 2, 3],
+            "stride": [2, 1, 2],
+            "dilation": [1, 2, 2],
+            "groups": 2,
+        },
+        2,
+        3,
+        [2, 4, 5],
+    ),
+    "transposed 1-D, far output": (
+        {"orbits": "h", "filters": 4, "kernel": [3], "stride": 3, "extra": 2, "transposed": True},
+        2,
+        3,
+        [5],
+    ),
+    "transposed, free filters, dilation": (
+        {"orbits": {"c4": 8}, "filters": 11, "stride": 2, "dilation": 2, "extra": 1, "transposed": True},
+        2,
+        3,
+        [3, 4],
+    ),
     "transposed": (
         {"orbits": "hv", "filters": 8, "kernel": [4, 4], "stride": 2, "transposed": True},
         2,
@@ -251,7 +331,7 @@ CASES = {
             "kernel": [2, 2],
             "stride": 3,
             "padding": 0,
-            "output_padding": [1, 0],
+            "extra": [1, 0],
             "groups": 2,
             "transposed": True,
         },
@@ -261,9 +341,9 @@ CASES = {
     ),
     "tied odd": ({"ties": ["hv", "h"], "filters": 5, "free": 3, "kernel": [3, 4]}, 1, 6, [6, 7]),
     "tied d4, negative signs": ({"ties": ["d4", "h"], "filters": 4, "kernel": [5, 5], "padding": 2}, 2, 2, [7, 6]),
-    "rings": ({"ties": ["radial:1", ""], "filters": 3, "free": 2, "kernel": [5, 5], "padding": 2}, 1, 3, [6, 6]),
+    "rings": ({"ties": ["radial:1", ""], "filters": 3, "free": 2, "kernel": [3, 4]}, 1, 3, [6, 6]),
     "max of h": ({"orbits": "h", "filters": 2 * 17, "pool": "max"}, 2, 5, [5, 6]),
-    "min of d4 in groups": ({"orbits": "d4", "filters": 8 * 2, "groups": 2, "pool": "min"}, 1, 3, [4, 5]),
+    "min of d4 in groups": ({"orbits": "d4", "filters": 8 * 2, "groups": 2, "pool": "min"}, 1, 3, [3, 4]),
     "long, so that several programs share its positions": ({"orbits": "h", "filters": 2, "kernel": [3]}, 2, 3, [601]),
     "many images, so that several programs share them": ({"orbits": "h", "filters": 4, "kernel": [3]}, 33, 2, [40]),
     "max, stride": ({"orbits": "hv", "filters": 4 * 3, "stride": 2, "pool": "max"}, 2, 2, [5, 4]),

@@ -10,13 +10,13 @@ from matplotlib.image import imread
 
 import tritonsym
 from tritonsym import __main__ as command_line
-from tritonsym import calls, demo, dispatch, reference
+from tritonsym import demo, explain, plan, reference
 from tritonsym.__main__ import main
 
 
 def test_info(capsys, monkeypatch):
     monkeypatch.setenv("TRITONSYM_BACKEND", "reference")
-    monkeypatch.setattr(dispatch, "ENVIRONMENT", "reference")
+    monkeypatch.setattr(plan, "ENVIRONMENT", "reference")
     assert main(["info"]) == 0
     rows = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["tritonsym"] == tritonsym.__version__
@@ -27,7 +27,7 @@ def test_info(capsys, monkeypatch):
 
 
 def test_info_with_a_wrong_backend(capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "ENVIRONMENT", "fast")
+    monkeypatch.setattr(plan, "ENVIRONMENT", "fast")
     assert main(["info"]) == 0
     assert re.search(r"^backend +none: TRITONSYM_BACKEND='fast': expected one of auto", capsys.readouterr().out, re.M)
 
@@ -67,15 +67,14 @@ def test_check_all(capsys):
 
 
 def test_check_reports_what_is_wrong(capsys, monkeypatch):
-    right = calls.Call.run
-    monkeypatch.setattr(
-        calls.Call, "run", lambda call, *args: right(call, *args) * (1.01 if call.layer == "TiedConv" else 1)
-    )
+    right = reference.conv
+    monkeypatch.setattr(reference, "conv", lambda *args: right(*args) * (1.01 if args[-1].blocks[0].orbits else 1))
     monkeypatch.setattr(command_line, "DTYPES", (torch.float32,))
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     failed = [i for i, line in enumerate(lines) if line.endswith("FAIL")]
-    assert {lines[i].split()[0] for i in failed} == {"TiedConv1d", "TiedConv2d", "TiedConv3d"}
+    layers = {"TiedConv1d", "TiedConv2d", "TiedConv3d", "OrbitPoolConv2d", "OrbitPoolConv3d"}  # pools: 'sum' and 'mean'
+    assert {lines[i].split()[0] for i in failed} == layers
     for i in failed:
         assert "reference: AssertionError: assert_matches_reference: output is wrong" in lines[i + 1]
     assert lines[-1].startswith(f"{len(failed)} of ")
@@ -86,7 +85,7 @@ def numbers(text):
     return [line for line in text.splitlines() if " ms " not in line]
 
 
-@pytest.mark.parametrize("symmetry, filters", [("hv", "hv:32"), ("h:50%, d4:8", "h:16 d4:8 free:8")])
+@pytest.mark.parametrize("symmetry, filters", [("hv", "hv:64"), ("h:50%, d4:8", "h:32 d4:8 free:24")])
 def test_demo(tmp_path, capsys, symmetry, filters):
     picture = tmp_path / "demo.png"
     command = ["demo", "--epochs", "2", "--seed", "3", "--symmetry", symmetry, "--output", str(picture)]
@@ -96,10 +95,10 @@ def test_demo(tmp_path, capsys, symmetry, filters):
     accuracy = [float(number) for number in re.search(r"accuracy +(\S+) % +(\S+) %", out).groups()]
     assert min(accuracy) > 60
     dense, symmetric, share = re.search(r"convolution parameters +(\S+) +(\S+) +(\S+)%", out).groups()
-    assert dense == "93,184"
-    assert float(share) == pytest.approx(100 * int(symmetric.replace(",", "")) / 93184, abs=0.05)
-    assert re.search(r"executed +[\d,]+ +path of 3 layers: .*reference in \d", out)
-    assert re.search(r"time per training step +[\d.]+ ms +[\d.]+ ms +median", out)
+    assert dense == "223,104"
+    assert float(share) == pytest.approx(100 * int(symmetric.replace(",", "")) / 223104, abs=0.05)
+    assert re.findall(r"^\d +SymmetricConv2d +(\w+) ", out, re.M) == ["reference", "shift", "shift"]
+    assert re.search(r"time per training step +[\d.]+ ms +[\d.]+ ms +[\d.]+%, medians", out)
     assert "against the reference, outputs and all gradients: agrees." in out
     verdict = accuracy[1] - accuracy[0] >= -2 and float(share) <= 60
     assert ("\nReached: " in out) == verdict and ("NOT reached on this run" in out) != verdict
@@ -134,15 +133,14 @@ def test_verdict(accuracy, symmetry, reached):
         contestant.accuracy.append(percent)
         contestant.seconds += [0.002, 0.001, 5]
     x = torch.zeros(4, 1, 8, 8)
-    text = demo.summary(*contestants, demo.plans(model, x), len(x))
+    text = demo.summary(*contestants, explain(model, x))
     assert ("\nReached: within 2 points" in text) == reached
     assert ("\nNOT reached on this run: within 2 points" in text) == (not reached)
     # 8 x 8, 8 x 8 and 4 x 4 positions
-    dense = 64 * 32 * 25 + 64 * 64 * 32 * 9 + 16 * 128 * 64 * 9
+    dense = 64 * 64 * 25 + 64 * 128 * 64 * 9 + 16 * 128 * 128 * 9
     share = 0.5 if symmetry == "h" else 0.75
-    assert re.search(rf"multiply-adds per image +{dense:,} ", text)
-    assert re.search(rf"stored weights +{int(share * dense):,} +{share:.1%}", text)
-    assert re.search(r"step +2.00 ms +2.00 ms +median", text)
+    assert re.search(rf"multiply-adds per image +{dense:,} +{int(share * dense):,} +{share:.1%}, stored", text)
+    assert re.search(r"step +2.00 ms +2.00 ms +100.0%, medians", text)
 
 
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm"])

@@ -19,12 +19,10 @@ PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 
 #: Every module may import those of the lines above its own, and `nn` its own. `kernels` import nothing of the package.
 ORDER = [
-    {"symmetry", "packing", "tuned"},
-    {"shift"},
-    {"costs"},
-    {"reference", "dispatch", "launch"},
-    {"convolution", "symm"},
-    {"calls"},
+    {"_compat", "symmetry", "packing", "tuned"},
+    {"spec"},
+    {"reference", "shift", "launch"},
+    {"plan"},
     {"ops"},
     {"functional"},
     {"nn"},
@@ -36,7 +34,7 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"tuned", "launch", "symm", "costs", "dispatch", "ops"}  # may import kernels, within functions
+LAUNCHERS = {"tuned", "launch", "plan", "ops"}  # may import kernels, within functions
 LAZY = {"__init__": "perf"}  # imported by a function
 
 
@@ -114,7 +112,7 @@ whys = [tritonsym.explain(layer, x, target="sm_90").why]
 with tritonsym.backend("triton"):
     whys.append(tritonsym.explain(layer, x).why)
 try:
-    with tritonsym.path("expand"):
+    with tritonsym.path("implicit_gemm"):
         layer(x)
 except ValueError as error:
     whys.append(str(error))

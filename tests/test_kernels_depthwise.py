@@ -29,14 +29,14 @@ CASES = {
         [601],
     ),
     "one group, one pixel": ({"orbits": "h", "filters": 2}, 1, [1, 1]),
-    "one group": ({"orbits": "hv", "filters": 8}, 2, [5, 7]),
-    "hv": ({"orbits": "hv", "filters": 4, "groups": 17}, 1, [5, 4]),
+    "one group": ({"orbits": "hv", "filters": 8}, 1, [3, 5]),
+    "hv": ({"orbits": "hv", "filters": 4, "groups": 17}, 1, [4, 3]),
     "d4": ({"orbits": "d4", "filters": 8, "groups": 4}, 2, [4, 3]),
     "mixed": ({"orbits": {"h": 2, "v": 4}, "filters": 7, "groups": 3}, 1, [4, 5]),
-    "7x7 hv": ({"ties": ["hv", ""], "filters": 1, "kernel": [7, 7], "padding": 3, "groups": 15}, 1, [6, 9]),
+    "5x7 hv": ({"ties": ["hv", ""], "filters": 1, "kernel": [5, 7], "padding": [2, 3], "groups": 15}, 1, [3, 4]),
     "tied hv and free": ({"ties": ["hv", ""], "filters": 1, "free": 1, "groups": 16}, 2, [5, 4]),
     "odd, even kernel": ({"ties": ["hv", "h"], "filters": 1, "kernel": [3, 4], "groups": 33}, 1, [6, 7]),
-    "odd d4": ({"ties": ["d4", "h"], "filters": 2, "kernel": [5, 5], "padding": 2, "groups": 5}, 2, [7, 6]),
+    "odd d4": ({"ties": ["d4", "h"], "filters": 2, "kernel": [4, 4], "padding": 2, "groups": 5}, 1, [4, 3]),
     "rings": ({"ties": ["radial:1", ""], "filters": 1, "kernel": [5, 5], "padding": 2, "groups": 31}, 1, [6, 5]),
     "stride": ({"ties": ["hv", ""], "filters": 1, "stride": 2, "groups": 16}, 2, [9, 8]),
     "stride 3 and 2, kernel 4": (
@@ -68,13 +68,14 @@ CASES = {
             "kernel": [2, 2],
             "stride": 3,
             "padding": 0,
-            "output_padding": [1, 0],
+            "extra": [1, 0],
             "groups": 4,
             "transposed": True,
         },
         1,
         [4, 3],
     ),
+    "image smaller than the stride": ({"orbits": "h", "filters": 2, "stride": 3, "extra": 2, "groups": 3}, 2, [1, 2]),
     "no images": ({"orbits": "h", "filters": 2, "groups": 3}, 0, [4, 5]),
 }
 
@@ -85,25 +86,25 @@ def test_kernels_are_exact(interpreter, name):
     conv, batch, sizes = CASES[name]
     number = list(CASES).index(name)
     for dtype, layout in variants(number):
-        options = {"tiles": TILES[number % 3] * 3, "dtype": dtype, "layout": layout, "path": "expand"}
+        options = {"tiles": TILES[number % 3] * 3, "dtype": dtype, "layout": layout, "path": "implicit_gemm"}
         assert interpreter("convolution", conv=conv, batch=batch, channels=1, sizes=sizes, **options)
 
 
 def test_offsets_beyond_31_bits(interpreter):
     conv = {"orbits": "h", "filters": 2, "groups": 3}
-    options = {"tiles": TILES[0] * 3, "dtype": "float16", "layout": "far", "path": "expand"}
+    options = {"tiles": TILES[0] * 3, "dtype": "float16", "layout": "far", "path": "implicit_gemm"}
     assert interpreter("convolution", conv=conv, batch=2, channels=1, sizes=[4, 5], **options)
 
 
 def test_nan_and_infinity(interpreter):
     conv = {"orbits": "h", "filters": 2, "groups": 3}
-    options = {"path": "expand", "tiles": TILES[0] * 3, "dtype": "float32", "activation": "relu"}
+    options = {"path": "implicit_gemm", "tiles": TILES[0] * 3, "dtype": "float32", "activation": "relu"}
     assert interpreter("not_finite", conv=conv, batch=2, channels=1, sizes=[9, 11], **options)
 
 
 def test_activation_of_the_epilogue(interpreter):
     conv = {"orbits": "h", "filters": 2, "groups": 3}
-    options = {"tiles": TILES[0] * 3, "dtype": "float32", "layout": "last", "path": "expand"}
+    options = {"tiles": TILES[0] * 3, "dtype": "float32", "layout": "last", "path": "implicit_gemm"}
     assert interpreter("convolution", conv=conv, batch=1, channels=1, sizes=[4, 5], activation="gelu", **options)
 
 
@@ -121,7 +122,7 @@ def test_activation_of_the_epilogue(interpreter):
 )
 def test_layers_round_as_torch_does(interpreter, kind, options, dtype):
     options = {"in_channels": 6, "out_channels": 6, "kernel_size": 3, "groups": 6, **options}
-    tiles = interpreter("layer", kind=kind, options=options, shape=[2, 6, 8, 7], dtype=dtype, path="expand")
+    tiles = interpreter("layer", kind=kind, options=options, shape=[2, 6, 8, 7], dtype=dtype, path="implicit_gemm")
     assert [len(tile) for tile in tiles] == [3, 3, 3]
 
 
@@ -129,12 +130,14 @@ def test_plans():
     layer = tritonsym.nn.TiedConv2d(384, 384, 7, padding=3, groups=384, symmetry="hv", device="meta")
     x = torch.empty(64, 384, 28, 28, dtype=torch.bfloat16, device="meta")
     plan = tritonsym.explain(layer, x, "sm_90")
-    assert plan.path == "reference" and "expand" in plan.why and "estimate" in plan.why, "no clear win by estimate"
+    assert plan.path == "reference" and "implicit_gemm" in plan.why and "estimate" in plan.why, (
+        "no clear win by estimate"
+    )
     with tritonsym.backend("triton"):
         plan = tritonsym.explain(layer, x, "sm_90")
-    assert plan.path == "expand" and plan.tiles == ((128, 32, 4),) * 3
-    assert plan.problem.runs("expand", plan.tiles)
-    assert not plan.problem.runs("expand", ((64, 64, 32, 4, 3),) * 3)
+    assert plan.path == "implicit_gemm" and plan.tiles == ((128, 32, 4),) * 3
+    assert plan.problem.runs("implicit_gemm", plan.tiles)
+    assert not plan.problem.runs("implicit_gemm", ((64, 64, 32, 4, 3),) * 3)
 
 
 def sums():
@@ -144,27 +147,39 @@ def sums():
     return [entry for entry in inspect_kernels.entries() if entry.name.startswith("depthwise")]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_shipped_tiles_compile(target):
+def check_compiled(entry, target):
     """No spills, 128-bit accesses of channels-last tensors, and neighbours in a row of channels-first ones."""
     from tritonsym.kernels.tiles import fits
     from tritonsym.perf import inspect_kernels
 
+    kernel = inspect_kernels.compile_entry(entry, target)
+    found = inspect_kernels.inspect(kernel, entry.work)
+    assert fits(entry.tile, 2, target) and found.shared <= 8 << 10, entry.name
+    if target == "gfx942":
+        return
+    assert found.spills == found.tensor_cores == 0, entry.name
+    layouts = set(re.findall(r"tt\.load .*x!tt\.ptr<bf16>, (#blocked\w*)>", kernel.asm["ttgir"]))
+    if "NCHW" in entry.name:
+        spread = {re.search(rf"^{layout} = (.*)", kernel.asm["ttgir"], re.M)[1] for layout in layouts}
+        assert spread and all("threadsPerWarp = [1, 32]" in layout for layout in spread), entry.name
+    else:
+        assert found.load_bits == 128 and found.store_bits == (32 if " dw " in entry.name else 128), entry.name
+
+
+@pytest.mark.parametrize("name", ["depthwise y 128x32", "depthwise dw 128x32 NCHW"])
+def test_a_tile_of_every_kernel_compiles(name):
+    (entry,) = (entry for entry in sums() if entry.name == name)
+    check_compiled(entry, "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_shipped_tiles_compile(target):
     for entry in sums():
-        kernel = inspect_kernels.compile_entry(entry, target)
-        found = inspect_kernels.inspect(kernel, entry.work)
-        assert fits(entry.tile, 2, target) and found.shared <= 8 << 10, entry.name
-        if target == "gfx942":
-            continue
-        assert found.spills == found.tensor_cores == 0, entry.name
-        layouts = set(re.findall(r"tt\.load .*x!tt\.ptr<bf16>, (#blocked\w*)>", kernel.asm["ttgir"]))
-        if "NCHW" in entry.name:
-            spread = {re.search(rf"^{layout} = (.*)", kernel.asm["ttgir"], re.M)[1] for layout in layouts}
-            assert spread and all("threadsPerWarp = [1, 32]" in layout for layout in spread), entry.name
-        else:
-            assert found.load_bits == 128 and found.store_bits == (32 if " dw " in entry.name else 128), entry.name
+        check_compiled(entry, target)
 
 
+@pytest.mark.slow
 def test_sizes_of_one_compile():
     """Triton makes constants of integers that are 1, which the interpreter does not."""
     from tritonsym.perf import inspect_kernels

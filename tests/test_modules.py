@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tritonsym
 import tritonsym.nn as tnn
-from tritonsym.dispatch import PATHS
+from tritonsym.plan import PATHS
 
 
 def run(function, x, inputs):

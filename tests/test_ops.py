@@ -12,27 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import calls, dispatch, ops, tuned
-from tritonsym.dispatch import current_backend
-
-
-class Recorder(TorchFunctionMode):
-    """Notes every call of an op of this package."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if str(getattr(function, "_qualified_op_name", "")).startswith("tritonsym::"):
-            self.calls.append((function, args))
-        return function(*args, **kwargs or {})
+from tritonsym import ops, plan, shift
+from tritonsym.plan import current_backend
 
 
 class AtenRecorder(TorchDispatchMode):
@@ -51,18 +37,6 @@ def aten_ops(function, *args):
     return recorder.names
 
 
-def op_calls(layer, dtype):
-    with Recorder() as recorder, torch.no_grad():
-        layer.make(dtype=dtype)(layer.input(2, dtype=dtype))
-    return [(op, [leaf(a) for a in args]) for op, args in recorder.calls]
-
-
-def leaf(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().clone().requires_grad_(value.is_floating_point())
-
-
 def per_sample(module):
     """The module as a function of one sample."""
     return lambda sample: module(sample[None])[0]
@@ -75,26 +49,33 @@ def gradients(y, module, x):
 # --- ops --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_layers_reach_every_op(layers):
-    """But for those that kernels plug into, and for products that belong to no layer."""
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tritonsym::")]
-    every = {
-        name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    }
-    assert {op._qualified_op_name for layer in layers for op, _ in op_calls(layer, torch.float32)} == every - {
-        "tritonsym::gram"
-    }
+def test_opcheck(convolution, monkeypatch):
+    found = []
+    monkeypatch.setattr(ops._Conv, "apply", lambda *args: found.append(args) or ops._fprop(*args))
+    with torch.no_grad(), tritonsym.path("shift"):
+        convolution.make(dtype=torch.float64)(convolution.input(2, dtype=torch.float64))
+    ((x, weight, free_weight, bias, *options),) = found
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, free_weight, bias)]
+    options[-2] = None  # the activation: what is differentiated has it outside
+    torch.library.opcheck(torch.ops.tritonsym.conv, (*leaves, *options))
+    dy, spec_to_fold = torch.ops.tritonsym.conv(*leaves, *options)[0].detach(), options[:4]
+    args = (dy, *leaves[:3], torch.empty(0, dtype=torch.uint8), *spec_to_fold, True, True)
+    torch.library.opcheck(torch.ops.tritonsym.conv_backward, [leaf(a) for a in args])
 
 
-def test_opcheck(any_layer):
-    for op, args in op_calls(any_layer, torch.float64):
-        torch.library.opcheck(op, args)
+def leaf(value):
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def test_gradients_of_first_and_second_order(any_layer):
-    for op, args in op_calls(any_layer, torch.float64):
-        gradcheck(op, args, fast_mode=True, check_forward_ad=True)
-        gradgradcheck(op, args, fast_mode=True)
+    module, x = any_layer.make(dtype=torch.float64), any_layer.input(2, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*module.named_parameters(), strict=True) if list(module.parameters()) else ((), ())
+
+    def function(x, *parameters):
+        return functional_call(module, dict(zip(names, parameters, strict=True)), x)
+
+    gradcheck(function, (x, *parameters), fast_mode=True, check_forward_ad=True)
+    gradgradcheck(function, (x, *parameters), fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +110,30 @@ def test_compiles_without_graph_breaks(any_layer, dynamic):
             torch.testing.assert_close(
                 gradients(y.square().sum(), module, x), gradients(expected.square().sum(), module, x)
             )
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_keeps_the_fast_path_when_sizes_change(dynamic, monkeypatch):
+    """A second batch size, and with dynamic=True a second image size, run the paths that eager runs."""
+    wide, narrow = (tnn.SymmetricConv2d(c, c, 3, padding=1, symmetry="d4", bias=False) for c in (128, 8))
+    fprop, seen = shift.fprop, []
+    monkeypatch.setattr(shift, "fprop", lambda x, *args: seen.append(x.shape) or fprop(x, *args))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: wide(narrow(x[:, :8]).repeat(1, 16, 1, 1)), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for shape in ((8, 8, 28, 28), (6, 8, 28, 28), (5, 8, 28, 28), (5, 8, 20, 24)):
+        x = torch.randn(shape)
+        y = compiled(x)
+        assert seen == [torch.Size((shape[0], 128, *shape[2:]))]
+        seen.clear()
+        torch.testing.assert_close(y, wide(narrow(x).repeat(1, 16, 1, 1)), rtol=1e-4, atol=1e-5)
+        assert tritonsym.explain(wide, torch.randn(shape[0], 128, *shape[2:])).path == "shift"
+        seen.clear()
+        gradient = torch.autograd.grad(compiled(x).square().sum(), wide.weight)
+        expected = torch.autograd.grad(wide(narrow(x).repeat(1, 16, 1, 1)).square().sum(), wide.weight)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-2)
+        seen.clear()
 
 
 def test_inductor():
@@ -340,7 +345,7 @@ LAYER, X2D = tnn.SymmetricConv2d(2, 4, 3, symmetry="h"), torch.randn(1, 2, 5, 5)
 
 
 def test_switches_nest_and_are_restored(monkeypatch):
-    monkeypatch.setattr(dispatch, "ENVIRONMENT", "auto")
+    monkeypatch.setattr(plan, "ENVIRONMENT", "auto")
     expected = LAYER(X2D)
     with tritonsym.backend("triton"):
         assert current_backend() == "triton" and tritonsym.explain(LAYER, X2D).tiles
@@ -349,59 +354,17 @@ def test_switches_nest_and_are_restored(monkeypatch):
             assert torch.equal(LAYER(X2D), expected)
         assert current_backend() == "triton"
     assert current_backend() == "auto"
-    with tritonsym.path("expand"):
-        assert tritonsym.explain(LAYER, X2D).path == "expand"
+    with tritonsym.path("implicit_gemm"):
+        assert tritonsym.explain(LAYER, X2D).path == "implicit_gemm"
         with tritonsym.path("shift"):
             assert tritonsym.explain(LAYER, X2D).path == "shift"
             torch.testing.assert_close(LAYER(X2D), expected)
-        assert tritonsym.explain(LAYER, X2D).path == "expand"
+        assert tritonsym.explain(LAYER, X2D).path == "implicit_gemm"
     assert torch.equal(LAYER(X2D), expected)
 
 
-def test_compilers_can_tell_bodies_apart(monkeypatch, tmp_path):
-    """They keep on disk what they compiled, by the op and its arguments."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def state():
-        found = []
-
-        def backend(graph, _):
-            found.extend(node.kwargs["state"] for node in graph.graph.nodes if "tritonsym" in str(node.target))
-            return graph
-
-        torch._dynamo.reset()
-        torch.compile(LAYER, backend=backend, fullgraph=True)(X2D)
-        return found[0]
-
-    states = [state(), state()]
-    for switch in (tritonsym.path("shift"), tritonsym.path("reference"), tritonsym.backend("reference")):
-        with switch:
-            states.append(state())
-    tuned.record(tuned.user_file("sm_90"), {})
-    states.append(state())
-    monkeypatch.setattr(ops, "_sources", lambda: "other code")
-    states.append(state())
-    assert states[0] == states[1] and len(set(states)) == len(states) - 1
-    exported = torch.export.export(LAYER, (X2D,)).graph
-    assert not any(node.kwargs.get("state") for node in exported.nodes)
-
-
-def test_compiled_code_is_planned_for_fused_additions(monkeypatch):
-    """At 64 channels the additions are worth it once a compiler fuses them."""
-    layer, x, planned = tnn.SymmetricConv2d(64, 64, 3, padding=1, symmetry="hv"), torch.randn(2, 64, 56, 56), []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    run = calls.Call.run
-    monkeypatch.setattr(calls.Call, "run", lambda call, *args: planned.append(call.plan) or run(call, *args))
-    with torch.no_grad():
-        expected = layer(x)
-        torch._dynamo.reset()  # or sizes may be symbolic, which takes the reference
-        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    assert planned[0].path == "reference" and {plan.path for plan in planned[1:]} == {"shift"}
-
-
 def test_switches_are_restored_after_an_exception():
-    for switch in (tritonsym.backend("triton"), tritonsym.path("expand")):
+    for switch in (tritonsym.backend("triton"), tritonsym.path("implicit_gemm")):
         with pytest.raises(KeyError), switch:
             raise KeyError
         assert current_backend() != "triton"
@@ -411,7 +374,7 @@ def test_switches_are_restored_after_an_exception():
 @pytest.mark.parametrize("value, backend", [("triton", "triton"), ("reference", "reference"), ("", "auto")])
 def test_environment_variable(value, backend):
     code = """
-from tritonsym.dispatch import backend, current_backend
+from tritonsym.plan import backend, current_backend
 with backend("auto"):  # a block overrides the variable
     inside = current_backend()
 print(current_backend(), inside)

@@ -1,46 +1,119 @@
-"""The shift path in torch ops: its additions, what it multiplies, what it keeps, and where `auto` takes it."""
+"""The shift path on the CPU: its sums, what it multiplies, what it keeps, and where `auto` takes it."""
 
 import weakref
 
 import pytest
 import torch
-from interpret import CASES, build, lay_out
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import tritonsym
-from tritonsym import convolution, launch, shift
+import tritonsym.nn as tnn
+from tritonsym import plan, shift
 
-ADDITIONS = {
-    name: shift.schedule(build(**{**conv, "pool": None}), tuple(sizes))[1]
-    for name, (conv, _, _, sizes) in CASES.items()
+LAYERS = {
+    "hv": lambda: tnn.SymmetricConv2d(6, 8, 3, padding=1, symmetry="hv"),
+    "h, rows inside": lambda: tnn.SymmetricConv2d(6, 8, (3, 5), padding=(1, 2), stride=(2, 1), symmetry="h"),
+    "v, columns inside": lambda: tnn.SymmetricConv2d(6, 8, 3, padding=(2, 0), dilation=(1, 2), symmetry="v"),
+    "mixed": lambda: tnn.SymmetricConv2d(6, 16, 3, padding="same", groups=2, symmetry={"h": 4, "d4": 0, "hv": 8}),
+    "even kernel": lambda: tnn.SymmetricConv2d(6, 8, 4, padding="same", symmetry="d4"),
+    "stride": lambda: tnn.SymmetricConv2d(6, 8, 3, padding=1, stride=(2, 3), symmetry="hv"),
+    "odd": lambda: tnn.TiedConv2d(6, 8, 3, padding=1, symmetry="hv", parity={"h": "odd"}, free=2),
+    "radial": lambda: tnn.TiedConv2d(6, 8, 5, padding=2, symmetry="radial", groups=2),
+    "transposed": lambda: tnn.SymmetricConvTranspose2d(6, 8, 4, stride=2, padding=1, symmetry="hv"),
+    "transposed, rows inside": lambda: tnn.SymmetricConvTranspose2d(6, 8, 3, stride=3, output_padding=1, symmetry="h"),
+    "pool": lambda: tnn.OrbitPoolConv2d(6, 4, 3, padding=1, symmetry="c4"),
 }
 
 
-@pytest.mark.parametrize("name", ADDITIONS)
-def test_adjoint(name):
-    plan, torch_dtype = ADDITIONS[name], torch.float64
+@pytest.fixture
+def bounds(monkeypatch):
+    def set_to(chunk_bytes, positions):
+        monkeypatch.setattr(shift, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(plan, "FOLD_POSITIONS", positions)
+        plan.forget()
 
-    def draw(sides):
-        return [torch.randn(2, 1, channels, *sizes, dtype=torch_dtype) for channels, sizes in sides]
-
-    torch.manual_seed(0)
-    x, y = draw(plan.sources), draw(plan.targets)
-
-    def dot(a, b):
-        return sum((s * t).sum() for s, t in zip(a, b, strict=True))
-
-    torch.testing.assert_close(dot(shift._in_place(plan, x), y), dot(x, shift._in_place(plan.adjoint, y)))
+    yield set_to
+    monkeypatch.undo()
+    plan.forget()
 
 
-@pytest.mark.parametrize("name", [name for name, plan in ADDITIONS.items() if not shift.has_steps(plan)])
-def test_what_inductor_sees_equals_what_eager_does(name):
-    plan = ADDITIONS[name]
-    torch.manual_seed(0)
-    x = [torch.randn(2, 2, channels, *sizes, dtype=torch.float64) for channels, sizes in plan.sources]
-    for fused, eager in zip(shift._fused(plan, x), shift._in_place(plan, x), strict=True):
-        torch.testing.assert_close(fused, eager)
+def results(layer, x):
+    y = layer(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("fold", [0, 1 << 60])
+@pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 12, 1 << 30])
+@pytest.mark.parametrize("name", LAYERS)
+def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, fold, bounds):
+    """All ways through a layer give the same, channels-last or not."""
+    layer = LAYERS[name]()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(5, 6, 13, 9).to(memory_format=memory_format).requires_grad_()
+        with tritonsym.path("reference"):
+            expected = results(layer, x)
+        bounds(chunk_bytes, fold)
+        with tritonsym.path("shift"):
+            for got, right in zip(results(layer, x), expected, strict=True):
+                torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+def test_axes_that_no_image_moves_stay_inside_the_product():
+    def slots(layer, fold):
+        (part, *_) = shift.parts(layer.spec, fold)
+        return len(part.order), len(part.order[0])
+
+    h = tnn.SymmetricConv2d(4, 8, (3, 5), symmetry="h")
+    assert slots(h, True) == (5, 3) and slots(h, False) == (15, 1)
+    assert slots(tnn.SymmetricConv3d(4, 8, 3, symmetry="h"), True) == (3, 9)
+    assert slots(tnn.SymmetricConv3d(4, 8, 3, symmetry="hv"), True) == (9, 3)
+    assert slots(tnn.TiedConv2d(4, 8, 3, symmetry="h"), True) == (2, 3)
+    assert slots(tnn.SymmetricConv2d(4, 8, 3, symmetry="c2"), True) == (9, 1)
+    assert slots(tnn.SymmetricConv2d(4, 8, 3, symmetry=None), False) == (1, 9), "free filters are plain convolutions"
+
+
+def test_index_tables_are_shared_by_equal_layers_and_serve_smaller_batches(monkeypatch):
+    monkeypatch.setattr(shift, "tables", shift._Tables())
+    made = []
+    make = shift.make_sums
+    monkeypatch.setattr(shift, "make_sums", lambda *args: made.append(args) or make(*args))
+    with tritonsym.path("shift"), torch.no_grad():
+        for channels, batch in ((8, 4), (16, 4), (8, 3), (24, 1)):
+            tnn.SymmetricConv2d(channels, channels, 3, padding=1, symmetry="hv")(torch.randn(batch, channels, 9, 7))
+        assert len(made) == 1
+        tnn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="hv")(torch.randn(5, 8, 9, 7))  # a larger batch
+        tnn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="c4")(torch.randn(4, 8, 9, 7))  # other sums
+    assert len(made) == 3 and len(shift.tables.kept) == 2
+    (sums, *_) = shift.tables.kept.values()
+    assert sums.forward.index.dtype == sums.forward.offsets.dtype == torch.int32
+
+
+def test_a_thousand_image_sizes_do_not_fill_memory(monkeypatch):
+    monkeypatch.setattr(shift, "tables", shift._Tables())
+    monkeypatch.setattr(shift, "TABLE_BYTES", 1 << 22)
+    layer = tnn.SymmetricConv2d(2, 4, 3, padding=1, symmetry="hv")
+    with tritonsym.path("shift"), torch.no_grad():
+        for size in range(1000):
+            layer(torch.randn(1, 2, 3 + size % 40, 3 + size // 40))
+            kept = shift.tables.kept.values()
+            assert shift.tables.nbytes == sum(sums.nbytes for sums in kept) <= shift.TABLE_BYTES
+        assert 10 < len(kept) < 1000
+        monkeypatch.setattr(shift, "TABLE_BYTES", 0)
+        x = torch.randn(1, 2, 50, 50)
+        torch.testing.assert_close(layer(x), layer.to_dense()(x), rtol=1e-4, atol=1e-5)
+        assert not shift.tables.kept and not shift.tables.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetry", ["h", "d4"])
+def test_every_dtype_of_the_bags_rounds_as_torch_does(symmetry, dtype):
+    layer = tnn.SymmetricConv2d(64, 64, 3, padding=1, symmetry=symmetry, dtype=dtype)
+    x = torch.randn(2, 64, 17, 15, dtype=dtype).to(memory_format=torch.channels_last)
+    with tritonsym.path("shift"):
+        tritonsym.testing.assert_matches_reference(layer, x)
 
 
 def test_one_multiply_add_per_position_and_stored_weight():
@@ -57,23 +130,17 @@ def test_one_multiply_add_per_position_and_stored_weight():
         assert tritonsym.explain(tied, x).flops * 3 == plan.dense_flops
 
 
-def test_auto_takes_shifts_only_where_the_fit_says_that_they_win(monkeypatch):
-    def planned(channels=256, size=28, dtype=torch.float32):
-        layer = tritonsym.nn.SymmetricConv2d(
-            channels, channels, 3, padding=1, symmetry="hv", device="meta", dtype=dtype
-        )
-        return tritonsym.explain(layer, torch.empty(8, channels, size, size, device="meta", dtype=dtype)).path
+def test_auto_takes_shifts_only_where_the_rule_says_that_they_win():
+    def planned(channels=128, size=28, dtype=torch.float32):
+        layer = tnn.SymmetricConv2d(channels, channels, 3, padding=1, symmetry="hv", device="meta", dtype=dtype)
+        return tritonsym.explain(layer, torch.empty(8, channels, size, size, device="meta", dtype=dtype))
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert planned() == planned(channels=1280, size=16) == "shift"
-    assert planned(channels=64) == "reference"  # additions cost too much
-    assert planned(size=4) == "shift"  # expanding the weight in every step costs more
-    with torch.no_grad():
-        assert planned() == "shift"
-        assert planned(channels=64) == planned(size=4) == "reference"  # here it is kept
-        assert planned(dtype=torch.float64) == planned(dtype=torch.bfloat16) == "reference"
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        assert planned() == "reference"
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            assert planned().path == planned(channels=1280, size=16).path == "shift"
+            assert planned(channels=8).path == "reference" and "cost" in planned(channels=8).why
+            assert planned(size=1).path == "reference"
+            assert planned(dtype=torch.float64).path == "reference" and "float64" in planned(dtype=torch.float64).why
 
 
 def test_auto_sees_the_dtype_of_autocast():
@@ -108,7 +175,7 @@ class Allocated(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["SymmetricConv2d", "TiedConv2d"])
 def test_training_needs_no_more_memory_than_the_dense_layer_and_the_scratch(kind, monkeypatch):
-    monkeypatch.setattr(shift, "SCRATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(shift, "CHUNK_BYTES", 1 << 19)
 
     def peak(layer):
         x = torch.randn(32, 32, 24, 24, requires_grad=True)
@@ -118,28 +185,11 @@ def test_training_needs_no_more_memory_than_the_dense_layer_and_the_scratch(kind
 
     layer = getattr(tritonsym.nn, kind)(32, 64, 3, padding=1, symmetry="hv")
     with tritonsym.path("shift"):
+        peak(layer)  # makes the index tables, which are kept
         ours = peak(layer)
     dense = peak(layer.to_dense())
-    assert dense > 6 * shift.SCRATCH_BYTES  # else the comparison says nothing
-    assert ours <= dense + shift.SCRATCH_BYTES
-
-
-@pytest.mark.parametrize("layout", ["first", "last", "sliced", "expanded"])
-def test_the_backward_kernels_copy_no_gradient(layout, monkeypatch):
-    """Of any strides: they read dy as it lies, and dx is written where it belongs."""
-    kernels, read = pytest.importorskip("tritonsym.kernels.shift"), []
-    monkeypatch.setattr(kernels, "add", lambda source, *_, **options: read.append(source))
-    conv, shape = build(orbits="hv", filters=64), (2, 64, 24, 24)
-    dy = torch.ones((), dtype=torch.bfloat16).expand(shape) if layout == "expanded" else torch.ones(shape).bfloat16()
-    dy = lay_out(dy, layout) if layout in ("last", "sliced") else dy
-    x = torch.empty(2, 32, 24, 24, dtype=torch.bfloat16)
-    x = lay_out(x, "last") if layout == "last" else x
-    rows, dx = torch.empty(1, conv.rows, 32, dtype=torch.bfloat16), torch.empty_like(x)
-    with Allocated() as allocated:
-        launch._shift_backward(dy, x, rows, None, conv, [64, 32, 4] * 2, dx, None)
-    assert read[0].stride()[-2:] == dy.stride()[-2:] and read[0].data_ptr() == dy.data_ptr()
-    d = 2 * conv.rows * 24 * 24 * 2
-    assert allocated.peak == d, "no copy of dy or dx"
+    assert dense > 6 * shift.CHUNK_BYTES  # else the comparison says nothing
+    assert ours <= dense + 2 * shift.CHUNK_BYTES, "z of a chunk, and y of it"
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -174,15 +224,38 @@ def test_more_than_31_bits_of_elements():
         assert torch.equal(layer(x)[16:], layer(image))
 
 
-def test_products_stay_float32_under_autocast():
-    a, b = torch.randn(2, 3, 40).bfloat16(), torch.randn(2, 40, 5).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = launch._products(a, b)
-    torch.testing.assert_close(found, torch.bmm(a.float(), b.float()), rtol=0, atol=0)
-
-
 def test_taps_forced_to_zero_do_not_see_other_weights():
-    conv = build(ties=["h", "h"], filters=2, kernel=[3, 3])
-    rows = torch.full((1, conv.rows, 4), torch.nan)
-    dense = convolution.expand_rows(rows, conv)
+    layer = tnn.TiedConv2d(4, 2, 3, symmetry="h", parity="odd")
+    torch.nn.init.constant_(layer.weight, torch.nan)
+    dense = layer.expanded_weight()
     assert (dense[..., 1] == 0).all() and dense[..., ::2].isnan().all()
+
+
+def test_the_memory_format_is_that_of_torch():
+    layer = tnn.SymmetricConv2d(64, 64, 3, padding=1, symmetry="hv")
+    x, last = torch.randn(4, 64, 28, 28), torch.channels_last
+    for weight_format in (torch.contiguous_format, last):
+        layer.to(memory_format=weight_format)
+        dense = layer.to_dense().to(memory_format=weight_format)
+        for path in ("shift", "reference"):
+            for given in (x, x.to(memory_format=last)):
+                with tritonsym.path(path):
+                    y = layer(given)
+                assert y.stride() == F.conv2d(given, dense.weight, padding=1).stride()
+
+
+def test_a_whole_model_is_explained(capsys):
+    model = torch.nn.Sequential(
+        tnn.SymmetricConv2d(3, 8, 3, symmetry="h"), torch.nn.BatchNorm2d(8), tnn.TiedConv2d(8, 8, 3, symmetry="d4")
+    )
+    model.append(model[2])
+    x = torch.randn(2, 3, 12, 12)
+    found = tritonsym.explain(model, x)
+    assert [name for name, _ in found] == ["0", "2", "2"] and model[1].num_batches_tracked == 0
+    assert found[0][1] == tritonsym.explain(model[0], x)
+    assert found.flops == sum(layer.flops for _, layer in found) and len(found) == 3
+    lines = str(found).splitlines()
+    assert len(lines) == 5 and lines[0].split()[:3] == ["layer", "kind", "path"] and lines[-1].startswith("total of 3")
+    with tritonsym.path("shift"):
+        assert {layer.path for _, layer in tritonsym.explain(model, x)} == {"shift"}
+    assert {layer.problem.target for _, layer in tritonsym.explain(model, x, "sm_90")} == {"sm_90"}

@@ -257,7 +257,7 @@ def test_output_order(bases, free, groups):
     assert layout.stored_channels == layout.stored_per_group * groups
     assert layout.out_channels == len(layout.filters) * groups
     assert {symmetry.name: count for symmetry, count in layout.counts.items()} == counts
-    assert FilterLayout.from_text(str(layout), groups) == layout
+    assert FilterLayout.parse(str(layout), layout.out_channels, groups) == layout
     assert FilterLayout.from_stored(counts, layout.stored_channels, groups) == layout
     assert FilterLayout.from_stored(layout, layout.stored_channels, groups) is layout
 
@@ -290,6 +290,8 @@ def test_output_order_of_one_layer_in_full():
         ({"h": "50%"}, 16, 4, "h:8 free:8"),
         ({"h": "50%"}, 12, 4, "free:12"),
         ({"d4": "50%", "h": 4, "c4": "25%"}, 32, 1, "h:4 c4:8 d4:16 free:4"),
+        ("d4:50% h:4 c4:25%", 32, 1, "h:4 c4:8 d4:16 free:4"),
+        ("h:50%, hv:8,free:8", 32, 2, "h:16 hv:8 free:8"),
     ],
 )
 def test_layout_from_names_counts_and_percents(spec, out, groups, text):
@@ -312,6 +314,10 @@ def test_layout_from_names_counts_and_percents(spec, out, groups, text):
         ({"h": "101%"}, 8, 1, "h='101%' is not a percentage"),
         ("radial", 8, 1, "TiedConv"),
         ("h", 8, 3, "out_channels=8 must be a multiple of groups=3"),
+        ("h:4 h:2", 8, 1, "names and counts such as 'h:50% hv:8', each name once, got 'h:4 h:2'"),
+        ("h: 4", 8, 1, "names and counts such as"),
+        ("h:4 free:3", 8, 1, "free:3 is asked for, but the symmetries leave 4 of 8 filters"),
+        ("h:4 free:50%", 8, 1, "free:50% must be a count of filters"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(spec, out, groups, message):
@@ -322,6 +328,7 @@ def test_layouts_that_do_not_fit_are_refused(spec, out, groups, message):
 def test_from_stored_needs_to_know_the_output():
     assert FilterLayout.from_stored("hv", 3) == FilterLayout.parse("hv", 12)
     assert FilterLayout.from_stored({"h": 4}, 5) == FilterLayout.parse({"h": 4}, 7)
+    assert FilterLayout.from_stored("h:4 free:3", 5) == FilterLayout.parse({"h": 4}, 7)
     assert FilterLayout.from_stored(None, 5) == FilterLayout.parse(None, 5)
     for spec in ({"h": "50%"}, {"h": 12}, FilterLayout.parse("h", 4)):
         with pytest.raises(ValueError, match=r"^FilterLayout: "):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import tritonsym
 import tritonsym.nn as tnn
-from tritonsym import convolution, reference
+from tritonsym import reference, shift, testing
 from tritonsym.testing import assert_equivariant, assert_matches_reference, assert_symmetric
 
 
@@ -61,10 +62,7 @@ def nudge(t, ulps=1, index=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_right_layers_match(any_layer, dtype):
-    layer = any_layer.make(dtype=dtype)
-    if any_layer.path == "shift" and dtype == torch.float32:
-        layer.requires_grad_(False)  # its weight gradients round more than the rule allows
-    assert_matches_reference(layer, any_layer.input(dtype=dtype))
+    assert_matches_reference(any_layer.make(dtype=dtype), any_layer.input(batch=8, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -77,6 +75,42 @@ def test_low_precision_matches(dtype, path):
 def test_complex_matches(linear_layer):
     layer = linear_layer.but(activation="tanh") if linear_layer.options.get("activation") else linear_layer
     assert_matches_reference(layer.make(dtype=torch.complex64), layer.input(dtype=torch.complex64))
+
+
+GEOMETRIES = [
+    {"stride": 2, "dilation": 2, "groups": 2, "output_padding": 1},
+    {"padding": 2, "dilation": 3, "output_padding": 2, "bias": False},
+    {"kernel_size": 2, "stride": 3, "padding": 0, "activation": "tanh", "groups": 4},
+    {"padding": "same", "kernel_size": 4, "dilation": 2},
+    {"padding_mode": "circular", "padding": 2},
+    {"padding_mode": "reflect", "kernel_size": 5, "padding": 2, "stride": 2},
+]
+
+
+@pytest.mark.parametrize(("ndim", "transposed", "geometry"), list(product((1, 2, 3), (False, True), GEOMETRIES)))
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_products_of_the_unfolded_input_are_the_convolution(ndim, transposed, geometry):
+    if transposed and (geometry.get("padding") == "same" or "padding_mode" in geometry):
+        pytest.skip("torch has no such transposed convolution")
+    options = {name: value for name, value in geometry.items() if transposed or name != "output_padding"}
+    layer = conv(f"SymmetricConv{'Transpose' * transposed}{ndim}d", torch.float64, symmetry="h", **options)
+    for x in (some_input(2, 4, *(9, 8, 7)[:ndim]).double(), some_input(4, *(9, 8, 7)[:ndim]).double()):
+        twins = [testing._dense_twin(layer, forwards) for forwards in (testing._DENSE, testing._PRODUCTS)]
+        dense, products = (testing._results(twin, [x], gradients=True) for twin in twins)
+        for (name, a), (_, b) in zip(dense, products, strict=True):
+            torch.testing.assert_close(b, a, msg=name)
+            assert name != "output" or a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["SymmetricConv2d", "SymmetricConvTranspose2d", "TiedConv2d"])
+def test_the_shift_path_is_as_right_as_the_worse_of_convolution_and_products(name, dtype):
+    layer = conv(name, dtype, symmetry="hv", in_channels=16, out_channels=16).to(memory_format=torch.channels_last)
+    with tritonsym.path("shift"):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            x = torch.randn(4, 16, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
+            assert_matches_reference(layer, x)
 
 
 #: An output wrong by this much relative to its own value has to be found.
@@ -128,26 +162,28 @@ def test_worst_index():
 
 @pytest.mark.parametrize("argument, name", list(enumerate(["x", "weight", "bias"])))
 def test_scaled_gradient(monkeypatch, argument, name):
-    right = convolution.dense_conv
+    right = reference.conv
 
     def wrong(*args):
         args = list(args)
         args[argument] = ScaledGradient.apply(args[argument])
         return right(*args)
 
-    monkeypatch.setattr(convolution, "dense_conv", wrong)
+    monkeypatch.setattr(reference, "conv", wrong)
     for mode in (torch.enable_grad, torch.no_grad):
         with mode(), pytest.raises(AssertionError, match=f"gradient of {name} is wrong"):
             assert_matches_reference(conv(symmetry="hv"), planar())
 
 
 def test_scaled_gradient_of_a_free_filter_inside_a_model(monkeypatch):
-    right = convolution.expand
-    monkeypatch.setattr(
-        convolution, "expand", lambda layer, last, w, free: right(layer, last, w, ScaledGradient.apply(free))
-    )
+    def wrong(*args):
+        dx, (dw, dfree) = right(*args)
+        return dx, [dw, 1.01 * dfree]
+
+    right = shift.backward
+    monkeypatch.setattr(shift, "backward", wrong)
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), conv("TiedConv2d", symmetry="h", free=2))
-    with pytest.raises(AssertionError, match=r"gradient of 2\.free_weight is wrong"):
+    with tritonsym.path("shift"), pytest.raises(AssertionError, match=r"gradient of 2\.free_weight is wrong"):
         assert_matches_reference(model, planar())
 
 
@@ -159,20 +195,21 @@ class Functional(nn.Module):
 def test_functions_inside_a_model_are_compared_with_the_reference(monkeypatch):
     with tritonsym.path("shift"):
         assert_matches_reference(Functional(), planar())
-        right = convolution.conv
-        monkeypatch.setattr(convolution, "conv", lambda *args: 1.01 * right(*args))
+        right = shift.fprop
+        monkeypatch.setattr(shift, "fprop", lambda *args: 1.01 * right(*args))
         with pytest.raises(AssertionError, match="output is wrong"):
             assert_matches_reference(Functional(), planar())
 
 
 def test_wrong_tap(monkeypatch):
-    expand, image = convolution.expand, reference.image
-    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="output is wrong"):
-        patch.setattr(convolution, "expand", lambda *args: expand(*args).roll(1, -1))
+    fprop, image = shift.fprop, reference.image
+    with tritonsym.path("shift"), pytest.raises(AssertionError, match="output is wrong"):
+        monkeypatch.setattr(shift, "fprop", lambda x, weights, *rest: fprop(x, [w.roll(1, -1) for w in weights], *rest))
         assert_matches_reference(conv("OrbitPoolConv2d", symmetry="c4"), planar())
     monkeypatch.setattr(reference, "image", lambda w, g: image(w, g).roll(1, -1) if g.turns == 1 else image(w, g))
-    with pytest.raises(AssertionError, match=r"SymmetricConv2d: expanded_weight\(\) under r90"):
-        assert_symmetric(conv(symmetry="c4"))
+    for name in ("SymmetricConv2d", "OrbitPoolConv2d"):
+        with pytest.raises(AssertionError, match=rf"{name}: expanded_weight\(\) under r90"):
+            assert_symmetric(conv(name, symmetry="c4"))
 
 
 class Perturbed(tnn.SymmetricConv2d):
@@ -234,17 +271,16 @@ class Noise(nn.Module):
         return self.draw(x)
 
 
+DRAWS = {
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "rand": lambda x: x * (torch.rand(x.shape, dtype=x.dtype) < 0.5),
+    "normal_": lambda x: x + torch.empty_like(x).normal_(),
+    "dropout": lambda x: nn.functional.alpha_dropout(x, training=True),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda x: x + torch.randn_like(x),
-        lambda x: x * (torch.rand(x.shape, dtype=x.dtype) < 0.5),
-        lambda x: x + torch.empty_like(x).normal_(),
-        lambda x: nn.functional.alpha_dropout(x, training=True),
-    ],
-    ids=["randn_like", "rand", "normal_", "dropout"],
-)
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_random_numbers_hide_nothing(draw, dtype):
     model = nn.Sequential(conv(symmetry="hv", dtype=dtype), Noise(draw))
     assert_matches_reference(model, planar(dtype))
@@ -314,24 +350,11 @@ def test_names_an_output_inside_a_structure():
         assert_matches_reference(model, some_input(2, 4, 6), torch.tensor([0, 3]))
 
 
-@pytest.mark.parametrize(
-    "model, x, message",
-    [
-        (
-            lambda: conv(symmetry="h", dtype=torch.float16),
-            60000 * planar(torch.float16).sign(),
-            "inf or NaN in the output",
-        ),
-        (
-            lambda: nn.Sequential(conv(symmetry="h"), ArgMax()),
-            planar(),
-            "Sequential returned no floating or complex tensor",
-        ),
-    ],
-)
-def test_nothing_to_compare(model, x, message):
-    with pytest.raises(ValueError, match=message):
-        assert_matches_reference(model(), x)
+def test_nothing_to_compare():
+    with pytest.raises(ValueError, match="inf or NaN in the output"):
+        assert_matches_reference(conv(symmetry="h", dtype=torch.float16), 60000 * planar(torch.float16).sign())
+    with pytest.raises(ValueError, match="Sequential returned no floating or complex tensor"):
+        assert_matches_reference(nn.Sequential(conv(symmetry="h"), ArgMax()), planar())
 
 
 class ArgMax(nn.Module):
@@ -498,7 +521,7 @@ def test_global_conv_and_top_k():
         assert_equivariant(layer, x)
 
 
-ONE_SIDED = {"stride": 2, "output_padding": 1}
+ONE_SIDED, EVEN = {"stride": 2, "output_padding": 1}, {"kernel_size": 2, "padding": "same"}
 
 
 @pytest.mark.parametrize(
@@ -509,15 +532,10 @@ ONE_SIDED = {"stride": 2, "output_padding": 1}
             "SymmetricConv2d",
             {"symmetry": "v", "stride": (4, 1), **SHARED},
             None,
-            r"stride 4 .* leaves 2 positions .* -2",
+            "stride 4 .* leaves 2 positions .* -2",
         ),
         ("SymmetricConv2d", {"symmetry": "c2", "kernel_size": 2, "stride": 3, **SHARED}, None, "leaves 1 positions"),
-        (
-            "SymmetricConv2d",
-            {"symmetry": "h", "kernel_size": 2, "padding": "same", **SHARED},
-            None,
-            "pads an even kernel",
-        ),
+        ("SymmetricConv2d", {"symmetry": "h", **EVEN, **SHARED}, None, "pads an even kernel"),
         ("SymmetricConv2d", {"symmetry": "c4", "stride": (1, 2), **SHARED}, None, r"stride=\(1, 2\) differs"),
         ("SymmetricConvTranspose2d", {"symmetry": "h", **ONE_SIDED, **SHARED}, None, "output_padding"),
         ("TiedConv2d", {"symmetry": "h", "parity": "odd"}, None, "changes its sign"),
@@ -562,19 +580,13 @@ class Everything(nn.Module):
 
 
 def snapshot(module, x):
-    state = {name: t.clone() for name, t in module.state_dict().items()}
-    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-    flags = [(name, m.training, "forward" in vars(m)) for name, m in module.named_modules()]
-    wanted = [(name, id(p), p.requires_grad) for name, p in module.named_parameters()]
-    identities = [id(t) for t in module.buffers()]
-    numbers = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
     return (
-        state,
-        gradients,
-        flags,
-        wanted,
-        identities,
-        numbers,
+        {name: t.clone() for name, t in module.state_dict().items()},
+        {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()},
+        [(name, m.training, "forward" in vars(m)) for name, m in module.named_modules()],
+        [(name, id(p), p.requires_grad) for name, p in module.named_parameters()],
+        [id(t) for t in module.buffers()],
+        (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()),
         (x.detach().clone(), x.requires_grad, x.grad, torch.is_grad_enabled()),
     )
 
@@ -593,8 +605,8 @@ def same(a, b):
 @pytest.mark.parametrize("training", [True, False])
 def test_no_trace(training, fails, monkeypatch):
     if fails:
-        right = convolution.dense_conv
-        monkeypatch.setattr(convolution, "dense_conv", lambda *args: right(*args) * 0)
+        right = reference.conv
+        monkeypatch.setattr(reference, "conv", lambda *args: right(*args) * 0)
     module = Everything().train(training)
     x = planar()
     before = snapshot(module, x)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tritonsym import functional, nn, testing
 from tritonsym.convert import load_cnn_symmetry, materialize, replace_layers
-from tritonsym.dispatch import Plan, backend, explain, path
 from tritonsym.packing import pack, pack_tril, pack_triu, unpack, unpack_tril, unpack_triu
+from tritonsym.plan import Plan, backend, explain, path
 from tritonsym.symmetry import FilterLayout, Symmetry
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonsym._table import aligned
 from tritonsym.convert import replace_layers
-from tritonsym.dispatch import Plan, explain
-from tritonsym.nn import SymmetricConv2d
+from tritonsym.plan import ModelPlan, explain
 from tritonsym.testing import assert_matches_reference, assert_symmetric
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
@@ -28,19 +26,15 @@ BATCH = 64
 POINTS, SHARE = 2.0, 0.6
 
 
-@dataclass
 class Contestant:
     """A model, its optimizer, and what was measured while it trained."""
 
-    name: str
-    model: nn.Module
-    steps: int
-    accuracy: list[float] = field(default_factory=list)  # percent of the test images, after every epoch
-    seconds: list[float] = field(default_factory=list)  # of every training step
-
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.model.parameters())
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=4e-3, total_steps=self.steps)
+    def __init__(self, name: str, model: nn.Module, steps: int) -> None:
+        self.name, self.model = name, cast(Any, model).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(model.parameters())
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=4e-3, total_steps=steps)
+        self.accuracy: list[float] = []  # percent of the test images, after every epoch
+        self.seconds: list[float] = []  # of every training step
 
     @property
     def conv_parameters(self) -> int:
@@ -65,12 +59,12 @@ class Contestant:
 def plain_cnn() -> nn.Module:
     """Three convolutions for 8 x 8 images of ten classes."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2),
+        nn.Conv2d(1, 64, 5, padding=2),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Conv2d(64, 128, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(64, 128, 3, padding=1),
+        nn.Conv2d(128, 128, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
@@ -110,21 +104,6 @@ def steps_per_epoch(x: Tensor) -> int:
     return -(-len(x) // BATCH)
 
 
-def plans(model: nn.Module, x: Tensor) -> list[tuple[SymmetricConv2d, Plan]]:
-    """Every symmetric convolution with the plan for the input that it gets when the model gets x."""
-    found: list[tuple[SymmetricConv2d, Plan]] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args: found.append((layer, explain(layer, args[0]))))
-        for layer in model.modules()
-        if isinstance(layer, SymmetricConv2d)
-    ]
-    with torch.no_grad():
-        model(x)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 def run(symmetry: str | Mapping[str, int | str], epochs: int, seed: int, output: Path) -> int:
     """Train, compare, print and draw; 0 if the trained layers agree with the reference, else 1.
 
@@ -144,8 +123,8 @@ def run(symmetry: str | Mapping[str, int | str], epochs: int, seed: int, output:
     dense, symmetric = (Contestant(name, m, steps) for name, m in (("dense", plain), ("symmetric", model)))
     train([dense, symmetric], data, epochs, seed)
     batch = data[1][:BATCH]
-    wrong = disagreement(model, batch)
-    print(summary(dense, symmetric, plans(model, batch), len(batch)))
+    wrong, plans = disagreement(model, batch), explain(model, batch)
+    print(plans, summary(dense, symmetric, plans), sep="\n\n")
     print(f"The trained model against the reference, outputs and all gradients: {wrong or 'agrees'}.")
     draw(dense, symmetric, report[0].name, output)
     print(f"Picture: {output}")
@@ -162,36 +141,38 @@ def disagreement(model: nn.Module, x: Tensor) -> str:
     return ""
 
 
-def summary(dense: Contestant, symmetric: Contestant, chosen: list[tuple[SymmetricConv2d, Plan]], images: int) -> str:
-    """The table of results and the verdict; `chosen` are the plans for that many images."""
-    full = sum(plan.dense_flops for _, plan in chosen)
-    stored = sum(plan.dense_flops * layer.weight.numel() // layer.expanded_weight().numel() for layer, plan in chosen)
-    executed = sum(plan.flops for _, plan in chosen)
-    paths = ", ".join(f"{path} in {n}" for path, n in Counter(plan.path for _, plan in chosen).items())
+def summary(dense: Contestant, symmetric: Contestant, plans: ModelPlan) -> str:
+    """The table of results and the verdict; `plans` are those of the layers for a batch."""
+    problems = [plan.problem for _, plan in plans]
+    full, executed = (flops // 2 // problems[0].batch for flops in (plans.dense_flops, plans.flops))
+    stored = sum(p.positions * p.stored for p in problems) // problems[0].batch
     share = symmetric.conv_parameters / dense.conv_parameters
     change = symmetric.accuracy[-1] - dense.accuracy[-1]
-    ms = [f"{1000 * statistics.median(c.seconds):.2f} ms" for c in (dense, symmetric)]
+    before, after = (1000 * statistics.median(c.seconds) for c in (dense, symmetric))
     rows = [
         ("", "dense", "symmetric", ""),
         ("test accuracy", f"{dense.accuracy[-1]:.2f} %", f"{symmetric.accuracy[-1]:.2f} %", f"{change:+.2f} points"),
         ("convolution parameters", f"{dense.conv_parameters:,}", f"{symmetric.conv_parameters:,}", f"{share:.1%}"),
-        ("multiply-adds per image", f"{full // 2 // images:,}", "", "of the replaced convolutions"),
-        ("    with the stored weights", "", f"{stored // 2 // images:,}", f"{stored / full:.1%}"),
-        ("    executed", "", f"{executed // 2 // images:,}", f"path of {len(chosen)} layers: {paths}"),
-        ("time per training step", *ms, "median"),
+        (
+            "multiply-adds per image",
+            f"{full:,}",
+            f"{stored:,}",
+            f"{stored / full:.1%}, stored weights of replaced layers",
+        ),
+        ("    executed", f"{full:,}", f"{executed:,}", f"{executed / full:.1%}, on the paths above"),
+        ("time per training step", f"{before:.2f} ms", f"{after:.2f} ms", f"{after / before:.1%}, medians"),
     ]
-    lines = [f"{label:<28} {left:>12} {right:>12}   {note}".rstrip() for label, left, right, note in rows]
     reached = "Reached" if change >= -POINTS and share <= SHARE else "NOT reached on this run"
-    lines.append(
+    verdict = (
         f"\n{reached}: within {POINTS:g} points of the dense accuracy (here {change:+.2f}) with at most {SHARE:.0%} of "
         f"the convolution parameters (here {share:.1%})."
     )
-    return "\n".join(lines)
+    return "\n".join([*aligned(rows, right=(1, 2)), verdict])
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
 
-COLUMNS = 8
+COLUMNS = 16
 DENSE, SYMMETRIC, FRAME, TEXT = "#8a8a8a", "#1763a6", "#9fb3c8", "#555555"
 
 
@@ -237,7 +218,7 @@ def draw_filters(ax: Any, weight: Tensor, orbits: list[list[tuple[int, str]]]) -
             box = (x, x + width, y + height, y)
             ax.imshow(filters[o] / scale, cmap="RdBu_r", vmin=-1, vmax=1, extent=box, interpolation="nearest")
             if len(orbit) > 1 and (row == 0 or names not in named):
-                ax.text(x + width / 2, y - 0.5, name, ha="center", va="bottom", fontsize=7, color=TEXT)
+                ax.text(x + width / 2, y - 0.5, name, ha="center", va="bottom", fontsize=6, color=TEXT)
             x += width + 0.5
         if len(orbit) > 1:
             frame = Rectangle((start - 0.35, y - 0.35), x - start + 0.2, height + 0.7, fill=False, edgecolor=FRAME)

@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from numbers import Integral
 from operator import index
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tritonsym import calls, ops
-from tritonsym.calls import constant
-from tritonsym.dispatch import computing_dtype
+from tritonsym import ops, reference
+from tritonsym._compat import constant
 from tritonsym.packing import check_inexact, check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
+from tritonsym.spec import Geometry, orbit_spec, pool_spec, tied_spec
 from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
 
 P = ParamSpec("P")
@@ -57,40 +56,6 @@ __all__ = [
     "tied_conv3d",
     "topk_pool1d",
 ]
-
-
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def _remembered(function: Function) -> Function:
-    """Keep results for arguments that can be hashed, not lists or symbolic sizes; compilers trace the function."""
-    remember: Any = functools.lru_cache(maxsize=4096, typed=True)(function)
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        try:
-            is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-            return function(*args) if is_traced else remember(*args)
-        except TypeError:  # an argument cannot be hashed, or is wrong
-            return function(*args)
-
-    return call  # type: ignore[return-value]
-
-
-@constant
-def _stored_layout(where: str, spec: Spec, stored: int, groups: int, kernel_size: tuple[int, ...]) -> FilterLayout:
-    layout = FilterLayout.from_stored(spec, stored, groups, where)
-    layout.check_kernel(kernel_size, where)
-    return layout
-
-
-@constant
-def _tie(where: str, symmetry: str, parity: Parity, kernel_size: tuple[int, ...]) -> tuple[str, str, int]:
-    """Canonical name, odd axes and number of orbits."""
-    value = Symmetry(symmetry)
-    value.check_kernel(kernel_size, where)
-    odd = parity_axes(value, parity, where)
-    return value.name, odd, len(tap_orbits(value, kernel_size, odd, where))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -141,19 +106,6 @@ def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> 
     raise error(f"{where}: {name} must be {ndim} integers >= {minimum} (or one for all axes), got {value!r}")
 
 
-def _check_dtypes(where: str, x: Tensor, **others: Tensor | None) -> None:
-    """All tensors on one device and of one dtype; under autocast, of one dtype once torch has cast them."""
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if computing_dtype(tensor) != computing_dtype(x):
-            raise TypeError(
-                f"{where}: x is {x.dtype} but {name} is {tensor.dtype}; convert one, or run under torch.autocast"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{where}: x is on {x.device} but {name} is on {tensor.device}; move one of them")
-
-
 def check_input(where: str, x: Tensor, channels: int, ndim: int) -> Tensor:
     """x with a batch axis, checked."""
     check_tensor(where, "x", x)
@@ -185,15 +137,17 @@ def _check_groups(where: str, groups: int, parts: int, noun: str = "stored filte
     return count
 
 
-def check_bias(where: str, bias: Tensor | None, *lengths: int) -> None:
+def check_bias(where: str, bias: Tensor | None, length: int) -> None:
     if bias is not None:
         check_tensor(where, "bias", bias)
-    if bias is not None and (bias.ndim != 1 or bias.shape[0] not in lengths):
-        allowed = " or ".join(f"({n},)" for n in dict.fromkeys(lengths))
-        raise ValueError(f"{where}: bias must have shape {allowed}, got {tuple(bias.shape)}")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != length):
+        raise ValueError(f"{where}: bias must have shape ({length},), got {tuple(bias.shape)}")
 
 
-def resolve_padding(
+# --- arguments as specs: plain values, remembered; compilers take the results for constants ---------------------------
+
+
+def _padding(
     where: str, padding: str | Ints, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Zero padding of both sides, and what an uneven 'same' adds to the far side, as in torch."""
@@ -210,30 +164,130 @@ def resolve_padding(
     return [t // 2 for t in total], [t % 2 for t in total]
 
 
-@_remembered
-def _extents(
+def _geometry(
     where: str,
-    sizes: tuple[int, ...],
-    kernel_size: Sequence[int],
+    kernel_size: Ints,
     stride: Ints,
     padding: str | Ints,
     dilation: Ints,
-) -> tuple[tuple[int, ...], ...]:
-    """Stride, symmetric zero padding and dilation of every axis, and the padding an uneven 'same' adds, for `F.pad`."""
-    ndim = len(kernel_size)
-    strides, dilations = (
-        check_sizes(where, "stride", stride, ndim, 1),
-        check_sizes(where, "dilation", dilation, ndim, 1),
-    )
-    pads, extra = resolve_padding(where, padding, kernel_size, strides, dilations)
-    padded = tuple(n + 2 * p + e for n, p, e in zip(sizes, pads, extra, strict=True))
-    if any(size < d * (k - 1) + 1 for size, k, d in zip(padded, kernel_size, dilations, strict=True)):
-        raise ValueError(
-            f"{where}: the kernel {tuple(kernel_size)} (dilation {tuple(dilations)}) exceeds the padded input "
-            f"{padded}; pad more"
-        )
-    sides = tuple(side for e in reversed(extra) for side in (0, e)) if any(extra) else ()
-    return tuple(strides), tuple(pads), tuple(dilations), sides
+    transposed: bool = False,
+    output_padding: Ints = 0,
+) -> Geometry:
+    size = tuple(map(index, kernel_size))  # type: ignore[arg-type]
+    ndim = len(size)
+    strides = check_sizes(where, "stride", stride, ndim, 1)
+    dilations = check_sizes(where, "dilation", dilation, ndim, 1)
+    if transposed:
+        pads = check_sizes(where, "padding", padding, ndim, 0)  # type: ignore[arg-type]
+        extra = check_sizes(where, "output_padding", output_padding, ndim, 0)
+        if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+            raise ValueError(
+                f"{where}: output_padding={tuple(extra)} must be smaller than stride or dilation on every axis"
+            )
+    else:
+        pads, extra = _padding(where, padding, size, strides, dilations)
+    return Geometry(size, tuple(strides), tuple(pads), tuple(dilations), tuple(extra), transposed)
+
+
+def _remembered(function: Callable[P, str]) -> Callable[P, str]:
+    """Keep results for arguments that can be hashed: lists as tuples, a mapping as its items."""
+    remember = functools.lru_cache(maxsize=4096, typed=True)(lambda *args: function(*map(_thawed, args)))  # type: ignore[call-arg]
+
+    @constant
+    @functools.wraps(function)
+    def call(*args: Any) -> str:
+        try:
+            return remember(*map(_frozen, args))
+        except TypeError:  # an argument cannot be hashed, or is wrong
+            return function(*args)  # type: ignore[call-arg]
+
+    return call  # type: ignore[return-value]
+
+
+class _Items(tuple[Any, ...]):
+    """Of a mapping."""
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _Items(value.items())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+    return dict(value) if isinstance(value, _Items) else value
+
+
+@_remembered
+def orbit_text(
+    where: str, symmetry: Any, stored: int, groups: int, kernel_size: Ints, stride: Ints, padding: Any, dilation: Ints
+) -> str:
+    """`ConvSpec.text` of filters in orbits."""
+    layout = FilterLayout.from_stored(symmetry, stored, groups, where)
+    geometry = _geometry(where, kernel_size, stride, padding, dilation)
+    layout.check_kernel(geometry.kernel_size, where)
+    return orbit_spec(layout, geometry).text
+
+
+@_remembered
+def orbit_transpose_text(
+    where: str,
+    symmetry: Any,
+    stored: int,
+    groups: int,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    output_padding: Ints,
+) -> str:
+    """The same of a transposed convolution."""
+    layout = FilterLayout.from_stored(symmetry, stored, groups, where)
+    geometry = _geometry(where, kernel_size, stride, padding, dilation, True, output_padding)
+    layout.check_kernel(geometry.kernel_size, where)
+    return orbit_spec(layout, geometry).text
+
+
+@_remembered
+def tied_text(
+    where: str,
+    symmetry: str,
+    parity: Parity,
+    tied: int,
+    free: int,
+    groups: int,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Any,
+    dilation: Ints,
+) -> str:
+    """`ConvSpec.text` of filters with tied taps, followed by free ones."""
+    value, geometry = Symmetry(symmetry), _geometry(where, kernel_size, stride, padding, dilation)
+    value.check_kernel(geometry.kernel_size, where)
+    odd = parity_axes(value, dict(parity) if isinstance(parity, tuple) else parity, where)
+    orbits = tap_orbits(value, geometry.kernel_size, odd, where)
+    return tied_spec(orbits, tied // groups, free // groups, groups, geometry).text
+
+
+@_remembered
+def pool_text(
+    where: str,
+    symmetry: str,
+    reduce: str,
+    filters: int,
+    groups: int,
+    kernel_size: Ints,
+    stride: Ints,
+    padding: Any,
+    dilation: Ints,
+) -> str:
+    """`ConvSpec.text` of filters whose images are reduced to one."""
+    value, geometry = Symmetry(symmetry), _geometry(where, kernel_size, stride, padding, dilation)
+    if value.is_radial:
+        raise ValueError(f"{where}: {symmetry!r} has no images to pool over; use a group such as 'hv' or 'd4'")
+    value.check_kernel(geometry.kernel_size, where)
+    check_choice(where, "reduce", reduce, POOL_REDUCTIONS)
+    return pool_spec(value, reduce, filters // groups, groups, geometry).text
 
 
 def _for_axes(ndim: int, generic: Callable[Concatenate[int, str, P], Tensor]) -> Callable[P, Tensor]:
@@ -290,33 +344,10 @@ def _symmetric_conv(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(stored filters, C_in / groups, *kernel)")
     groups = _check_groups(where, groups, weight.shape[0])
-    layout = _stored_layout(where, symmetry, index(weight.shape[0]), groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
-    return symmetric_conv(where, x, (weight,), bias, layout, stride, padding, dilation, activation)
-
-
-@calls.repeating
-def symmetric_conv(
-    where: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    layout: FilterLayout,
-    stride: Ints,
-    padding: str | Ints,
-    dilation: Ints,
-    activation: str | None,
-) -> Tensor:
-    """What the functions and the modules share once the layout is known to fit the weight."""
-    (weight,) = weights
-    ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
-    batched = check_input(where, x, weight.shape[1] * layout.groups, ndim)
-    check_bias(where, bias, layout.out_channels, layout.stored_channels)
-    stride, pads, dilation, extra = _extents(where, batched.shape[2:], kernel_size, stride, padding, dilation)
-    padded = F.pad(batched, extra) if extra else batched
-    _check_dtypes(where, padded, weight=weight, bias=bias)
-    y = ops.symmetric_conv(padded, weight, bias, layout.text, stride, pads, dilation, layout.groups, activation)
-    return y if batched is x else y[0]
+    kernel_size, stored = tuple(map(index, weight.shape[2:])), index(weight.shape[0])
+    spec = orbit_text(where, symmetry, stored, groups, kernel_size, stride, padding, dilation)
+    return ops.conv(where, spec, x, (weight,), bias, activation)
 
 
 def _symmetric_conv_transpose(
@@ -350,52 +381,10 @@ def _symmetric_conv_transpose(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_in, stored filters / groups, *kernel)")
     groups = _check_groups(where, groups, weight.shape[0], "input channels")
-    stored = index(weight.shape[1]) * groups
-    layout = _stored_layout(where, symmetry, stored, groups, tuple(map(index, weight.shape[2:])))
     check_activation(where, activation)
-    return symmetric_conv_transpose(
-        where, x, (weight,), bias, layout, stride, padding, output_padding, dilation, activation
-    )
-
-
-@calls.repeating
-def symmetric_conv_transpose(
-    where: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    layout: FilterLayout,
-    stride: Ints,
-    padding: Ints,
-    output_padding: Ints,
-    dilation: Ints,
-    activation: str | None,
-) -> Tensor:
-    """What the functions and the modules share once the layout is known to fit the weight."""
-    (weight,) = weights
-    ndim = weight.ndim - 2
-    batched = check_input(where, x, weight.shape[0], ndim)
-    check_bias(where, bias, layout.out_channels, layout.stored_channels)
-    stride, dilation = check_sizes(where, "stride", stride, ndim, 1), check_sizes(where, "dilation", dilation, ndim, 1)
-    pads, extra = (
-        check_sizes(where, "padding", padding, ndim, 0),
-        check_sizes(where, "output_padding", output_padding, ndim, 0),
-    )
-    out = [
-        (n - 1) * s - 2 * p + d * (k - 1) + 1 + e
-        for n, s, p, d, k, e in zip(batched.shape[2:], stride, pads, dilation, weight.shape[2:], extra, strict=True)
-    ]
-    if any(size < 1 for size in out):
-        raise ValueError(f"{where}: padding={tuple(pads)} leaves an output of size {tuple(out)}; pad less")
-    if any(e >= max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
-        raise ValueError(
-            f"{where}: output_padding={tuple(extra)} must be smaller than stride or dilation on every axis"
-        )
-    _check_dtypes(where, batched, weight=weight, bias=bias)
-    y = ops.symmetric_conv_transpose(
-        batched, weight, bias, layout.text, stride, pads, extra, dilation, layout.groups, activation
-    )
-    return y if x.ndim == ndim + 2 else y[0]
+    kernel_size, stored = tuple(map(index, weight.shape[2:])), index(weight.shape[1]) * groups
+    spec = orbit_transpose_text(where, symmetry, stored, groups, kernel_size, stride, padding, dilation, output_padding)
+    return ops.conv(where, spec, x, (weight,), bias, activation)
 
 
 def _tied_conv(
@@ -437,66 +426,22 @@ def _tied_conv(
     """
     check_tensor(where, "weight", weight)
     size = tuple(check_sizes(where, "kernel_size", kernel_size, ndim, 1))
-    name, odd, orbits = _tie(where, symmetry, parity, size)
-    if weight.ndim != 3 or weight.shape[2] != orbits:
-        raise ValueError(
-            f"{where}: weight has shape {tuple(weight.shape)}, but {symmetry!r} ({parity}) on a kernel of size {size} "
-            f"has {orbits} orbits; expected (tied filters, C_in / groups, {orbits})"
-        )
     groups = _check_groups(where, groups, weight.shape[0])
+    free = 0
     if free_weight is not None:
         check_tensor(where, "free_weight", free_weight)
-        expected = (weight.shape[1], *size)
-        if tuple(free_weight.shape[1:]) != expected:
-            raise ValueError(
-                f"{where}: free_weight must have shape (free filters, {', '.join(map(str, expected))}), "
-                f"got {tuple(free_weight.shape)}"
-            )
-        _check_groups(where, groups, free_weight.shape[0], "free filters")
+        free = index(free_weight.shape[0])
+        _check_groups(where, groups, free, "free filters")
     check_activation(where, activation)
-    weights = (weight,) if free_weight is None else (weight, free_weight)
-    return tied_conv(where, x, weights, bias, name, odd, size, stride, padding, dilation, groups, activation)
+    spec = tied_text(where, symmetry, parity, index(weight.shape[0]), free, groups, size, stride, padding, dilation)
+    return ops.conv(where, spec, x, stored_tensors(weight, free_weight), bias, activation)
 
 
-@calls.repeating
-def tied_conv(
-    where: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    symmetry: str,
-    odd: str,
-    kernel_size: Sequence[int],
-    stride: Ints,
-    padding: str | Ints,
-    dilation: Ints,
-    groups: int,
-    activation: str | None,
-) -> Tensor:
-    """What the functions and the modules share once the weights are known to fit the symmetry."""
-    weight, *free = weights
-    free_weight = free[0] if free else None
-    ndim = len(kernel_size)
-    batched = check_input(where, x, weight.shape[1] * groups, ndim)
-    check_bias(where, bias, weight.shape[0] + (0 if free_weight is None else free_weight.shape[0]))
-    stride, pads, dilation, extra = _extents(where, batched.shape[2:], kernel_size, stride, padding, dilation)
-    padded = F.pad(batched, extra) if extra else batched
-    _check_dtypes(where, padded, weight=weight, free_weight=free_weight, bias=bias)
-    y = ops.tied_conv(
-        padded,
-        weight,
-        free_weight,
-        bias,
-        symmetry,
-        odd,
-        kernel_size,
-        stride,
-        pads,
-        dilation,
-        groups,
-        activation,
-    )
-    return y if batched is x else y[0]
+def stored_tensors(weight: Tensor, free_weight: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors of a tied layer that hold filters."""
+    if free_weight is None:
+        return (weight,)
+    return (weight, free_weight) if weight.shape[0] else (free_weight,)
 
 
 def _orbit_pool_conv(
@@ -534,48 +479,16 @@ def _orbit_pool_conv(
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_out, C_in / groups, *kernel)")
     groups = _check_groups(where, groups, weight.shape[0], "filters")
-    name = pool_symmetry(where, symmetry, tuple(map(index, weight.shape[2:])))
-    check_choice(where, "reduce", reduce, POOL_REDUCTIONS)
     check_activation(where, activation)
-    return orbit_pool_conv(where, x, (weight,), bias, name, reduce, stride, padding, dilation, groups, activation)
+    kernel_size, filters = tuple(map(index, weight.shape[2:])), index(weight.shape[0])
+    spec = pool_text(where, symmetry, reduce, filters, groups, kernel_size, stride, padding, dilation)
+    return ops.conv(where, spec, x, (weight,), bias, activation, orbit_scale(symmetry, reduce))
 
 
 @constant
-def pool_symmetry(where: str, symmetry: str, kernel_size: tuple[int, ...]) -> str:
-    """The canonical name of the symmetry to pool over, checked against the kernel."""
-    value = Symmetry(symmetry)
-    if value.is_radial:
-        raise ValueError(f"{where}: {symmetry!r} has no images to pool over; use a group such as 'hv' or 'd4'")
-    value.check_kernel(kernel_size, where)
-    return value.name
-
-
-@calls.repeating
-def orbit_pool_conv(
-    where: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    symmetry: str,
-    reduce: str,
-    stride: Ints,
-    padding: str | Ints,
-    dilation: Ints,
-    groups: int,
-    activation: str | None,
-) -> Tensor:
-    """What the functions and the modules share once the symmetry is known to fit the weight."""
-    (weight,) = weights
-    ndim, kernel_size = weight.ndim - 2, weight.shape[2:]
-    batched = check_input(where, x, weight.shape[1] * groups, ndim)
-    if x.is_complex() and reduce in ("max", "min"):
-        raise TypeError(f"{where}: reduce={reduce!r} needs real numbers, x is {x.dtype}; use 'sum' or 'mean'")
-    check_bias(where, bias, weight.shape[0])
-    stride, pads, dilation, extra = _extents(where, batched.shape[2:], kernel_size, stride, padding, dilation)
-    padded = F.pad(batched, extra) if extra else batched
-    _check_dtypes(where, padded, weight=weight, bias=bias)
-    y = ops.orbit_pool_conv(padded, weight, bias, symmetry, reduce, stride, pads, dilation, groups, activation)
-    return y if batched is x else y[0]
+def orbit_scale(symmetry: str, reduce: str) -> int | None:
+    """How many times the orbit mean of a filter the 'sum' or 'mean' of the responses over the orbit amounts to."""
+    return {"sum": Symmetry(symmetry).order, "mean": 1}.get(reduce)
 
 
 symmetric_conv1d = _for_axes(1, _symmetric_conv)
@@ -625,8 +538,8 @@ def symmetric_linear(
         raise ValueError(f"{where}: x must have shape (..., {n}) for a packed {n} x {n} weight, got {tuple(x.shape)}")
     check_bias(where, bias, n)
     check_activation(where, activation)
-    _check_dtypes(where, x, weight=weight, bias=bias)
-    return ops.symmetric_linear(x, weight, bias, activation, never_unpack)
+    ops.check_beside(where, x, weight=weight, bias=bias)
+    return ops.linear(x, weight, bias, activation, never_unpack)
 
 
 def symmetric_matmul(packed: Tensor, x: Tensor, left: bool = False, *, never_unpack: bool = False) -> Tensor:
@@ -777,8 +690,8 @@ def global_conv1d(
     batched = check_input(where, x, center.shape[1], 1)
     check_bias(where, bias, center.shape[0])
     check_activation(where, activation)
-    _check_dtypes(where, batched, center=center, surround=surround, bias=bias)
-    y = ops.global_conv1d(batched, center, surround, bias, activation)
+    ops.check_beside(where, batched, center=center, surround=surround, bias=bias)
+    y = reference.global_conv1d(batched, center, surround, bias, activation)
     return y if batched is x else y[0]
 
 
@@ -795,7 +708,7 @@ def topk_pool1d(x: Tensor, k: int) -> Tensor:
         raise TypeError(f"topk_pool1d: complex numbers have no order, x is {x.dtype}")
     if x.ndim == 0 or k > x.shape[-1]:
         raise ValueError(f"topk_pool1d: k={k} must be between 1 and the length of the last axis of x {tuple(x.shape)}")
-    return ops.topk_pool1d(x, k)
+    return reference.topk_pool1d(x, k)
 
 
 Orders = str | Sequence[Sequence[int]]
@@ -879,10 +792,10 @@ def symmetrize(
     if not -x.ndim <= dim < x.ndim or dim % x.ndim == 0:
         raise ValueError(f"{where}: dim={dim} must name an axis of x {tuple(x.shape)} other than the batch axis 0")
     orders = orders_of(over, index(x.shape[dim]), where)
-    y = inner(ops.reorder(x, torch.tensor(orders, dtype=torch.int64, device=x.device), dim % x.ndim))
+    y = inner(reference.reorder(x, torch.tensor(orders, dtype=torch.int64, device=x.device), dim % x.ndim))
     if not isinstance(y, Tensor) or y.ndim == 0 or y.shape[0] != x.shape[0] * len(orders):
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(
             f"{where}: inner must return one tensor with its batch of {x.shape[0] * len(orders)} first, got {got}"
         )
-    return ops.reduce_orders(y, len(orders), reduce)
+    return reference.reduce_orders(y, len(orders), reduce)

@@ -1,9 +1,9 @@
-"""Convolutions by Triton kernels: opaque ops that lay out the tensors, bound the scratch and launch.
+"""Convolutions by Triton kernels: how tensors lie for them, what they are told, and the bound of their workspace.
 
-Two paths. `shift`: the GEMMs of `tritonsym.shift` by the vendor's library, its additions by `kernels.shift`, which also
-adds the bias, applies the activation and pools. `expand`: one kernel that reads the stored rows through `Conv.table`,
-the implicit GEMM `kernels.conv` or, with one input channel per group, `kernels.depthwise`. Both save nothing but x and
-the rows (and one byte per value of a pooled orbit).
+Two paths. `shift`: products by the vendor's library, and the sums of `spec.schedule` by `kernels.shift`, which also
+adds the bias, applies the activation and pools. `implicit_gemm`: one kernel that reads the stored rows through
+`ConvSpec.row_table`, `kernels.conv` or, with one input channel per group, `kernels.depthwise`. The backward pass needs
+nothing but x and the rows (and one byte per value of a pooled orbit).
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonsym import shift
-from tritonsym.shift import Additions, Conv, Gemm, channels_last, is_last
+from tritonsym.spec import ConvSpec, Geometry, schedule
+
+#: Most bytes that z and other temporary tensors may take at a time: the batch is computed in chunks of as many images
+#: as fit, at least one.
+SCRATCH_BYTES = 64 << 20
 
 
 def runs_on(device: torch.device) -> bool:
@@ -53,271 +56,248 @@ def launching(path: str, tiles: Sequence[int], *operands: Tensor) -> Iterator[No
         ) from error
 
 
-@torch.library.custom_op("tritonsym::conv_forward", mutates_args=())
-def forward(
+def fprop(
     x: Tensor,
     rows: Tensor,
     bias: Tensor | None,
-    conv: str,
+    spec: ConvSpec,
     path: str,
-    tiles: Sequence[int],
-    activation: str | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """act(conv(x) + bias), and the images that won if `keep`: bit i of a byte per value stands for image i.
-
-    `tiles`: those of the path's kernels one after the other (`Plan.tiles`).
-    """
-    layer = Conv.from_text(conv)
-    y = _like(x, layer.out_shape(x))
-    winners = torch.empty_like(y, dtype=torch.uint8) if keep else y.new_empty(0, dtype=torch.uint8)
-    bias = None if bias is None else bias.contiguous()
-    with launching(path, tiles, x, rows):
-        run = _shift_forward if path == "shift" else _expand_forward
-        run(x, rows, bias, layer, tiles, activation, y, winners if keep else None)
-    return y, winners
-
-
-@forward.register_fake
-def _(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    conv: str,
-    path: str,
-    tiles: Sequence[int],
-    activation: str | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    y = _like(x, Conv.from_text(conv).out_shape(x))
-    return y, torch.empty_like(y, dtype=torch.uint8) if keep else y.new_empty(0, dtype=torch.uint8)
-
-
-@torch.library.custom_op("tritonsym::conv_backward", mutates_args=())
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    winners: Tensor,
-    conv: str,
-    path: str,
-    tiles: Sequence[int],
-    need_x: bool,
-    need_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to x and rows; empty where not needed."""
-    layer = Conv.from_text(conv)
-    dx = torch.empty_like(x) if need_x else x.new_empty(0)
-    drows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
-    with launching(path, tiles, x, rows):
-        run = _shift_backward if path == "shift" else _expand_backward
-        run(
-            dy,
-            x,
-            rows,
-            winners if layer.pool else None,
-            layer,
-            tiles,
-            dx if need_x else None,
-            drows if need_rows else None,
-        )
-    return dx, drows
-
-
-@backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    winners: Tensor,
-    conv: str,
-    path: str,
-    tiles: Sequence[int],
-    need_x: bool,
-    need_rows: bool,
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x) if need_x else x.new_empty(0)
-    return dx, torch.empty_like(rows) if need_rows else rows.new_empty(0)
-
-
-def _like(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An empty tensor, channels-last if x is."""
-    return shift.like(x, shape) if is_last(x) else x.new_empty(shape)
-
-
-def _to_3d(x: Tensor) -> Tensor:
-    """(N, C, *sizes) with axes of size 1 put in front of the spatial ones."""
-    for _ in range(5 - x.ndim):
-        x = x.unsqueeze(2)
-    return x
-
-
-# --- shift ------------------------------------------------------------------------------------------------------------
-
-
-def _shift_forward(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    conv: Conv,
     tiles: Sequence[int],
     activation: str | None,
     y: Tensor,
     winners: Tensor | None,
 ) -> None:
-    import tritonsym.kernels.shift as kernel
-    from tritonsym.kernels.tiles import Tile
+    """Fill y with act(conv(x) + bias), and `winners` with the images that won: bit i of a byte stands for image i.
 
-    gemms, additions = shift.schedule(conv, tuple(x.shape[2:]))
-    table = kernel.Table(*table_fields(conv, tuple(x.shape[2:]), adjoint=False))
-    for n in shift.chunks(x, additions, conv.groups):
-        z = _multiply(x[n], rows, gemms, additions, conv.groups)
-        kernel.add(
-            _to_3d(z),
-            table,
-            _to_3d(y[n]),
-            conv.groups,
-            Tile(*tiles[:3]),
-            bias=bias,
-            activation=activation,
-            kept=None if winners is None else winners[n],
-        )
+    `tiles`: those of the path's kernels (`kernels.tiles.as_tiles`).
+    """
+    epilogue: dict[str, Any] = {"bias": None if bias is None else bias.contiguous(), "activation": activation}
+    with launching(path, tiles, x, rows):
+        from tritonsym.kernels import shift
+        from tritonsym.kernels.tiles import as_tiles
+
+        tile = as_tiles(tiles)[0]
+        if path == "shift":
+            ready = prepared(spec, x.device)
+            for n in _chunks(x, y, ready):
+                z = _multiply(x[n], rows, ready)
+                won = None if winners is None else winners[n]
+                shift.shift_sum(_to_3d(z), ready.shift_sum, _to_3d(y[n]), tile, winners=won, **epilogue)
+        else:
+            kernel, *weights, options = _gemm(rows, spec)
+            where = grid(spec.geometry)
+            where = where.reversed if spec.geometry.transposed else where
+            kernel.fprop(_to_3d(x), *weights, _to_3d(y), where, tile, **options, **epilogue)
 
 
-def _shift_backward(
+def backward(
     dy: Tensor,
     x: Tensor,
     rows: Tensor,
     winners: Tensor | None,
-    conv: Conv,
+    spec: ConvSpec,
+    path: str,
     tiles: Sequence[int],
     dx: Tensor | None,
     drows: Tensor | None,
 ) -> None:
-    import tritonsym.kernels.shift as kernel
-    from tritonsym.kernels.tiles import Tile
+    """Fill dx and drows, of those that are given."""
+    with launching(path, tiles, x, rows):
+        from tritonsym.kernels import shift
+        from tritonsym.kernels.tiles import as_tiles
 
-    gemms, additions = shift.schedule(conv, tuple(x.shape[2:]))
-    table = kernel.Table(*table_fields(conv, tuple(x.shape[2:]), adjoint=True))
-    total = None if drows is None else torch.zeros_like(rows, dtype=torch.float32)
-    for n in shift.chunks(x, additions, conv.groups):
-        d = _scratch(x[n], additions, conv.groups)
-        dy_n, won = dy[n], None
-        if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
-            won = channels_last(winners[n])
-            dy_n = torch.div(dy_n, _bits(won), out=torch.empty_like(won, dtype=dy.dtype))
-        kernel.add(_to_3d(dy_n), table, _to_3d(d), conv.groups, Tile(*tiles[3:]), won=won)
-        _multiply_backward(d, x[n], rows, gemms, additions, conv.groups, None if dx is None else dx[n], total)
-    if drows is not None and total is not None:
-        drows.copy_(total)
+        tile = as_tiles(tiles)[1:]
+        if path == "shift":
+            ready = prepared(spec, x.device)
+            total = None if drows is None else torch.zeros_like(rows, dtype=torch.float32)
+            for n in _chunks(x, dy, ready):
+                d, dy_n, won = like(x, ready.z_shape(x[n])), dy[n], None
+                if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
+                    won = channels_last(winners[n])
+                    dy_n = torch.div(dy_n, _bits(won), out=torch.empty_like(won, dtype=dy.dtype))
+                shift.gather_sum(_to_3d(dy_n), ready.gather_sum, _to_3d(d), tile[0], winners=won)
+                _multiply_backward(d, x[n], rows, ready, None if dx is None else dx[n], total)
+            if drows is not None and total is not None:
+                drows.copy_(total)
+            return
+        kernel, *weights, options = _gemm(rows, spec)
+        where, transposed = grid(spec.geometry), spec.geometry.transposed
+        dy, x = _to_3d(dy), _to_3d(x)
+        if dx is not None:
+            kernel.dgrad(dy, *weights, _to_3d(dx), where if transposed else where.reversed, tile[0], **options)
+        if drows is not None:
+            is_product = rows.shape[2] > 1
+            images, align = _device_images(spec, tile[1].block_m if is_product else 1, x.device)
+            options = options | {"align": align} if is_product else {}
+            options |= {"transposed": transposed, "most_bytes": SCRATCH_BYTES}
+            kernel.wgrad(dy, x, images, drows, where, tile[1], **options)
 
 
-def _bits(winners: Tensor) -> Tensor:
-    """How many bits of every byte are set."""
-    pairs = winners - (winners >> 1 & 0x55)
-    quads = (pairs & 0x33) + (pairs >> 2 & 0x33)
-    return quads + (quads >> 4) & 0x0F
+# --- how tensors lie --------------------------------------------------------------------------------------------------
+
+
+def stored_rows(spec: ConvSpec, *weights: Tensor) -> Tensor:
+    """(groups, R, C) from the stored weights of `ConvSpec.weight_shapes`, contiguous."""
+    grouped = [w.unflatten(0, (spec.groups, -1)).flatten(3) for w in weights]  # [G, F, C, slots]
+    plain = [block.filters for block in spec.blocks if not block.orbits]
+    shared = grouped.pop() if plain else grouped[0]
+    shared = shared.transpose(1, 2) if plain and spec.geometry.transposed else shared
+    tied, free = iter(grouped), iter(shared.split(plain, 1) if plain else ())
+    parts = [next(tied if block.orbits else free).permute(0, 3, 1, 2).flatten(1, 2) for block in spec.blocks]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
+
+
+def stored_gradients(spec: ConvSpec, drows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The adjoint of `stored_rows`: gradients of weights of these shapes."""
+    tied: list[Tensor] = []
+    plain: list[Tensor] = []
+    parts = drows.split([block.filters * spec.slots(block) for block in spec.blocks], 1)
+    for block, part in zip(spec.blocks, parts, strict=True):
+        part = part.unflatten(1, (-1, block.filters)).permute(0, 2, 3, 1)  # [G, F, C, slots]
+        (tied if block.orbits else plain).append(part)
+    if plain:
+        shared = torch.cat(plain, 1)
+        tied.append(shared.transpose(1, 2) if spec.geometry.transposed else shared)
+    return [part.reshape(tuple(shape)) for part, shape in zip(tied, shapes, strict=True)]
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether x is channels-last."""
+    return bool(x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1)  # of symbols, too
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x with the channels innermost."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty channels-last tensor (N, C, *sizes)."""
+    return x.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def _to_3d(x: Tensor) -> Tensor:
+    """(N, C, *sizes) with axes of size 1 put in front of the spatial ones."""
+    return x[(slice(None),) * 2 + (None,) * (5 - x.ndim)]
+
+
+def _three(values: Sequence[int], fill: int) -> Any:
+    """Of every axis of a kernel."""
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+# --- shift ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the shift path needs to know of a spec. The z of all phases lie side by side: (N, groups rows, *sizes)."""
+
+    groups: int
+    steps: tuple[int, ...]  # from one position of a phase to the next
+    phases: list[tuple[tuple[Any, ...], Any, int]]  # positions of x; rows, as an index, and how many these are
+    shift_sum: Any  # `kernels.shift.Table` of the sums from z to y
+    gather_sum: Any  # and of their adjoint from dy to d
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one phase only, of every position."""
+        return all(step == 1 for step in self.steps)
+
+    def z_shape(self, x: Tensor) -> tuple[int, ...]:
+        """With the sizes of the largest phase; not 0, of which torch makes no convolution."""
+        sizes = (max(1, -(-n // step)) for n, step in zip(x.shape[2:], self.steps, strict=True))
+        return (x.shape[0], self.groups * sum(rows for *_, rows in self.phases), *sizes)
+
+    def parts(self, z: Tensor) -> Sequence[Tensor]:
+        """The z of every phase: (N, groups, rows, *sizes)."""
+        return z.unflatten(1, (self.groups, -1)).split([rows for *_, rows in self.phases], 2)
 
 
 @lru_cache(maxsize=1024)
-def table_fields(conv: Conv, sizes: tuple[int, ...], adjoint: bool) -> tuple[Any, ...]:
-    """The fields of the kernel's `Table`, for all z side by side: a target reads position (mul p + shift) / div."""
-    _, additions = shift.schedule(conv, sizes)
-    rows = [0, *accumulate(channels for channels, _ in additions.sources)]
-    mul, div = [1, 1, 1], [1, 1, 1]
-    sums: dict[tuple[int, int], list[Any]] = {}
-    if not adjoint:  # images without a tap inside x are sums without terms
-        sums = {(first, block.filters): [] for block in conv.blocks for first, _, _ in block.images}
-    for m in additions.moves:
-        shift_by = [0, 0, 0]
-        for axis, (of, to) in enumerate(zip(m.of_at[:0:-1], m.to_at[:0:-1], strict=True), start=1):
-            mul[-axis], div[-axis] = of.step or 1, to.step or 1
-            shift_by[-axis] = div[-axis] * of.start - mul[-axis] * to.start
-        filters = m.to.stop - m.to.start
-        image, first = (m.to.start // filters, 0) if conv.pool else (0, m.to.start)
-        z = rows[m.source] + m.of.start
-        if adjoint:
-            term = (first, tuple(-by for by in shift_by), m.sign, image)
-            sums.setdefault((z, filters), []).append(term)
+@torch.inference_mode(False)
+def prepared(spec: ConvSpec, device: torch.device) -> Prepared:
+    from tritonsym.kernels.shift import Table
+
+    phases, terms = schedule(spec)
+    to_y: dict[tuple[int, int], list[Any]] = {(first, b.filters): [] for b in spec.blocks for first, _ in b.images}
+    to_d: dict[tuple[int, int], list[Any]] = {}
+    for t in terms:
+        image, channel = (t.first // t.filters, 0) if spec.pool else (0, t.first)
+        to_y[t.first, t.filters].append((t.row, _three(t.shift, 0), t.sign, image))
+        back = _three([-shift for shift in t.shift], 0)
+        to_d.setdefault((t.row, t.filters), []).append((channel, back, t.sign, image))
+    sums_y, sums_d = (tuple((*key, tuple(sums[key])) for key in sorted(sums)) for sums in (to_y, to_d))
+    stride, one = spec.geometry.stride, (1, 1, 1)
+    steps, div = (one[: len(stride)], _three(stride, 1)) if spec.geometry.transposed else (stride, one)
+    parts = []
+    for phase in phases:
+        at = (..., *(slice(r, None, step) for r, step in zip(phase.residue, steps, strict=True)))
+        all_rows = len(phase.rows) == spec.rows
+        parts.append((at, slice(None) if all_rows else torch.tensor(phase.rows, device=device), len(phase.rows)))
+    rows, channels = sum(len(phase.rows) for phase in phases), spec.out_channels // spec.groups
+    to = Table(rows, channels, sums_y, one, div, spec.pool or "")
+    return Prepared(spec.groups, steps, parts, to, Table(channels, rows, sums_d, div, one))
+
+
+def _chunks(x: Tensor, y: Tensor, ready: Prepared) -> Iterator[slice]:
+    """Slices of the batch whose z, and copies of x and y in another memory format, fit the workspace."""
+    values = sum(math.prod(shape[1:]) for shape in (x.shape, y.shape, ready.z_shape(x)))
+    count = max(1, SCRATCH_BYTES // max(values * x.element_size(), 1))
+    return (slice(n, n + count) for n in range(0, x.shape[0], count))
+
+
+def _multiply(x: Tensor, rows: Tensor, ready: Prepared) -> Tensor:
+    """z of all phases, 0 beyond the smaller ones."""
+    shape, groups = ready.z_shape(x), ready.groups
+
+    def convolved(at: tuple[Any, ...], w: Tensor) -> Tensor:  # so that torch's switches for float32 hold
+        return torch.convolution(_phase(x, at, shape), _as_1x1(w, x.ndim), None, *_plain(x, groups))
+
+    if x.dtype == torch.float32 and len(ready.phases) == 1:
+        return channels_last(convolved(ready.phases[0][0], rows))
+    z = like(x, shape)
+    for (at, picked, _), part in zip(ready.phases, ready.parts(z), strict=True):
+        w = rows[:, picked]  # [G, R, C]
+        if x.dtype == torch.float32:
+            part.copy_(convolved(at, w).unflatten(1, (groups, -1)))
+        elif _by_image(x, ready):
+            torch.bmm(x.flatten(2).mT, w.mT.expand(x.shape[0], -1, -1), out=part[:, 0].flatten(2).mT)
         else:
-            sums[m.to.start, filters].append((z, tuple(shift_by), m.sign, image))
-    if adjoint:
-        mul, div = div, mul
-    ordered = sorted(sums)
-    first, filters = zip(*ordered, strict=True)
-    pool = "" if adjoint else conv.pool or ""
-    return first, filters, tuple(tuple(sums[key]) for key in ordered), tuple(mul), tuple(div), pool
-
-
-def _scratch(x: Tensor, additions: Additions, groups: int) -> Tensor:
-    """An empty z of all GEMMs side by side: (N, groups rows, *sizes), the sizes of the largest, channels-last."""
-    sizes = [max(sizes) for sizes in zip(*(sizes for _, sizes in additions.sources), strict=True)]
-    return shift.like(x, (x.shape[0], groups * sum(channels for channels, _ in additions.sources), *sizes))
-
-
-def _multiply(x: Tensor, rows: Tensor, gemms: Sequence[Gemm], additions: Additions, groups: int) -> Tensor:
-    """z of all GEMMs side by side, 0 beyond the smaller ones."""
-    if x.dtype == torch.float32:  # by convolutions, so that torch's switches for their precision hold
-        weights = [shift.as_1x1(rows, g, x.ndim - 2) for g in gemms]
-        parts = shift.multiply(channels_last(x), gemms, weights, groups)
-        if len(parts) == 1:
-            return channels_last(parts[0])
-        z = _scratch(x, additions, groups).zero_()
-        for to, part in zip(_parts(z, additions, groups), parts, strict=True):
-            to[shift.corner(part.shape[2:])] = part.unflatten(1, (groups, -1))
-        return z
-    z = _scratch(x, additions, groups)
-    for g, to in zip(gemms, _parts(z, additions, groups), strict=True):
-        w = shift.pick(rows, g.rows)  # [G, R, C]
-        if _by_image(x, g, groups):
-            torch.bmm(x.flatten(2).mT, w.mT.expand(x.shape[0], -1, -1), out=to[:, 0].flatten(2).mT)
-        else:
-            torch.bmm(_matrices(x, g, z.shape[2:], groups), w.mT, out=_by_group(to))
+            torch.bmm(_matrices(_phase(x, at, shape), groups), w.mT, out=_matrices(part))
     return z
 
 
 def _multiply_backward(
-    d: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    gemms: Sequence[Gemm],
-    additions: Additions,
-    groups: int,
-    dx: Tensor | None,
-    drows: Tensor | None,
+    d: Tensor, x: Tensor, rows: Tensor, ready: Prepared, dx: Tensor | None, drows: Tensor | None
 ) -> None:
-    """Fill dx and add to drows, from d of all GEMMs side by side."""
-    parts = _parts(d, additions, groups)
-    if x.dtype == torch.float32:
-        weights = [shift.as_1x1(rows, g, x.ndim - 2) for g in gemms]
-        d_parts = [
-            part[shift.corner(sizes)].flatten(1, 2) for part, (_, sizes) in zip(parts, additions.sources, strict=True)
-        ]
-        found = shift.multiply_backward(d_parts, channels_last(x), gemms, weights, groups, dx is not None, drows)
-        if dx is not None:
-            dx.copy_(found)
-        return
-    if dx is not None and not (len(gemms) == 1 and gemms[0].whole):
+    """Fill dx and add to drows, from d of all phases."""
+    groups, needs = ready.groups, [dx is not None, drows is not None, False]
+    if dx is not None and not ready.is_whole:
         dx.zero_()
-    for g, part, (_, sizes) in zip(gemms, parts, additions.sources, strict=True):
-        d_g = _by_group(part)  # [G, P, R]
-        if dx is not None:
-            w = shift.pick(rows, g.rows)
-            if g.whole and is_last(dx) and dx.movedim(1, -1).is_contiguous():
-                torch.bmm(d_g, w, out=_by_group(dx.unflatten(1, (groups, -1))))
-            elif _by_image(dx, g, groups):
-                torch.bmm(w.mT.expand(x.shape[0], -1, -1), part[:, 0].flatten(2), out=dx.flatten(2))
-            else:
-                found = torch.bmm(d_g, w).transpose(0, 1)  # [P, G, C]
-                found = found.reshape(x.shape[0], *d.shape[2:], -1).movedim(-1, 1)
-                dx[g.x_at] = found[shift.corner(sizes)]
-        if drows is not None:
+    for (at, picked, count), part in zip(ready.phases, ready.parts(d), strict=True):
+        w, matrices = rows[:, picked], _matrices(part)  # [G, R, C], [G, P, R]
+        found, dw = None, None  # dx of the phase (N, groups C, *sizes), [G, R, C]
+        if x.dtype == torch.float32:
+            operands = part.flatten(1, 2), _phase(x, at, d.shape), _as_1x1(w, x.ndim), None
+            found, dw, _ = torch.ops.aten.convolution_backward(*operands, *_plain(x, groups), needs)
+        elif dx is not None and ready.is_whole and is_last(dx) and dx.movedim(1, -1).is_contiguous():
+            torch.bmm(matrices, w, out=_matrices(dx, groups))
+        elif dx is not None and _by_image(dx, ready):
+            torch.bmm(w.mT.expand(x.shape[0], -1, -1), part[:, 0].flatten(2), out=dx.flatten(2))
+        elif dx is not None:
+            found = torch.bmm(matrices, w).transpose(0, 1)  # [P, G, C]
+            found = found.reshape(x.shape[0], *d.shape[2:], -1).movedim(-1, 1)
+        if dx is not None and found is not None:
+            dx[at] = found[_corner(dx[at])]
+        if drows is None:
+            continue
+        if dw is None and _by_image(x, ready) and math.prod(x.shape[2:]) >= 2 * count:
             # an R x C matrix is written and read for every image, or else a channels-first x is copied
-            if _by_image(x, g, groups) and math.prod(x.shape[2:]) >= 2 * len(g.rows):
-                found = _products(part[:, 0].flatten(2), x.flatten(2).mT).sum(0, keepdim=True)
-            else:
-                found = _products(d_g.mT, _matrices(x, g, d.shape[2:], groups))
-            shift.add_rows(drows, found, g.rows)
+            dw = _products(part[:, 0].flatten(2), x.flatten(2).mT).sum(0, keepdim=True)
+        elif dw is None:
+            dw = _products(matrices.mT, _matrices(_phase(x, at, d.shape), groups))
+        drows[:, picked] += dw.view(groups, count, -1)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -328,157 +308,104 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a.float(), b.float())
 
 
-def _parts(z: Tensor, additions: Additions, groups: int) -> Sequence[Tensor]:
-    """The z of every GEMM: (N, groups, rows, *sizes)."""
-    return z.unflatten(1, (groups, -1)).split([channels for channels, _ in additions.sources], 2)
+def _phase(x: Tensor, at: tuple[Any, ...], shape: Sequence[int]) -> Tensor:
+    """The positions of one phase, channels-last, 0 where z of this shape is larger."""
+    there = x[at]
+    if there.shape[2:] == tuple(shape[2:]):
+        return channels_last(there)
+    padded = like(x, (*x.shape[:2], *shape[2:])).zero_()
+    padded[_corner(there)] = there
+    return padded
 
 
-def _by_image(x: Tensor, gemm: Gemm, groups: int) -> bool:
-    """Whether x is channels-first, so that one product per image reads, or writes, it as it lies."""
-    return groups == 1 and gemm.whole and not is_last(x) and x.is_contiguous()
+def _corner(x: Tensor) -> tuple[Any, ...]:
+    """As many places of every spatial axis as x has."""
+    return (..., *map(slice, x.shape[2:]))
 
 
-def _by_group(z: Tensor) -> Tensor:
-    """(N, G, C, *sizes), channels-last -> a view (G, positions, C)."""
+def _matrices(z: Tensor, groups: int = 0) -> Tensor:
+    """(N, G, C, *sizes), or (N, groups C, *sizes), channels-last -> a view (G, positions, C)."""
+    z = z.unflatten(1, (groups, -1)) if groups else z
     return z.movedim((1, 2), (-2, -1)).flatten(0, -3).movedim(-2, 0)
 
 
-def _matrices(x: Tensor, gemm: Gemm, sizes: Sequence[int], groups: int) -> Tensor:
-    """The positions of one GEMM as matrices (G, positions of z, C), 0 where z is larger."""
-    there = x[gemm.x_at]
-    if there.shape[2:] != tuple(sizes):
-        padded = shift.like(x, (*x.shape[:2], *sizes)).zero_()
-        padded[shift.corner(there.shape[2:])] = there
-        there = padded
-    return _by_group(channels_last(there).unflatten(1, (groups, -1)))
+def _by_image(x: Tensor, ready: Prepared) -> bool:
+    """Whether x is channels-first, so that one product per image reads, or writes, it as it lies."""
+    return ready.groups == 1 and ready.is_whole and not is_last(x) and x.is_contiguous()
 
 
-# --- expand -----------------------------------------------------------------------------------------------------------
+def _as_1x1(w: Tensor, ndim: int) -> Tensor:
+    """As the weight of a 1x1 convolution."""
+    return w.flatten(0, 1)[(...,) + (None,) * (ndim - 2)]
 
 
-def _expand_forward(
-    x: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    conv: Conv,
-    tiles: Sequence[int],
-    activation: str | None,
-    y: Tensor,
-    winners: Tensor | None,
-) -> None:
-    _expand(x, rows, y, conv, tiles[: len(tiles) // 3], gradient=False, bias=bias, activation=activation)
+def _plain(x: Tensor, groups: int) -> tuple[Any, ...]:
+    """Its stride, padding and so on."""
+    one, zero = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
+    return one, zero, one, False, zero, groups
 
 
-def _expand(
-    source: Tensor, rows: Tensor, target: Tensor, conv: Conv, tile: Sequence[int], gradient: bool, **epilogue: Any
-) -> None:
-    """Fill y from x, or dx from dy."""
-    import tritonsym.kernels.conv as kernel
-    from tritonsym.kernels import depthwise
-    from tritonsym.kernels.tiles import GemmTile, Tile
+def _bits(winners: Tensor) -> Tensor:
+    """How many bits of every byte are set."""
+    pairs = winners - (winners >> 1 & 0x55)
+    quads = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return quads + (quads >> 4) & 0x0F
 
-    table, epilogue["signed"] = _device_table(conv, source.device)
-    source, target = _to_3d(source), _to_3d(target)
-    where = grid(conv.geometry, conv.geometry.transposed != gradient)
+
+# --- implicit_gemm ----------------------------------------------------------------------------------------------------
+
+
+def _gemm(rows: Tensor, spec: ConvSpec) -> tuple[Any, Tensor, Tensor, dict[str, Any]]:
+    """The kernels, the rows as they read them, the table of the rows, and options of theirs."""
+    table, signed = _device_table(spec, rows.device)
     if rows.shape[2] == 1:
-        depthwise.conv(source, rows[..., 0].mT.contiguous(), table, target, where, Tile(*tile), **epilogue)
-    else:
-        epilogue |= {"gradient": gradient, "precision": _precision()}
-        kernel.conv(source, rows, table, target, where, GemmTile(*tile), **epilogue)
+        from tritonsym.kernels import depthwise
 
+        return depthwise, rows[..., 0].mT.contiguous(), table, {"signed": signed}
+    from tritonsym.kernels import conv
 
-def _expand_backward(
-    dy: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    winners: Tensor | None,
-    conv: Conv,
-    tiles: Sequence[int],
-    dx: Tensor | None,
-    drows: Tensor | None,
-) -> None:
-    import tritonsym.kernels.conv as kernel
-    from tritonsym.kernels import depthwise
-    from tritonsym.kernels.tiles import GemmTile, Tile
-
-    third = len(tiles) // 3
-    if dx is not None:
-        _expand(dy, rows, dx, conv, tiles[third : 2 * third], gradient=True)
-    if drows is None:
-        return
-    transposed = conv.geometry.transposed
-    batch, _, *sizes = (x if transposed else dy).shape
-    tile: Any
-    if rows.shape[2] == 1:
-        tile = Tile(*tiles[2 * third :])
-        height, columns, blocks = 1, -(-conv.groups // tile.block_u), batch * math.prod(sizes) // tile.block_p
-    else:
-        tile = GemmTile(*tiles[2 * third :])
-        height, columns = tile.block_m, conv.groups * -(-rows.shape[2] // tile.block_n)
-        of_image = -(-math.prod(sizes) // tile.block_k)
-        blocks = batch * of_image
-    images = _device_images(conv, height, x.device)
-    # programs that share the positions: about 512 in all, 16 blocks each at least
-    splits = min(512 // max(images.shape[0] * columns, 1), blocks // 16)
-    splits = max(1, min(splits, shift.SCRATCH_BYTES // (4 * max(rows.numel(), 1))))
-    where: dict[str, Any] = {"grid": grid(conv.geometry, False), "tile": tile, "transposed": transposed}
-    if rows.shape[2] == 1:
-        work = rows.new_zeros(splits, *rows.shape, dtype=torch.float32)
-        depthwise.weight_gradient(_to_3d(dy), _to_3d(x), images, work, **where)
-    else:
-        batches = max(1, min(splits, batch // 16))
-        work = rows.new_zeros(batches, max(1, min(splits // batches, of_image)), *rows.shape, dtype=torch.float32)
-        firsts = (first for block in conv.blocks for first, _, _ in block.images)
-        where["align"] = math.gcd(16, *firsts, *(block.filters for block in conv.blocks))
-        where["signed"], where["precision"] = _device_table(conv, x.device)[1], _precision()
-        kernel.weight_gradient(_to_3d(dy), _to_3d(x), images, work, **where)
-    drows.copy_(work.flatten(0, -4).sum(0))
-
-
-def _precision() -> str:
-    """Of float32 products: torch's switch for convolutions."""
-    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if switch == "tf32" else "ieee"
+    # torch's switch for convolutions in float32
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return conv, rows, table, {"signed": signed, "precision": "tf32" if tf32 else "ieee"}
 
 
 @lru_cache(maxsize=1024)
-def _device_table(conv: Conv, device: torch.device) -> tuple[Tensor, bool]:
-    """`Conv.table` on the device, and whether it has a negative sign."""
-    signed = any(entry < 0 for filter_ in conv.table for entry in filter_)
-    return torch.tensor(conv.table, dtype=torch.int32, device=device), signed
+@torch.inference_mode(False)
+def _device_table(spec: ConvSpec, device: torch.device) -> tuple[Tensor, bool]:
+    """`ConvSpec.row_table` on the device, and whether it has a negative sign."""
+    signed = any(entry < 0 for taps in spec.row_table for entry in taps)
+    return torch.tensor(spec.row_table, dtype=torch.int32, device=device), signed
 
 
 @lru_cache(maxsize=1024)
-def _device_images(conv: Conv, tile: int, device: torch.device) -> Tensor:
-    """Of every tile of stored rows with equal taps: first row, rows, then (first filter, tap, sign) of every image."""
+@torch.inference_mode(False)
+def _device_images(spec: ConvSpec, height: int, device: torch.device) -> tuple[Tensor, int]:
+    """Of every tile of stored rows with equal taps: first row, rows, then (first filter, tap, sign) of every image.
+
+    And what divides the rows of every tile and the first filter of every image.
+    """
     tiles = []
     row = 0
-    for block in conv.blocks:
-        for slot in range(block.slots):
+    for block, table in zip(spec.blocks, spec.slot_table, strict=True):
+        for slot in range(spec.slots(block)):
             images = [
                 (first, tap, sign)
-                for first, slots, signs in block.images
+                for first, slots, signs in table
                 for tap, (s, sign) in enumerate(zip(slots, signs, strict=True))
                 if s == slot and sign
             ]
-            for u in range(0, block.filters, tile):
+            for u in range(0, block.filters, height):
                 shifted = [number for first, tap, sign in images for number in (first + u, tap, sign)]
-                tiles.append([row + u, min(tile, block.filters - u), *shifted])
+                tiles.append([row + u, min(height, block.filters - u), *shifted])
             row += block.filters
     most = max(map(len, tiles))
-    return torch.tensor([t + [0] * (most - len(t)) for t in tiles], dtype=torch.int32, device=device)
+    align = math.gcd(16, *(n for block in spec.blocks for n in (block.filters, *(first for first, _ in block.images))))
+    return torch.tensor([t + [0] * (most - len(t)) for t in tiles], dtype=torch.int32, device=device), align
 
 
-def grid(geometry: shift.Geometry, reverse: bool) -> Any:
-    """Where positions read: x at stride p + dilation k - padding; with `reverse` the p for which that is x's."""
-    from tritonsym.kernels.conv import Grid
+def grid(geometry: Geometry) -> Any:
+    """Where positions of a convolution that is not transposed read: at stride p + dilation k - padding."""
+    from tritonsym.kernels.address import Grid
 
-    def three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-        return (fill,) * (3 - len(values)) + tuple(values)
-
-    kernel, stride, dilation = (three(v, 1) for v in (geometry.kernel_size, geometry.stride, geometry.dilation))
-    padding = three(geometry.padding, 0)
-    one = (1, 1, 1)
-    if reverse:
-        return Grid(kernel, one, tuple(-d for d in dilation), padding, stride)
-    return Grid(kernel, stride, dilation, tuple(-p for p in padding), one)
+    kernel, stride, dilation = (_three(v, 1) for v in (geometry.kernel_size, geometry.stride, geometry.dilation))
+    return Grid(kernel, stride, dilation, _three([-p for p in geometry.padding], 0), (1, 1, 1))

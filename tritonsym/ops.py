@@ -1,263 +1,568 @@
-"""The `torch.library` ops behind every layer: ``torch.ops.tritonsym.*``.
+"""How layers are computed and differentiated: every convolution by one function, `conv`, matrices by `linear`, `gram`.
 
-One op per layer. Each is composite: its body is made of torch ops (the reference) or, where `dispatch` chooses a
-kernel, of opaque kernel ops. Autograd of every order, `torch.func` transforms (grad, vmap, jvp), fake tensors,
-complex dtypes, `torch.compile` and `torch.export` therefore follow from the body, and Inductor sees and fuses it.
-Ops take batched inputs and checked arguments; the public functions are in `tritonsym.functional`.
+The reference is plain torch ops. The other paths are autograd functions over opaque ops (``torch.ops.tritonsym.*``),
+which compilers take as they are; derivatives of derivatives, `torch.vmap` and forward-mode differentiation go through
+the reference. With U = `packing.unpack`, U* its adjoint and P packed, the products with symmetric matrices are
+
+    y = x U(P)              dx = dy U(P)             dP = U*(x^T dy)
+    G = U*(x^T dy)          dx = dy U(dG)            d(dy) = x U(dG)
+    C = alpha X X^T         dX = alpha (dC + dC^T) X
 """
 
 from __future__ import annotations
 
-import hashlib
+import inspect
+import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
-from pathlib import Path
+from dataclasses import replace
+from operator import index
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
+from torch.nn import Parameter
 
-from tritonsym import calls, dispatch, reference, symm, tuned
-from tritonsym.dispatch import needs_gradient
-from tritonsym.shift import Conv, Geometry
-from tritonsym.symmetry import FilterLayout, Symmetry, TapOrbits, tap_orbits, tied_blocks
+from tritonsym import launch, plan, reference, shift
+from tritonsym._compat import constant, is_exporting, is_mapped, transforms_are_active
+from tritonsym.packing import check_tensor, packed_shape
+from tritonsym.plan import computing_dtype, needs_gradient
+from tritonsym.spec import ConvSpec, check
 
-Ints = tuple[int, ...]
+Tile = Sequence[int]
 
-_library = torch.library.Library("tritonsym", "DEF")
+# --- convolutions -----------------------------------------------------------------------------------------------------
 
 
-def _op(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Define a composite op; the decorated function is its body.
+def conv(
+    where: str,
+    spec: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    activation: str | None = None,
+    scale: int | None = None,
+) -> Tensor:
+    """y = act(conv(x) + bias), by the path that the plan names.
 
-    Compilers keep what they made of a call on disk, by its arguments: `state` is all else that the body depends on.
+    Args:
+        where: the function or layer in whose name errors are raised.
+        spec: `ConvSpec.text`.
+        x: (N, C, *sizes) or (C, *sizes).
+        weights: as `ConvSpec.weight_shapes` says; with a `scale` whole filters, to take the orbit mean of.
+        bias: of every output filter, or of every stored one, or None.
     """
-
-    def define(body: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name = _library.define(schema.replace(") ->", ', *, str state="") ->'), tags=(torch.Tag.pt2_compliant_tag,))
-
-        def kernel(*args: Any, state: str = "", **kwargs: Any) -> Tensor:
-            return body(*args, **kwargs)
-
-        _library.impl(name, kernel, "CompositeImplicitAutograd")
-        # the same body under vmap: without it functorch runs a composite op sample by sample
-        _library.impl(name, kernel, "FuncTorchBatchedDecomposition")
-        op = getattr(torch.ops.tritonsym, name)
-
-        def call(*args: Any) -> Tensor:
-            if torch.compiler.is_compiling() and not _is_exporting():
-                return op(*args, state=_state())
-            return op(*args)
-
-        return call
-
-    return define
-
-
-@calls.constant
-def _is_exporting() -> bool:
-    return torch.compiler._is_exporting_flag  # Dynamo of torch 2.11 takes `is_exporting` for true
-
-
-@calls.constant
-def _state() -> str:
-    return f"{_sources()} {dispatch.switches()} {tuned.stamp()}"
-
-
-@cache
-def _sources() -> str:
-    """A digest of the library's own code."""
-    folder = Path(__file__).parent
-    files = [*folder.rglob("*.py"), *tuned.shipped_file("").parent.parent.glob("*.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
-
-
-def _takes_reference(*tensors: Tensor | None) -> bool:
-    """Whether no plan can be made: sizes are symbolic, or transforms are at work that an autograd.Function inside a
-    composite op would stop."""
-    if torch._C._are_functorch_transforms_active() or fwAD._current_level >= 0:
-        return True
-    return any(isinstance(size, torch.SymInt) for t in tensors if t is not None for size in t.shape)
-
-
-@lru_cache(maxsize=4096)
-def _orbit_conv(
-    layout: str, groups: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, *transposed: Any
-) -> tuple[FilterLayout, Conv]:
-    """The same objects for the same arguments: they keep their hashes and tables."""
-    filters = FilterLayout.from_text(layout, groups)
-    geometry = Geometry(kernel_size, stride, padding, dilation, *transposed)
-    return filters, Conv(filters.blocks(kernel_size), groups, geometry)
-
-
-@lru_cache(maxsize=4096)
-def _tied_conv(
-    symmetry: str, odd: str, tied: int, free: int, groups: int, kernel_size: Ints, *geometry: Any
-) -> tuple[TapOrbits, Conv]:
-    orbits = tap_orbits(Symmetry(symmetry), kernel_size, odd)
-    return orbits, Conv(tied_blocks(orbits, tied, free), groups, Geometry(kernel_size, *geometry))
-
-
-@lru_cache(maxsize=4096)
-def _pooled_conv(
-    symmetry: str, reduce: str, filters: int, groups: int, kernel_size: Ints, *geometry: Any
-) -> tuple[Symmetry, Conv]:
-    group, spatial = Symmetry(symmetry), Geometry(kernel_size, *geometry)
-    if reduce in ("sum", "mean"):  # one convolution with a kernel that is its own image
-        return group, Conv(tied_blocks(tap_orbits(group, kernel_size), filters, 0), groups, spatial)
-    layout = FilterLayout(((group, filters),), 0, groups)
-    return group, Conv(layout.blocks(kernel_size), groups, spatial, reduce)
-
-
-def _ints(*sizes: Sequence[int]) -> tuple[Ints, ...]:
-    return tuple(tuple(map(int, axes)) for axes in sizes)
-
-
-def _plan(layer: str, x: Tensor, *args: Any, **options: Any) -> calls.Call | None:
-    """`calls.plan`; None where the reference has to do."""
-    if _takes_reference(x):
-        return None
-    call = calls.plan(layer, x, *args, **options)
-    return call if call.runs else None
-
-
-@_op(
-    "symmetric_conv(Tensor x, Tensor weight, Tensor? bias, str layout, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, int groups, str? activation=None) -> Tensor"
-)
-def symmetric_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    filters, conv = _orbit_conv(layout, groups, *_ints(weight.shape[2:], stride, padding, dilation))
-    if call := _plan("SymmetricConv", x, [weight], bias, conv, activation=activation, shared=filters):
-        return call.run(x, [weight], bias)
-    return reference.symmetric_conv(x, weight, bias, filters, stride, padding, dilation, activation)
-
-
-@_op(
-    "symmetric_conv_transpose(Tensor x, Tensor weight, Tensor? bias, str layout, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] output_padding, SymInt[] dilation, int groups, str? activation=None) -> Tensor"
-)
-def symmetric_conv_transpose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    sizes = _ints(weight.shape[2:], stride, padding, dilation)
-    filters, conv = _orbit_conv(layout, groups, *sizes, True, *_ints(output_padding))
-    if call := _plan("SymmetricConvTranspose", x, [weight], bias, conv, activation=activation, shared=filters):
-        return call.run(x, [weight], bias)
-    return reference.symmetric_conv_transpose(
-        x, weight, bias, filters, stride, padding, output_padding, dilation, activation
+    check_tensor(where, "x", x)
+    check_beside(where, x, **dict(zip(("weight", "free_weight"), weights, strict=False)), bias=bias)
+    conv_spec = spec_of(spec)
+    if scale is not None:
+        weights = [orbit_mean(where, w, conv_spec, scale) for w in weights]
+    batched = x[None] if x.ndim == len(conv_spec.geometry.kernel_size) + 1 else x
+    path, tiles, fold = _route(where, spec, batched, weights, bias)
+    dtype = computing_dtype(x)  # as autocast would
+    if bias is not None and bias.shape[0] != conv_spec.out_channels:
+        bias = reference.expand_bias(bias, conv_spec)
+    if path == "reference":
+        y = reference.conv(batched, reference.expand(conv_spec, weights), bias, conv_spec)
+        return reference.activate(y if batched is x else y[0], activation)
+    batched, weights = batched.to(dtype), [w.to(dtype) for w in weights]
+    bias = None if bias is None else bias.to(dtype)
+    pooled = None
+    if conv_spec.pool and not (path == "shift" and tiles):  # torch pools the images
+        pooled, spec = conv_spec, _without_pool(spec)
+    own = bias if pooled is None else None
+    free = weights[1] if len(weights) > 1 else None
+    fused = activation if tiles and pooled is None and not needs_gradient(batched, bias, *weights) else None
+    args = (
+        batched,
+        weights[0],
+        free,
+        own,
+        spec,
+        path,
+        list(tiles),
+        fold,
+        fused,
+        bool(conv_spec.pool) and pooled is None,
     )
+    if torch.compiler.is_compiling():
+        y, _ = torch.ops.tritonsym.conv(*args)
+    elif needs_gradient(batched, bias, *weights) or transforms_are_active():
+        y, _ = _Conv.apply(*args)
+    else:
+        y, _ = _fprop(*args)
+    if pooled is not None:
+        y = reference.pool(y, bias, pooled)
+    y = y if fused else reference.activate(y, activation)
+    return y if batched.ndim == x.ndim else y[0]
 
 
-@_op(
-    "tied_conv(Tensor x, Tensor weight, Tensor? free_weight, Tensor? bias, str symmetry, str odd, int[] kernel_size, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups, str? activation=None) -> Tensor"
-)
-def tied_conv(
+def orbit_mean(where: str, w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
+    """`reference.orbit_mean` of a filter whose shape is checked."""
+    kernel = spec.geometry.kernel_size
+    if scale is not None and tuple(w.shape[2:]) != kernel:
+        expected = (spec.out_channels, *w.shape[1:2], *kernel)
+        raise ValueError(f"{where}: weight has shape {tuple(w.shape)}, expected {expected}: the filters as they are")
+    return reference.orbit_mean(w, spec, scale)
+
+
+@constant
+def spec_of(text: str) -> ConvSpec:
+    return ConvSpec.of(text)
+
+
+@constant
+def _without_pool(text: str) -> str:
+    return replace(ConvSpec.of(text), pool=None).text
+
+
+def check_beside(where: str, x: Tensor, **others: Tensor | None) -> None:
+    """All tensors on one device and of one dtype; under autocast, of one dtype once torch has cast them."""
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        check_tensor(where, name, tensor)
+        if tensor.dtype != x.dtype and computing_dtype(tensor) != computing_dtype(x):
+            raise TypeError(
+                f"{where}: x is {x.dtype} but {name} is {tensor.dtype}; convert one, or run under torch.autocast"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{where}: x is on {x.device} but {name} is on {tensor.device}; move one of them")
+
+
+def _route(where: str, spec: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> plan.Route:
+    """The path for these tensors, all checked."""
+    training = needs_gradient(x, bias, *weights)
+    shapes = tuple(tuple(map(index, w.shape)) for w in weights)
+    form = (shapes, None if bias is None else tuple(map(index, bias.shape)), x.device.type, plan.dtype_name(x))
+    last = shift.is_last(x)
+    if torch.compiler.is_compiling() and not is_exporting():
+        if _has_static_sizes(x):
+            return plan.traced_route(where, spec, tuple(x.shape), *form, training, last)
+        check(spec_of(spec), where, x.shape, *form[:2])
+        return plan.traced_open_route(where, spec, *form, training)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _are_plain(x, *weights):
+        check(spec_of(spec), where, x.shape, *form[:2])
+        return "reference", (), False
+    return plan.route((where, spec, tuple(x.shape), *form, training, last), *plan.switches())
+
+
+def _has_static_sizes(x: Tensor) -> bool:
+    """Whether a compiler knows all sizes."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all(map(has_static_value, x.shape))
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether these are torch's own tensors: subclasses may be anything."""
+    return all(type(t) in (Tensor, Parameter) for t in tensors)
+
+
+def _fprop(
     x: Tensor,
     weight: Tensor,
     free_weight: Tensor | None,
     bias: Tensor | None,
-    symmetry: str,
-    odd: str,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    counts = (int(w.shape[0]) // groups if w is not None else 0 for w in (weight, free_weight))
-    orbits, conv = _tied_conv(symmetry, odd, *counts, groups, *_ints(kernel_size, stride, padding, dilation))
-    stored = [w for w in (weight, free_weight) if w is not None and w.shape[0]]
-    if call := _plan("TiedConv", x, stored, bias, conv, activation=activation):
-        return call.run(x, stored, bias)
-    return reference.tied_conv(
-        x, weight, free_weight, bias, orbits, kernel_size, stride, padding, dilation, groups, activation
+    spec: str,
+    path: str,
+    tiles: Sequence[int],
+    fold: bool,
+    activation: str | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """act(conv(x) + bias), and if `keep` the images that won: bit i of a byte per value stands for image i.
+
+    `tiles`: those of the path's kernels one after the other (`Plan.tiles`). With a path 'auto' or 'triton', a backend,
+    the plan is made now, when all sizes are known.
+    """
+    conv, weights = ConvSpec.of(spec), [weight, *([] if free_weight is None else [free_weight])]
+    path, tiles, fold = _decided(x, weights, spec, path, tiles, fold, training=False)
+    nothing = x.new_empty(0, dtype=torch.uint8)
+    last = _is_last_output(x, weights)
+    if path == "reference":
+        y = reference.conv(x, reference.expand(conv, weights), bias, conv)
+        return _in_format(y, last), nothing
+    if not tiles:
+        y = shift.fprop(x, weights, bias, spec, fold, last)
+        return y, nothing
+    shape = (x.shape[0], conv.out_channels, *conv.geometry.out_sizes(x.shape[2:]))
+    y = shift.like(x, shape) if last else x.new_empty(shape)
+    winners = torch.empty_like(y, dtype=torch.uint8) if keep else nothing
+    launch.fprop(
+        x, launch.stored_rows(conv, *weights), bias, conv, path, tiles, activation, y, winners if keep else None
     )
+    return y, winners
 
 
-@_op(
-    "orbit_pool_conv(Tensor x, Tensor weight, Tensor? bias, str symmetry, str reduce, SymInt[] stride, "
-    "SymInt[] padding, SymInt[] dilation, int groups, str? activation=None) -> Tensor"
-)
-def orbit_pool_conv(
+def _backward(
+    dy: Tensor,
     x: Tensor,
     weight: Tensor,
+    free_weight: Tensor | None,
+    winners: Tensor,
+    spec: str,
+    path: str,
+    tiles: Sequence[int],
+    fold: bool,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients with respect to x and the stored weights; empty where not needed."""
+    conv, weights = ConvSpec.of(spec), [weight, *([] if free_weight is None else [free_weight])]
+    path, tiles, fold = _decided(x, weights, spec, path, tiles, fold, training=True)
+    dx: Tensor | None
+    dws: list[Tensor] | None
+    if path == "reference":
+        dx, dws = reference.conv_vjp(dy, x, conv, weights, need_x, need_weights)
+    elif not tiles:
+        dx, dws = shift.backward(dy, x, weights, spec, fold, need_x, need_weights)
+    else:
+        dx = torch.empty_like(x) if need_x else None
+        rows = launch.stored_rows(conv, *weights)
+        drows = torch.empty_like(rows) if need_weights else None
+        launch.backward(dy, x, rows, winners if conv.pool else None, conv, path, tiles, dx, drows)
+        dws = None if drows is None else launch.stored_gradients(conv, drows, [w.shape for w in weights])
+    nothing = x.new_empty(0)
+    dws = [nothing] * len(weights) if dws is None else dws
+    dx = nothing if dx is None else _in_format(dx, shift.is_last(x))
+    return dx, dws[0], dws[1] if len(dws) > 1 else x.new_empty(0)
+
+
+def _decided(
+    x: Tensor, weights: Sequence[Tensor], spec: str, path: str, tiles: Sequence[int], fold: bool, training: bool
+) -> plan.Route:
+    """The path as given, or planned now under the backend that it names."""
+    if path not in plan.BACKENDS or path == "reference":
+        return path, tuple(tiles), fold
+    shapes = tuple(tuple(w.shape) for w in weights)
+    problem = ("SymmetricConv", spec, tuple(x.shape), shapes, None, x.device.type, plan.dtype_name(x), training)
+    with plan.backend(path):
+        return plan.route((*problem, shift.is_last(x)), *plan.switches())
+
+
+def _is_last_output(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """As in torch: where x or a stored kernel is channels-last."""
+    return shift.is_last(x) or any(w.ndim == x.ndim and shift.is_last(w) for w in weights)
+
+
+def _in_format(y: Tensor, last: bool) -> Tensor:
+    return shift.channels_last(y) if last else y.contiguous()
+
+
+_fprop.__signature__ = inspect.signature(_fprop)  # type: ignore[attr-defined]  # which autograd asks for in every call
+_conv_op = torch.library.custom_op("tritonsym::conv", _fprop, mutates_args=())
+
+
+@torch.library.custom_op("tritonsym::conv_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    free_weight: Tensor | None,
+    winners: Tensor,
+    spec: str,
+    path: str,
+    tiles: Sequence[int],
+    fold: bool,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_backward` with results that compilers know the strides of."""
+    args = (winners, spec, path, tiles, fold, need_x, need_weights)
+    dx, dw, dfree = _backward(dy, x, weight, free_weight, *args)
+    return dx, dw.contiguous(), dfree.contiguous()
+
+
+@_conv_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    free_weight: Tensor | None,
     bias: Tensor | None,
-    symmetry: str,
-    reduce: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    filters = int(weight.shape[0]) // groups
-    sizes = _ints(weight.shape[2:], stride, padding, dilation)
-    group, conv = _pooled_conv(symmetry, reduce, filters, groups, *sizes)
-    prepare = None if conv.pool else partial(reference.orbit_mean, symmetry=group, reduce=reduce)
-    if call := _plan("OrbitPoolConv", x, [weight], bias, conv, activation=activation, prepare=prepare):
-        return call.run(x, [weight], bias)
-    return reference.orbit_pool_conv(x, weight, bias, group, reduce, stride, padding, dilation, groups, activation)
+    spec: str,
+    path: str,
+    tiles: Sequence[int],
+    fold: bool,
+    activation: str | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    conv = ConvSpec.of(spec)
+    shape = (x.shape[0], conv.out_channels, *conv.geometry.out_sizes(x.shape[2:]))
+    last = _is_last_output(x, [weight, *([] if free_weight is None else [free_weight])])
+    y = shift.like(x, shape) if last else x.new_empty(shape)
+    return y, torch.empty_like(y, dtype=torch.uint8) if keep else y.new_empty(0, dtype=torch.uint8)
 
 
-def _cast(t: Tensor) -> Tensor:
-    """As torch.autocast does."""
-    return t.to(dispatch.computing_dtype(t))
+@_backward_op.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    free_weight: Tensor | None,
+    winners: Tensor,
+    spec: str,
+    path: str,
+    tiles: Sequence[int],
+    fold: bool,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = x.new_empty(0)
+    dx = nothing if not need_x else shift.like(x, x.shape) if shift.is_last(x) else x.new_empty(x.shape)
+    dw = weight.new_empty(weight.shape) if need_weights else x.new_empty(0)
+    if need_weights and free_weight is not None:
+        return dx, dw, free_weight.new_empty(free_weight.shape)
+    return dx, dw, x.new_empty(0)
 
 
-@_op("symmetric_linear(Tensor x, Tensor packed, Tensor? bias, str? activation=None, bool never_unpack=False) -> Tensor")
-def symmetric_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, never_unpack: bool = False
-) -> Tensor:
-    if not _takes_reference(x, packed):
-        training = needs_gradient(x, packed, bias)
-        dtype = dispatch.dtype_name(x)
-        plan = dispatch.plan(dispatch.linear_problem(x.shape, x.device.type, dtype, never_unpack, training))
-        if plan.tiles:
-            fused = None if training else activation
-            y = symm.linear(_cast(x), _cast(packed), None if bias is None else _cast(bias), fused, *plan.tiles)
-            return y if fused else reference.activate(y, activation)
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, free_weight, _, spec, path, tiles, fold, activation, _ = inputs
+    assert activation is None, "what is differentiated has its activation outside"
+    winners = output[1]
+    ctx.mark_non_differentiable(winners)
+    ctx.save_for_backward(x, weight, free_weight, winners)
+    ctx.options = spec, path, tiles, fold
+
+
+def _gradients(ctx: Any, dy: Tensor, _: Any) -> Any:
+    x, weight, free_weight, winners = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    need_weights = needs[1] or needs[2]
+    dbias = dy.sum((0, *range(2, dy.ndim))) if needs[3] else None
+    if torch.is_grad_enabled():  # to be differentiated again
+        weights = [w for w in (weight, free_weight) if w is not None]
+        dx, dws = reference.conv_vjp(dy, x, ConvSpec.of(ctx.options[0]), weights, needs[0], need_weights)
+        dw, dfree = (*(dws or ()), None, None)[:2]
+    else:
+        is_plain = _are_plain(dy) and not (transforms_are_active() or is_mapped(dy))
+        backward = _backward if is_plain else torch.ops.tritonsym.conv_backward
+        args = (dy, x, weight, free_weight, winners, *ctx.options, needs[0], need_weights)
+        dx, dw, dfree = backward(*args)
+    found = (dx if needs[0] else None, dw if needs[1] else None, dfree if needs[2] else None, dbias)
+    return (*found, *[None] * 6)
+
+
+_conv_op.register_autograd(_gradients, setup_context=_setup)
+
+
+def _reference_of(spec: str) -> Callable[..., Tensor]:
+    """conv(x) + bias as a function of tensors, for `torch.func`."""
+    conv = ConvSpec.of(spec)
+
+    def function(x: Tensor, weight: Tensor, free_weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        weights = [weight, *([] if free_weight is None else [free_weight])]
+        return reference.conv(x, reference.expand(conv, weights), bias, conv)
+
+    return function
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    y = torch.vmap(_reference_of(args[4]), in_dims[:4])(*args[:4])
+    y = reference.activate(y, args[8])
+    return (y, y.new_empty(info.batch_size, 0, dtype=torch.uint8)), (0, 0)
+
+
+_conv_op.register_vmap(_vmap)
+
+
+@_backward_op.register_vmap
+def _(info: Any, in_dims: Any, *args: Any) -> Any:
+    conv, need_x, need_weights = ConvSpec.of(args[5]), *args[-2:]
+
+    def gradients(dy: Tensor, x: Tensor, weight: Tensor, free_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights = [weight, *([] if free_weight is None else [free_weight])]
+        dx, dws = reference.conv_vjp(dy, x, conv, weights, need_x, need_weights)
+        nothing = dy.new_empty(0)
+        dw, dfree, *_ = [*(dws or [nothing]), nothing]
+        return nothing if dx is None else dx, dw, dfree
+
+    return torch.vmap(gradients, in_dims[:4])(*args[:4]), (0, 0, 0)
+
+
+class _Conv(torch.autograd.Function):
+    """The same for eager mode, without the dispatcher's detours, and with forward-mode derivatives."""
+
+    forward = staticmethod(_fprop)
+    backward = staticmethod(_gradients)
+    vmap = staticmethod(_vmap)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _setup(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4], output[1])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        """y is linear in x, in the weights and in the bias; of a pooled orbit the images that won have the mean."""
+        x, weight, free_weight, _, winners = ctx.saved_tensors
+        spec = ConvSpec.of(ctx.options[0])
+        images = replace(spec, pool=None)
+        stored = [w for w in (weight, free_weight) if w is not None]
+        moved = [
+            torch.zeros_like(w) if t is None else t
+            for w, t in zip((weight, free_weight), tangents[1:3], strict=True)
+            if w is not None
+        ]
+        dy = reference.conv(x, reference.expand(images, moved), None, images)
+        if tangents[0] is not None:
+            dy = dy + reference.conv(tangents[0], reference.expand(images, stored), None, images)
+        if spec.pool:
+            count = len(spec.blocks[0].images)
+            bits = torch.stack([winners.unflatten(1, (spec.groups, -1)) >> i & 1 for i in range(count)], 2)
+            dy = ((dy.unflatten(1, (spec.groups, count, -1)) * bits).sum(2) / bits.sum(2)).flatten(1, 2)
+        if tangents[3] is not None:
+            dy = dy + tangents[3][(...,) + (None,) * (x.ndim - 2)]
+        return dy, None
+
+
+# --- symmetric matrices -----------------------------------------------------------------------------------------------
+
+
+def _precision() -> str:
+    """Of float32 products: what torch's own are set to."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@torch.library.custom_op("tritonsym::packed_product", mutates_args=())
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
+    """act(x U(packed) + bias) for x (B, n)."""
+    with launch.launching("implicit_gemm", tile, x, packed):
+        from tritonsym.kernels import symm, tiles
+
+        bias = None if bias is None else bias.contiguous()
+        return symm.product(x, packed.contiguous(), bias, activation, tiles.GemmTile(*tile), _precision())
+
+
+@packed_product.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("tritonsym::packed_gradient", mutates_args=())
+def packed_gradient(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
+    """U*(x^T dy) for x, dy (B, n)."""
+    with launch.launching("implicit_gemm", tile, x, dy):
+        from tritonsym.kernels import symm, tiles
+
+        return symm.gradient(x, dy, tiles.GemmTile(*tile), _precision())
+
+
+@packed_gradient.register_fake
+def _(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
+    return x.new_empty(packed_shape(x.shape[1]))
+
+
+@torch.library.custom_op("tritonsym::half_gram", mutates_args=())
+def half_gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
+    """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M), of which the lower triangle counts."""
+    with launch.launching("implicit_gemm", tile, x):
+        from tritonsym.kernels import gram, tiles
+
+        return gram.gram(x, a, alpha, beta, tiles.GemmTile(*tile), _precision())
+
+
+@half_gram.register_fake
+def _(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+
+
+class _Product(torch.autograd.Function):
+    """act(x U(packed) + bias); where it is differentiated there is no activation."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile, gradient_tile: Tile
+    ) -> Tensor:
+        return torch.ops.tritonsym.packed_product(x, packed, bias, activation, tile)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, packed, _, _, *ctx.tiles = inputs
+        ctx.save_for_backward(x, packed)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, packed = ctx.saved_tensors
+        needs_x, needs_packed, needs_bias, *_ = ctx.needs_input_grad
+        dx = _Product.apply(dy, packed, None, None, *ctx.tiles) if needs_x else None
+        dpacked = _Gradient.apply(x, dy, *ctx.tiles) if needs_packed else None
+        return dx, dpacked, dy.sum(0) if needs_bias else None, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """U*(x^T dy)."""
+
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor, tile: Tile, gradient_tile: Tile) -> Tensor:
+        return torch.ops.tritonsym.packed_gradient(x, dy, gradient_tile)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, dy, *ctx.tiles = inputs
+        ctx.save_for_backward(x, dy)
+
+    @staticmethod
+    def backward(ctx: Any, dpacked: Tensor) -> Any:
+        x, dy = ctx.saved_tensors
+        needs_x, needs_dy, *_ = ctx.needs_input_grad
+        dx = _Product.apply(dy, dpacked, None, None, *ctx.tiles) if needs_x else None
+        ddy = _Product.apply(x, dpacked, None, None, *ctx.tiles) if needs_dy else None
+        return dx, ddy, None, None
+
+
+class _Gram(torch.autograd.Function):
+    """L(beta a + alpha x x^T), L the copy of the lower triangle to the upper one."""
+
+    @staticmethod
+    def forward(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
+        return torch.ops.tritonsym.half_gram(x, a, alpha, beta, tile)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, _, ctx.alpha, ctx.beta, _ = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, dc: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        needs_x, needs_a, *_ = ctx.needs_input_grad
+        dx = ctx.alpha * ((dc + dc.mT) @ x) if needs_x else None
+        da = ctx.beta * (dc.tril() + dc.mT.tril(-1)) if needs_a else None
+        return dx, da, None, None, None
+
+
+def _may_plan(*tensors: Tensor) -> bool:
+    """Whether kernels may compute it: of sizes that are known, plain tensors, and nothing but plain autograd."""
+    if torch.compiler.is_compiling():
+        return not is_exporting() and all(_has_static_sizes(t) for t in tensors)
+    return _are_plain(*tensors) and not torch.jit.is_tracing() and not transforms_are_active()
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, never_unpack: bool) -> Tensor:
+    """act(x U(packed) + bias) for x (..., n)."""
+    training = needs_gradient(x, packed, bias)
+    tiles: plan.Tiles = ()
+    if _may_plan(x, packed):
+        tiles = plan.matrix_tiles("linear", tuple(x.shape), x.device.type, plan.dtype_name(x), never_unpack, training)
     elif never_unpack:
-        raise dispatch.cannot_stay_packed("symbolic sizes or torch.func transforms")
-    dense = calls.kept("unpacked", lambda weights: reference.unpack(*weights), packed)
-    return reference.symmetric_linear(x, packed, bias, activation, dense)
+        raise plan.cannot_stay_packed("symbolic sizes, subclasses of tensors and torch.func transforms")
+    if not tiles:
+        return reference.symmetric_linear(x, packed, bias, activation)
+    dtype = computing_dtype(x)
+    rows = x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    fused = None if training else activation
+    y = _Product.apply(rows, packed.to(dtype), None if bias is None else bias.to(dtype), fused, *tiles).view(x.shape)
+    return y if fused else reference.activate(y, activation)
 
 
-@_op("gram(Tensor x, Tensor? a, float alpha, float beta) -> Tensor")
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
-    if not _takes_reference(x, a):
-        plan = dispatch.plan(dispatch.gram_problem(x.shape, x.device.type, dispatch.dtype_name(x)))
-        if plan.tiles:
-            return symm.gram(_cast(x), None if a is None else _cast(a), alpha, beta, *plan.tiles)
-    return reference.gram(x, a, alpha, beta)
-
-
-global_conv1d = _op(
-    "global_conv1d(Tensor x, Tensor center, Tensor surround, Tensor? bias, str? activation=None) -> Tensor"
-)(reference.global_conv1d)
-topk_pool1d = _op("topk_pool1d(Tensor x, int k) -> Tensor")(reference.topk_pool1d)
-
-
-reorder = _op("reorder(Tensor x, Tensor orders, int dim) -> Tensor")(reference.reorder)
-reduce_orders = _op("reduce_orders(Tensor y, int count, str reduce) -> Tensor")(reference.reduce_orders)
+    """L(beta a + alpha x x^T) for x (..., m, k) and a (..., m, m) or None."""
+    tiles: plan.Tiles = ()
+    if _may_plan(x):
+        tiles = plan.matrix_tiles("gram", tuple(x.shape), x.device.type, plan.dtype_name(x))
+    if not tiles:
+        return reference.gram(x, a, alpha, beta)
+    *batch, m, k = x.shape
+    flat, dtype = math.prod(batch), computing_dtype(x)
+    a = None if a is None else a.to(dtype).reshape(flat, m, m)
+    return _Gram.apply(x.to(dtype).reshape(flat, m, k), a, alpha, beta, *tiles).view(*batch, m, m)

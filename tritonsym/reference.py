@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tritonsym.packing import mirror, unpack
-from tritonsym.symmetry import AXES, Element, FilterLayout, Symmetry, TapOrbits, tap_orbits
+from tritonsym.spec import Block, ConvSpec, count_of
+from tritonsym.symmetry import AXES, Element, TapOrbits
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -28,238 +30,207 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
-def table(values: Sequence[int], like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
-    """`torch.tensor(values)` on the device of `like`.
-
-    Where a trace stands in for `like` it is built from its values one by one: `ExportedProgram.run_decompositions`
-    loses tensor constants that an op body makes (pytorch pull 185090).
-    """
-    if type(like) in (Tensor, torch.nn.Parameter):
-        return torch.tensor(values, dtype=dtype, device=like.device)
-    return torch.cat([torch.full((1,), value, dtype=dtype, device=like.device) for value in values])
-
-
 # --- stored weights <-> dense weights ---------------------------------------------------------------------------------
 
 
 def image(w: Tensor, g: Element) -> Tensor:
-    """g w: quarter turns of the last two axes, then flips."""
-    if g.turns:
-        w = torch.rot90(w, g.turns, (-2, -1))
-    return w.flip([AXES[letter] for letter in g.flips]) if g.flips else w
+    """g w: quarter turns of the last two axes, then flips; at most one transposition and one flip."""
+    axes = _flipped(g)
+    w = w.transpose(-2, -1) if g.turns % 2 else w
+    return w.flip(axes) if axes else w
 
 
 def inverse_image(w: Tensor, g: Element) -> Tensor:
     """g^-1 w."""
-    if g.flips:
-        w = w.flip([AXES[letter] for letter in g.flips])
-    return torch.rot90(w, -g.turns, (-2, -1)) if g.turns else w
+    axes = _flipped(g)
+    w = w.flip(axes) if axes else w
+    return w.transpose(-2, -1) if g.turns % 2 else w
 
 
-def expand_orbits(stored: Tensor, layout: FilterLayout, transposed: bool = False) -> Tensor:
-    """dense[o] = g(o) stored[u(o)] for every output filter o of the layout.
+def _flipped(g: Element) -> tuple[int, ...]:
+    """The axes that g flips once it has transposed the last two, if its turns are odd."""
+    turned = ((), (-2,), (-2, -1), (-1,))[g.turns]
+    flips = [AXES[letter] for letter in g.flips]
+    return tuple(axis for axis in (-3, -2, -1) if (axis in turned) != (axis in flips))
 
-    stored is (stored, in/groups, *k) -> (out, in/groups, *k); with `transposed` (in, stored/groups, *k) ->
-    (in, out/groups, *k), where every group of the layout has the same filters.
+
+def expand(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
+    """The dense filters of the stored weights: dense[first + u] = g untied(stored[u]) for all images of all blocks."""
+    by_group, axis = zip(*(_by_group(w, spec) for w in weights), strict=True)
+    at = axis[0]
+    parts: dict[int, Tensor] = {}  # by first filter
+    start, tied = 0, 0
+    for block in spec.blocks:
+        first = block.images[0][0]
+        if block.orbits is not None:
+            base = untie(by_group[tied], block.orbits, spec.geometry.kernel_size)
+            tied += 1
+            parts[first] = base
+        else:  # stored filters follow one another in every layout
+            base = by_group[-1].narrow(at, start, block.filters) if len(spec.blocks) > 1 else by_group[-1]
+            if start == 0:
+                parts[first] = by_group[-1]
+            start += block.filters
+        parts.update((there, image(base, g)) for there, g in block.images[1:])
+    dense = torch.cat([parts[there] for there in sorted(parts)], at) if len(parts) > 1 else parts[0]
+    return dense if spec.geometry.transposed or at == 0 else dense.flatten(0, 1)
+
+
+def _by_group(w: Tensor, spec: ConvSpec) -> tuple[Tensor, int]:
+    """Weights with an axis of the filters of one group, and which that is; groups are in front of it."""
+    if spec.geometry.transposed:
+        return w, 1
+    return (w, 0) if spec.groups == 1 else (w.unflatten(0, (spec.groups, w.shape[0] // spec.groups)), 1)
+
+
+def project(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
+    """The stored weights whose expansion is nearest to `dense` in the Frobenius norm: means over images and tap orbits.
+
+    Taken as one image plus the mean difference from it, so that an expanded weight gives its stored bits back.
     """
-    if not transposed:
-        stored = stored.unflatten(0, (layout.groups, layout.stored_per_group))
-    parts = [stored]
-    for symmetry, u in layout.bases:
-        base = stored.narrow(1, u.start, len(u))
-        parts += [image(base, g) for g in symmetry.elements[1:]]
-    dense = torch.cat(parts, 1)
-    return dense if transposed else dense.flatten(0, 1)
-
-
-def project_orbits(dense: Tensor, layout: FilterLayout, transposed: bool = False) -> Tensor:
-    """The stored filters whose expansion is nearest to `dense`: stored[u] = mean_g g^-1 dense[g u].
-
-    Nearest in the Frobenius norm. Taken as the base filter plus the mean difference from it, so that an expanded
-    weight gives its stored bits back.
-    """
-    if not transposed:
-        dense = dense.unflatten(0, (layout.groups, -1))
-    at = layout.stored_per_group
+    by_group, axis = _by_group(dense, spec)
     stored = []
-    for symmetry, u in layout.bases:
-        base = dense.narrow(1, u.start, len(u))
+    for block in spec.blocks:
+        base = by_group.narrow(axis, block.images[0][0], block.filters)
         difference = torch.zeros_like(base)
-        for g in symmetry.elements[1:]:
-            difference = difference + (inverse_image(dense.narrow(1, at, len(u)), g) - base)
-            at += len(u)
-        stored.append(base + difference / symmetry.order)
-    stored.append(dense.narrow(1, layout.stored_per_group - layout.free, layout.free))
-    projected = torch.cat(stored, 1)
-    return projected if transposed else projected.flatten(0, 1)
+        for first, g in block.images[1:]:
+            difference = difference + (inverse_image(by_group.narrow(axis, first, block.filters), g) - base)
+        base = base + difference / len(block.images)
+        stored.append(
+            project_ties(base, block.orbits, len(spec.geometry.kernel_size)) if block.orbits is not None else base
+        )
+    return _joined(spec, stored, axis)
 
 
-def expand_bias(stored: Tensor, layout: FilterLayout) -> Tensor:
+def keep(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
+    """The values of `dense` where stored filters and the first taps of tap orbits stand."""
+    by_group, axis = _by_group(dense, spec)
+    bases = [(b.orbits, by_group.narrow(axis, b.images[0][0], b.filters)) for b in spec.blocks]
+    stored = [w.flatten(axis + 2)[..., _first_taps(ties)] if ties is not None else w for ties, w in bases]
+    return _joined(spec, stored, axis)
+
+
+def _joined(spec: ConvSpec, stored: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """Stored filters of every block, as tensors of `ConvSpec.weight_shapes`."""
+    tied = [w for w, block in zip(stored, spec.blocks, strict=True) if block.orbits is not None]
+    plain = [w for w, block in zip(stored, spec.blocks, strict=True) if block.orbits is None]
+    found = [*tied, *([torch.cat(plain, axis)] if plain else [])]
+    return found if spec.geometry.transposed or axis == 0 else [w.flatten(0, 1) for w in found]
+
+
+def _first_taps(orbits: TapOrbits) -> list[int]:
+    return [orbits.slot.index(s) for s in range(count_of(orbits))]
+
+
+def expand_bias(stored: Tensor, spec: ConvSpec) -> Tensor:
     """One bias per stored filter -> one per output filter."""
-    stored = stored.unflatten(0, (layout.groups, -1))
-    images = [stored.narrow(1, u.start, len(u)) for symmetry, u in layout.bases for _ in symmetry.elements[1:]]
-    return torch.cat([stored, *images], 1).flatten()
+    by_group = stored.unflatten(0, (spec.groups, -1))
+    parts: dict[int, Tensor] = {}
+    start = 0
+    for block in spec.blocks:
+        base = by_group.narrow(1, start, block.filters)
+        parts.update((first, base) for first, _ in block.images)
+        start += block.filters
+    return torch.cat([parts[at] for at in sorted(parts)], 1).flatten()
 
 
-def project_bias(bias: Tensor, layout: FilterLayout) -> Tensor:
+def project_bias(bias: Tensor, spec: ConvSpec) -> Tensor:
     """The mean over every orbit: the nearest shared bias."""
-    index = torch.tensor([u for u, _ in layout.filters], device=bias.device)
-    bias = bias.unflatten(0, (layout.groups, -1))
-    base = bias[:, : layout.stored_per_group]
-    total = torch.zeros_like(base).index_add(1, index, bias - base[:, index])
-    return (base + total / torch.bincount(index, minlength=layout.stored_per_group)).flatten()
+    by_group = bias.unflatten(0, (spec.groups, -1))
+
+    def mean(block: Block) -> Tensor:
+        images = [by_group.narrow(1, first, block.filters) for first, _ in block.images]
+        return images[0] + sum((b - images[0] for b in images[1:]), torch.zeros_like(images[0])) / len(images)
+
+    return torch.cat([mean(block) for block in spec.blocks], 1).flatten()
 
 
-def expand_ties(stored: Tensor, orbits: TapOrbits, kernel_size: Sequence[int]) -> Tensor:
-    """dense[u, c, k] = sign[k] stored[u, c, slot[k]], and 0 where the sign forces zero.  (U, C, S) -> (U, C, *k)"""
-    slot = [len(orbits) if s < 0 else s for s in orbits.slot]
-    if len(orbits) in slot:
+def untie(stored: Tensor, orbits: TapOrbits, kernel_size: Sequence[int]) -> Tensor:
+    """dense[..., k] = sign[k] stored[..., slot[k]], and 0 where the sign forces zero.  (..., S) -> (..., *k)"""
+    slot = [count_of(orbits) if s < 0 else s for s in orbits.slot]
+    if count_of(orbits) in slot:
         stored = F.pad(stored, (0, 1))
-    dense = stored.index_select(-1, table(slot, stored))
+    dense = stored.index_select(-1, torch.tensor(slot, device=stored.device))
     if -1 in orbits.sign:
-        dense = dense * table([s or 1 for s in orbits.sign], stored, stored.dtype)
+        dense = dense * torch.tensor([s or 1 for s in orbits.sign], dtype=stored.dtype, device=stored.device)
     return dense.unflatten(-1, tuple(kernel_size))
 
 
-def project_ties(dense: Tensor, orbits: TapOrbits) -> Tensor:
+def project_ties(dense: Tensor, orbits: TapOrbits, ndim: int) -> Tensor:
     """The stored values whose expansion is nearest to `dense`: the signed mean over every tap orbit."""
     live = [k for k, s in enumerate(orbits.slot) if s >= 0]
-    sign = table([orbits.sign[k] for k in live], dense, dense.dtype)
-    slot = table([orbits.slot[k] for k in live], dense)
-    first = table([orbits.slot.index(s) for s in range(len(orbits))], dense)
-    multiplicity = table(orbits.multiplicity, dense)
-    taps = dense.flatten(2)
-    base = taps.index_select(-1, first).detach()  # what is added is subtracted: its gradients would cancel
-    taps = taps.index_select(-1, table(live, dense)) * sign
+    device = dense.device
+    sign = torch.tensor([orbits.sign[k] for k in live], dtype=dense.dtype, device=device)
+    slot = torch.tensor([orbits.slot[k] for k in live], device=device)
+    taps = dense.flatten(-ndim)
+    base = taps.index_select(-1, torch.tensor(_first_taps(orbits), device=device)).detach()
+    taps = taps.index_select(-1, torch.tensor(live, device=device)) * sign
+    # what is added is subtracted: the gradients of base would cancel
     total = torch.zeros_like(base).index_add(-1, slot, taps - base.index_select(-1, slot))
-    return base + total / multiplicity
+    return base + total / torch.tensor(orbits.multiplicity, device=device)
 
 
-def beside_free(tied: Tensor, free: Tensor | None, groups: int) -> Tensor:
-    """In every group the tied filters, then the free ones."""
-    if free is None:
-        return tied
-    return torch.cat([tied.unflatten(0, (groups, -1)), free.unflatten(0, (groups, -1))], 1).flatten(0, 1)
-
-
-def orbit_images(w: Tensor, symmetry: Symmetry) -> Tensor:
-    """All images of every filter, those of one filter next to each other.  (U, C, *k) -> (U G, C, *k)"""
-    return torch.stack([image(w, g) for g in symmetry.elements], 1).flatten(0, 1)
-
-
-def orbit_mean(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
-    """One value per tap orbit of the kernel that 'sum' or 'mean' over the orbit of w amounts to.  (U, C, orbits)"""
-    mean = project_ties(w, tap_orbits(symmetry, tuple(map(int, w.shape[2:]))))
-    return mean * symmetry.order if reduce == "sum" else mean
-
-
-def symmetrized(w: Tensor, symmetry: Symmetry, reduce: str) -> Tensor:
-    """The kernel that reducing over the orbit of w amounts to: sum_g g w, or its mean; symmetric to the bit."""
-    kernel_size = tuple(map(int, w.shape[2:]))
-    return expand_ties(orbit_mean(w, symmetry, reduce), tap_orbits(symmetry, kernel_size), kernel_size)
+def orbit_mean(w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
+    """scale times one value per tap orbit of the mean over the orbit of w (U, C, *k) -> (U, C, orbits); w if None."""
+    orbits = spec.blocks[0].orbits
+    if scale is None or orbits is None:
+        return w
+    mean = project_ties(w, orbits, len(spec.geometry.kernel_size))
+    return mean if scale == 1 else mean * scale
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+def conv(x: Tensor, dense: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    """conv(x) + bias by torch's convolution with the dense filters; with `spec.pool` the extremum over the images."""
+    g, n = spec.geometry, x.ndim - 3
+    if g.transposed:
+        transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n]
+        return transposed(x, dense, bias, g.stride, g.padding, g.extra, spec.groups, g.dilation)
+    plain: Any = (F.conv1d, F.conv2d, F.conv3d)[n]
+    own = None if spec.pool else bias
+    y = plain(far_padded(x, g.extra), dense, own, g.stride, g.padding, g.dilation, spec.groups)
+    return pool(y, bias, spec) if spec.pool else y
 
 
-def symmetric_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: FilterLayout,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str | None = None,
-) -> Tensor:
-    """y = act(conv(x, expand(weight)) + b).  A bias of one value per stored filter is shared by its images."""
-    dense = expand_orbits(weight, layout)
-    y = _CONV[x.ndim - 2](x, dense, full_bias(bias, layout), stride, padding, dilation, layout.groups)
-    return activate(y, activation)
+def conv_vjp(
+    dy: Tensor, x: Tensor, spec: ConvSpec, weights: Sequence[Tensor], need_x: bool, need_weights: bool
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """The gradients of ``conv(x, expand(spec, weights), None, spec)`` with respect to x and the weights."""
+    if spec.pool:
+        _, pull_all = torch.func.vjp(lambda x, *w: conv(x, expand(spec, w), None, spec), x, *weights)  # type: ignore[misc]
+        dx, *dws = pull_all(dy)
+        return dx, dws
+    dense, pull = torch.func.vjp(lambda *w: expand(spec, w), *weights)  # type: ignore[misc]
+    g = spec.geometry
+    extra = list(g.extra) if g.transposed else [0] * len(g.extra)
+    padded = x if g.transposed else far_padded(x, g.extra)
+    sizes = (list(g.stride), list(g.padding), list(g.dilation), g.transposed, extra, spec.groups)
+    needs = [need_x, need_weights, False]
+    dx, ddense, _ = torch.ops.aten.convolution_backward(dy, padded, dense, None, *sizes, needs)
+    if need_x and not g.transposed:
+        dx = far_padded(dx, [-e for e in g.extra])
+    return dx if need_x else None, list(pull(ddense)) if need_weights else None
 
 
-def symmetric_conv_transpose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: FilterLayout,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str | None = None,
-) -> Tensor:
-    """y = act(conv_transpose(x, expand(weight)) + b)."""
-    dense = expand_orbits(weight, layout, transposed=True)
-    conv = _CONV_TRANSPOSE[x.ndim - 2]
-    y = conv(x, dense, full_bias(bias, layout), stride, padding, output_padding, layout.groups, dilation)
-    return activate(y, activation)
+def far_padded(x: Tensor, extra: Sequence[int]) -> Tensor:
+    """x with so many zeros more, or fewer, on the far side of every axis."""
+    return F.pad(x, [side for e in reversed(extra) for side in (0, e)]) if any(extra) else x
 
 
-def full_bias(bias: Tensor | None, layout: FilterLayout) -> Tensor | None:
-    """One bias per output filter, from one per output filter or per stored filter."""
-    if bias is None or bias.shape[0] == layout.out_channels:
-        return bias
-    return expand_bias(bias, layout)
-
-
-def tied_conv(
-    x: Tensor,
-    weight: Tensor,
-    free_weight: Tensor | None,
-    bias: Tensor | None,
-    orbits: TapOrbits,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    """y = act(conv(x, [expand(weight), free_weight]) + b)."""
-    dense = beside_free(expand_ties(weight, orbits, kernel_size), free_weight, groups)
-    return activate(_CONV[x.ndim - 2](x, dense, bias, stride, padding, dilation, groups), activation)
-
-
-def orbit_pool_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    symmetry: Symmetry,
-    reduce: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None = None,
-) -> Tensor:
-    """y = act(reduce_g conv(x, g weight) + b).  'sum' and 'mean' are one convolution with the symmetrized kernel."""
-    pooled = reduce in ("max", "min")
-    dense = orbit_images(weight, symmetry) if pooled else symmetrized(weight, symmetry, reduce)
-    y = _CONV[x.ndim - 2](x, dense, None if pooled else bias, stride, padding, dilation, groups)
-    return activate(reduce_images(y, bias, (-1, symmetry.order), reduce) if pooled else y, activation)
-
-
-def reduce_images(y: Tensor, bias: Tensor | None, sizes: tuple[int, ...], reduce: str) -> Tensor:
-    """Channels of y as `sizes` = (..., images, ...); the maximum or minimum over axis 1 of these, plus the bias."""
-    last = not y.is_contiguous()  # reduce where the channels lie: the memory format stays
-    channels = y.ndim - 1 if last else 1
-    orbits = y.movedim(1, channels).unflatten(channels, sizes)
-    pooled = orbits.amax(channels + 1) if reduce == "max" else orbits.amin(channels + 1)
-    if len(sizes) > 2:
-        pooled = pooled.flatten(channels, channels + 1)
-    pooled = pooled.movedim(channels, 1)
+def pool(y: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    """The maximum or minimum over the images of every filter, plus the bias; the memory format stays."""
+    channels = y.ndim - 1 if not y.is_contiguous() else 1  # reduce where the channels lie
+    images = y.movedim(1, channels).unflatten(channels, (spec.groups, len(spec.blocks[0].images), -1))
+    pooled = images.amax(channels + 1) if spec.pool == "max" else images.amin(channels + 1)
+    pooled = pooled.flatten(channels, channels + 1).movedim(channels, 1)
     return pooled if bias is None else pooled + bias.to(pooled.dtype)[(...,) + (None,) * (y.ndim - 2)]
 
 
-def symmetric_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, dense: Tensor | None = None
-) -> Tensor:
-    """y = act(x S + b); `dense` is S, if it is known."""
-    return activate(F.linear(x, unpack(packed) if dense is None else dense, bias), activation)
+def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """y = act(x S + b)."""
+    return activate(F.linear(x, unpack(packed), bias), activation)
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:

@@ -1,445 +1,732 @@
-"""Multiply once, shift and add many: convolutions whose multiply-adds are one per position and stored weight.
+"""Multiply once, shift and add many, on the CPU: matrix products over the stored weights, and one bag of sums.
 
 A layer with stored weights w[u, c, s] (u: stored filter, s: stored tap or tap orbit) and images g described by a table
 slot[g][k] (which stored tap stands at position k of image g, with which sign) is
 
-    z[q, s, u] = sum_c w[u, c, s] x[q, c]                                              one 1x1 convolution
-    y[p, g, u] = sum_k sign[g][k] z[stride p + dilation k - pad, slot[g][k], u]        additions only
+    z[q, s, u] = sum_c w[u, c, s] x[q, c]                                              one product
+    y[p, g, u] = sum_k sign[g][k] z[stride p + dilation k - padding, slot[g][k], u]    additions only
 
 and, with d[q, s, u] = sum of sign[g][k] dy[p, g, u] over all (p, g, k) that read z[q, s, u], its gradients are
 
     dx[q, c] = sum_{s, u} d[q, s, u] w[u, c, s]         dw[u, c, s] = sum_q d[q, s, u] x[q, c].
 
-GEMM plus shifted additions is kn2row (Anderson, Vasudevan, Keane, Gregg 2017, arXiv 1709.03395); sharing z between the
-images of a filter makes it the algorithm of a symmetric layer. The additions are linear, so their derivative is their
-adjoint. Everything here is torch ops: any device, and Inductor fuses the additions; `launch` is the same with kernels.
+A product plus shifted additions is kn2row (Anderson, Vasudevan, Keane, Gregg 2017, arXiv 1709.03395); sharing z between
+the images of a filter makes it the algorithm of a symmetric layer.
+
+z is a table of rows (q, s) of U values, channels-last. Every row of y is a sum of some of its rows, so all additions of
+a block of filters are one ``embedding_bag`` over an index table that depends on the geometry and the spatial sizes
+only; d is the adjoint bag over the rows of dy. Axes that no image of a block moves can stay inside the product, which
+is then a convolution over these axes with fewer slots: only w moves under 'h', so there are 3 slots and (3, 1) kernels
+instead of 9 slots. Free filters are plain convolutions. z is computed in chunks of images, or of large images in bands
+of rows, that stay in the cache. `launch` does the same on a GPU.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._guards import TracingContext
 
-from tritonsym.symmetry import Block, taps
+from tritonsym.spec import ConvSpec, Geometry, Ints
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+#: Most bytes of z at a time: a chunk of images, or a band of rows of one image, that the caches hold.
+#: ``tritonsym.shift.CHUNK_BYTES = ...`` changes it.
+CHUNK_BYTES = 8 << 20
 
-#: Most bytes that z and other temporary tensors may take at a time: the batch is computed in chunks of as many images
-#: as fit, at least one. ``tritonsym.shift.SCRATCH_BYTES = ...`` changes it.
-SCRATCH_BYTES = 64 << 20
+#: From so many channels per group on, and in bands, no axes stay inside the products of the gradients: matrix products
+#: are faster than the gradients of a convolution.
+GRADIENT_CHANNELS = 192
 
-#: On the CPU the GEMMs add their terms one after the other, which in float32 rounds more than torch's convolutions do.
-#: Sums of at most so many terms, added up, keep twice the error of torch's convolution of the same memory format
-#: (perf/results/*-rounding.json): rows in dx and channels in z if x is channels-first, positions in dw if it is last.
-MOST_ROWS, MOST_CHANNELS, MOST_POSITIONS = 256, 512, 128
+#: Most bytes of index tables that are kept for later calls; the least recently used go first.
+TABLE_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The spatial part of a convolution: y position p reads x at stride p + dilation k - padding.
-
-    With `transposed`, x position q adds to y at stride q + dilation k - padding.
-    """
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    def out_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        reach = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        if self.transposed:
-            axes = zip(sizes, self.stride, self.padding, reach, self.output_padding, strict=True)
-            return tuple((n - 1) * s - 2 * p + r + 1 + extra for n, s, p, r, extra in axes)
-        axes4 = zip(sizes, self.stride, self.padding, reach, strict=True)
-        return tuple((n + 2 * p - r - 1) // s + 1 for n, s, p, r in axes4)
+# --- what does not depend on sizes ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Conv:
-    """Everything about a convolution over stored weights but its tensors.
+class Part:
+    """One block as it is computed: products over the axes `inside`, then the sums of `images`.
 
-    The rows of a group are its stored weights: block by block, slot by slot, filter by filter. With `pool`, 'max' or
-    'min', the only block's images are reduced to one.
+    order[s][j] is the stored slot that stands at slot s of z and tap j of the product's kernel; every stored slot
+    occurs once. `images`: as in `ConvSpec.slot_table`, of slots of z at the taps of the axes that are not inside.
     """
 
-    blocks: tuple[Block, ...]  # of one group
-    groups: int
-    geometry: Geometry
-    pool: str | None = None
-
-    def __hash__(self) -> int:
-        return self._hash  # of the plan of every call
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.blocks, self.groups, self.geometry, self.pool))
-
-    @cached_property
-    def text(self) -> str:
-        """As a string, for an op that takes no objects; `from_text` is the inverse."""
-        blocks = [(b.filters, b.slots, b.images) for b in self.blocks]
-        return json.dumps([blocks, self.groups, astuple(self.geometry), self.pool], separators=(",", ":"))
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def from_text(text: str) -> Conv:
-        blocks, groups, geometry, pool = json.loads(text)
-
-        def freeze(value: Any) -> Any:
-            return tuple(map(freeze, value)) if isinstance(value, list) else value
-
-        return Conv(tuple(Block(*freeze(block)) for block in blocks), groups, Geometry(*freeze(geometry)), pool)
-
-    @cached_property
-    def rows(self) -> int:
-        """Stored rows of a group."""
-        return sum(block.filters * block.slots for block in self.blocks)
-
-    @cached_property
-    def table(self) -> tuple[tuple[int, ...], ...]:
-        """Of every filter of a group and tap: sign * (row + 1), and 0 where the sign forces zero."""
-        taps_of: dict[int, tuple[int, ...]] = {}
-        row = 1
-        for block in self.blocks:
-            for first, slots, signs in block.images:
-                for u in range(block.filters):
-                    taps_of[first + u] = tuple(
-                        sign * (row + slot * block.filters + u) for slot, sign in zip(slots, signs, strict=True)
-                    )
-            row += block.filters * block.slots
-        return tuple(taps_of[o] for o in sorted(taps_of))
+    filters: int
+    inside: tuple[bool, ...]
+    order: tuple[Ints, ...]
+    images: tuple[tuple[int, Ints, Ints], ...]
 
     @property
-    def filters(self) -> int:
-        """Of the dense weight."""
-        return self.groups * len(self.table)
+    def is_plain(self) -> bool:
+        """Whether the product is y already."""
+        return all(self.inside) and len(self.images) == 1
 
-    @property
-    def out_channels(self) -> int:
-        return self.groups * self.blocks[0].filters if self.pool else self.filters
+    @cached_property
+    def structure(self) -> str:
+        """What its sums depend on, whatever the filters."""
+        return str((self.inside, [image[1:] for image in self.images]))
 
-    def out_shape(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of y."""
-        return (x.shape[0], self.out_channels, *self.geometry.out_sizes(x.shape[2:]))
+
+def _planar(geometry: Geometry) -> Geometry:
+    """One axis as two, the second of size 1: torch has channels-last formats from two axes on."""
+    if len(geometry.kernel_size) > 1:
+        return geometry
+    g = geometry
+    return Geometry(
+        (*g.kernel_size, 1), (*g.stride, 1), (*g.padding, 0), (*g.dilation, 1), (*g.extra, 0), geometry.transposed
+    )
+
+
+@lru_cache(maxsize=1024)
+def parts(spec: ConvSpec, fold: bool) -> tuple[Part, ...]:
+    """Every block; with `fold` axes that no image moves are inside the product."""
+    kernel = _planar(spec.geometry).kernel_size
+    return tuple(
+        _part(block.filters, images, kernel, fold) for block, images in zip(spec.blocks, spec.slot_table, strict=True)
+    )
+
+
+def _part(filters: int, images: tuple[tuple[int, Ints, Ints], ...], kernel: Ints, fold: bool) -> Part:
+    taps = list(product(*map(range, kernel)))
+    of = [dict(zip(taps, zip(slots, signs, strict=True), strict=True)) for _, slots, signs in images]
+
+    def stays(axis: int) -> bool:
+        """Whether the slots at every place of the axis are those at the first one, renamed."""
+        renamed: dict[tuple[int, int], int] = {}  # (slot at place 0, place) -> slot there
+        for image in of:
+            for tap in taps:
+                first = (*tap[:axis], 0, *tap[axis + 1 :])
+                at_zero, (slot, sign) = image[first], image[tap]
+                if sign != at_zero[1] or (sign and renamed.setdefault((at_zero[0], tap[axis]), slot) != slot):
+                    return False
+        return len(set(renamed.values())) == len(renamed)
+
+    inside = [size > 1 and stays(axis) for axis, size in enumerate(kernel)]
+    if all(size == 1 or stays_in for size, stays_in in zip(kernel, inside, strict=True)) and len(images) == 1:
+        inside = [True] * len(kernel)  # nothing is left to add
+    elif not fold:
+        inside = [False] * len(kernel)
+    within = list(product(*(range(size if i else 1) for size, i in zip(kernel, inside, strict=True))))
+    outer = list(product(*(range(1 if i else size) for size, i in zip(kernel, inside, strict=True))))
+    numbers: dict[int, int] = {}  # of the slots of z, by the stored slot at their first tap inside
+    order: list[Ints] = []
+    reduced = []
+    for image, (first, _, _) in zip(of, images, strict=True):
+        slots, signs = [], []
+        for k in outer:
+            stored, sign = image[k]
+            if sign and stored not in numbers:
+                numbers[stored] = len(order)
+                at = [image[tuple(a + b for a, b in zip(k, j, strict=True))][0] for j in within]
+                order.append(tuple(at))
+            slots.append(numbers[stored] if sign else 0)
+            signs.append(sign)
+        reduced.append((first, tuple(slots), tuple(signs)))
+    by_slot = sorted(range(len(order)), key=lambda s: order[s])  # in the order in which they are stored
+    place = {old: new for new, old in enumerate(by_slot)}
+    renumbered = tuple((first, tuple(place.get(s, 0) for s in slots), signs) for first, slots, signs in reduced)
+    return Part(filters, tuple(inside), tuple(order[s] for s in by_slot), renumbered)
 
 
 @dataclass(frozen=True)
-class Move:
-    """``target[:, :, to][to_at] += sign * source[:, :, of][of_at]`` on (N, groups, channels, *sizes).
+class Axis:
+    """y position p < out reads x at stride p + dilation k - low, inside [0, size); see `Geometry` for transposed."""
 
-    The places start with an ellipsis.
+    size: int
+    low: int
+    out: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The positions of x that are `residue` modulo the stride along the axes outside the product, and z there."""
+
+    residue: Ints
+    slots: Ints  # of z that some image needs
+    sizes: Ints  # of z
+
+
+def phases(part: Part, geometry: Geometry, axes: tuple[Axis, ...]) -> tuple[Phase, ...]:
+    """Tap k reads the residue (dilation k - low) mod stride; transposed convolutions have one phase."""
+    steps = [1 if stays or geometry.transposed else s for stays, s in zip(part.inside, geometry.stride, strict=True)]
+    sizes = [1 if stays else size for stays, size in zip(part.inside, geometry.kernel_size, strict=True)]
+    at = zip(geometry.dilation, axes, steps, strict=True)
+    offsets = [[(d * k - axis.low) % m for k in range(size)] for size, (d, axis, m) in zip(sizes, at, strict=True)]
+    used: dict[Ints, set[int]] = {}
+    for _, slots, signs in part.images:
+        for residue, slot, sign in zip(product(*offsets), slots, signs, strict=True):
+            if sign:
+                used.setdefault(residue, set()).add(slot)
+    found = []
+    for residue, needed in sorted(used.items()):
+        each = zip(part.inside, axes, residue, steps, strict=True)
+        z_sizes = tuple(axis.out if stays else len(range(r, axis.size, m)) for stays, axis, r, m in each)
+        if 0 not in z_sizes:
+            found.append(Phase(residue, tuple(sorted(needed)), z_sizes))
+    return tuple(found)
+
+
+def band(geometry: Geometry, axis: Axis, start: int, stop: int) -> tuple[Axis, slice]:
+    """The first axis restricted to the positions [start, stop) of y, and which positions of x they read."""
+    s, reach = geometry.stride[0], geometry.dilation[0] * (geometry.kernel_size[0] - 1)
+    if geometry.transposed:
+        low, high = -((reach - start - axis.low) // s), (stop - 1 + axis.low) // s + 1
+    else:
+        low, high = s * start - axis.low, s * (stop - 1) + reach - axis.low + 1
+    low, high = min(max(low, 0), axis.size), max(min(high, axis.size), 0)
+    high = max(low, high)
+    moved = start - s * low if geometry.transposed else low - s * start
+    return Axis(high - low, axis.low + moved, stop - start), slice(low, high)
+
+
+# --- index tables -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Row b of the result is the sum of the rows index[offsets[b]], ..., index[offsets[b + 1] - 1] of a table.
+
+    For `images` images one after the other, each with so many terms and bags: fewer images take the first ones.
     """
 
-    source: int
-    of: slice
-    of_at: tuple[Any, ...]
-    target: int
-    to: slice
-    to_at: tuple[Any, ...]
-    sign: int
+    index: Tensor
+    offsets: Tensor
+    signs: Tensor | None
+    images: int
+    terms: int
+    bags: int
 
-    @property
-    def count(self) -> int:
-        """Additions per group and image of the batch."""
-        return (self.of.stop - self.of.start) * math.prod(
-            len(range(at.start, at.stop, at.step or 1)) for at in self.of_at[1:]
+    def add(self, table: Tensor, images: int) -> Tensor:
+        if self.terms == 0 or images == 0 or table.numel() == 0:
+            return table.new_zeros(images * self.bags, table.shape[1])
+        end = images * self.terms
+        return F.embedding_bag(
+            self.index[:end],
+            table,
+            self.offsets[: images * self.bags + 1],
+            mode="sum",
+            per_sample_weights=None if self.signs is None else self.signs[:end].to(table.dtype),
+            include_last_offset=True,
         )
 
-    def reversed(self) -> Move:
-        return Move(self.target, self.to, self.to_at, self.source, self.of, self.of_at, self.sign)
-
 
 @dataclass(frozen=True)
-class Additions:
-    """A linear map from tensors to tensors, given as moves; every tensor by (channels per group, sizes)."""
+class Sums:
+    """The bags from z of all phases, side by side in every image, to y; and from dy to d of every phase."""
 
-    sources: tuple[tuple[int, tuple[int, ...]], ...]
-    targets: tuple[tuple[int, tuple[int, ...]], ...]
-    moves: tuple[Move, ...]
-
-    @cached_property
-    def adjoint(self) -> Additions:
-        adjoint = Additions(self.targets, self.sources, tuple(move.reversed() for move in self.moves))
-        adjoint.__dict__["adjoint"] = self
-        return adjoint
-
-
-@dataclass(frozen=True)
-class Gemm:
-    """z of one residue class of positions modulo the stride, for the rows of w that some image needs there."""
-
-    x_at: tuple[Any, ...]  # starts with an ellipsis
-    rows: tuple[int, ...]  # of one group
+    forward: Bags
+    adjoint: tuple[Bags, ...]
 
     @property
-    def whole(self) -> bool:
-        """Whether it takes every position of x."""
-        return all(at.step == 1 for at in self.x_at[1:])
+    def nbytes(self) -> int:
+        tensors = [t for bags in (self.forward, *self.adjoint) for t in (bags.index, bags.offsets, bags.signs)]
+        return sum(t.nbytes for t in tensors if t is not None)
 
 
-@lru_cache(maxsize=256)
-def schedule(conv: Conv, sizes: tuple[int, ...], most_rows: int | None = None) -> tuple[tuple[Gemm, ...], Additions]:
-    """The GEMMs of a convolution of inputs of these spatial sizes, and the additions from their results to y.
+class _Tables:
+    """The sums that were used last, of all layers, in `TABLE_BYTES`."""
 
-    Without pooling: y holds all images. With a stride, tap k reads residue (dilation k - pad) mod stride: every residue
-    class has its own GEMMs over 1/stride of the positions along each axis, with the rows that some image needs there.
-    With `most_rows` they have about so many at most.
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Any, Sums] = OrderedDict()
+        self.nbytes = 0
+        self.lock = threading.Lock()
+
+    def find(self, step: Step, geometry: Geometry, axes: tuple[Axis, ...], groups: int, images: int) -> Sums:
+        key = step.part.structure, geometry, axes, groups
+        with self.lock:
+            found = self.kept.get(key)
+            if found is not None and found.forward.images >= images:
+                self.kept.move_to_end(key)
+                return found
+        found = make_sums(step, geometry, axes, groups, images)
+        with self.lock:
+            if (old := self.kept.pop(key, None)) is not None:
+                self.nbytes -= old.nbytes
+            if found.nbytes <= TABLE_BYTES:
+                self.kept[key] = found
+                self.nbytes += found.nbytes
+            while self.nbytes > TABLE_BYTES:
+                self.nbytes -= self.kept.popitem(last=False)[1].nbytes
+        return found
+
+
+tables = _Tables()
+
+
+@torch.inference_mode(False)
+def make_sums(step: Step, geometry: Geometry, axes: tuple[Axis, ...], groups: int, images: int) -> Sums:
+    """Index tables for so many images of these sizes, by arithmetic on all positions at once."""
+    part = step.part
+    places, exists, residues = [], [], []  # by axis: position of z that y position p reads at tap k, ... (out, K)
+    for a, axis in enumerate(axes):
+        p, s = torch.arange(axis.out)[:, None], geometry.stride[a]
+        at = geometry.dilation[a] * torch.arange(geometry.kernel_size[a])[None]
+        if part.inside[a]:
+            q, m, there = p, 1, torch.ones(axis.out, 1, dtype=torch.bool)
+        elif geometry.transposed:
+            q, m = torch.div(p + axis.low - at, s, rounding_mode="floor"), 1
+            there = ((p + axis.low - at) % s == 0) & (q >= 0) & (q < axis.size)
+        else:
+            q, m = s * p + at - axis.low, s
+            there = (q >= 0) & (q < axis.size)
+        places.append(torch.div(q, m, rounding_mode="floor"))
+        residues.append(q % m)
+        exists.append(there)
+    slots = torch.tensor([slots for _, slots, _ in part.images])  # [I, K]
+    signs = torch.tensor([signs for _, _, signs in part.images])
+    group = torch.arange(groups)[:, None, None]
+    y_row = torch.arange(math.prod(axis.out for axis in axes))[:, None, None, None] * groups + group
+    y_row = y_row * len(slots) + torch.arange(len(slots))[:, None]  # [P, G, I, 1]
+    rows, to, sign, lengths = [], [], [], []  # by phase
+    for phase, _ in step.products:
+        strides = [math.prod(phase.sizes[a + 1 :]) for a in range(len(axes))]
+        place = _by_tap([q * stride for q, stride in zip(places, strides, strict=True)], torch.add)  # [P, K]
+        of_phase = [e & (r == residue) for e, r, residue in zip(exists, residues, phase.residue, strict=True)]
+        live = _by_tap(of_phase, torch.logical_and)[:, None, None] & (signs != 0)  # [P, 1, I, K]
+        number = torch.zeros(len(part.order), dtype=torch.int64)
+        number[list(phase.slots)] = torch.arange(len(phase.slots))
+        row = (place[:, None, None] * groups + group) * len(phase.slots) + number[slots]  # [P, G, I, K]
+        live = live.expand_as(row)
+        rows.append(row[live])
+        to.append(y_row.expand_as(row)[live])
+        sign.append(signs.expand_as(row)[live])
+        lengths.append(math.prod(phase.sizes) * groups * len(phase.slots))
+    is_signed = bool((signs < 0).any())
+    of_y = math.prod(axis.out for axis in axes) * groups * len(slots)
+    adjoint = [
+        _bags(y, z, by if is_signed else None, length, of_y, images)
+        for z, y, by, length in zip(rows, to, sign, lengths, strict=True)
+    ]
+    nothing = torch.empty(0, dtype=torch.int64)
+    beside = torch.cat([z + sum(lengths[:i]) for i, z in enumerate(rows)] or [nothing])
+    signed = torch.cat(sign or [nothing]) if is_signed else None
+    return Sums(_bags(beside, torch.cat(to or [nothing]), signed, of_y, sum(lengths), images), tuple(adjoint))
+
+
+def _by_tap(by_axis: Sequence[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Values (out, K) of every axis, combined into (positions, taps)."""
+    total = by_axis[0]
+    for other in by_axis[1:]:
+        total = combine(total[:, None, :, None], other[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+    return total
+
+
+def _bags(rows: Tensor, to: Tensor, signs: Tensor | None, bags: int, table: int, images: int) -> Bags:
+    """Bags that add up `rows` of a table in the order of `to`, for images whose tables have so many rows."""
+    order = torch.argsort(to, stable=True)
+    ends = torch.bincount(to, minlength=bags).cumsum(0)
+    image = torch.arange(images)[:, None]
+    index = (rows[order] + image * table).flatten()
+    offsets = torch.cat([ends.new_zeros(1), (ends + image * len(rows)).flatten()])
+    dtype = torch.int32 if max(images * table, len(index)) < 2**31 else torch.int64
+    weights = None if signs is None else signs[order].float().repeat(images)
+    return Bags(index.to(dtype), offsets.to(dtype), weights, images, len(rows), bags)
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+class Product:
+    """z of one phase from a chunk of x, and its derivatives: by matrix products, or by torch's convolution over the
+    axes inside, and in groups."""
+
+    def __init__(self, part: Part, phase: Phase, geometry: Geometry, axes: tuple[Axis, ...], groups: int) -> None:
+        g = geometry
+        self.sizes = phase.sizes
+        steps = [1 if stays or g.transposed else s for stays, s in zip(part.inside, g.stride, strict=True)]
+        self.at: Any = (..., *(slice(r, None, m) for r, m in zip(phase.residue, steps, strict=True)))
+        self.is_whole = all(m == 1 for m in steps)
+        self.multiplies = groups == 1 and not any(part.inside)
+        self.transposed = g.transposed and not self.multiplies
+        stride, pads, dilation, extra, around = [], [], [], [], []
+        for a, (stays, axis) in enumerate(zip(part.inside, axes, strict=True)):
+            stride.append(g.stride[a] if stays else 1)
+            dilation.append(g.dilation[a] if stays else 1)
+            low, reach = axis.low if stays else 0, g.dilation[a] * (g.kernel_size[a] - 1)
+            far = s_far = 0
+            if stays and self.transposed:  # what the output has beyond the last tap of the last position
+                far = axis.out + low - (axis.size - 1) * g.stride[a] - reach - 1
+                s_far = far + low
+                fits = low >= 0 and 0 <= s_far < max(stride[a], dilation[a])
+                sides = (-low, far)
+            else:
+                far = stride[a] * (axis.out - 1) + reach + 1 - low - axis.size if stays else 0
+                fits = not stays or (low >= 0 and (axis.size + 2 * low - reach - 1) // stride[a] + 1 == axis.out)
+                sides = (low, far)
+            pads.append(low if fits else 0)
+            extra.append(s_far if fits else 0)
+            around.append((0, 0) if fits else sides)
+        self.options = stride, pads, dilation, self.transposed, extra, groups
+        #: For `F.pad`: what the convolution cannot pad or cut itself, of x, or if transposed of z.
+        self.around = [side for pair in reversed(around) for side in pair] if any(map(any, around)) else []
+
+    def _input(self, x: Tensor) -> Tensor:
+        x = x if self.is_whole else x[self.at]
+        return channels_last(_pad(x, self.around) if self.around and not self.transposed else x)
+
+    def _matrices(self, x: Tensor) -> Tensor:
+        return _matrices(x if self.is_whole else channels_last(x[self.at]))
+
+    def fprop(self, x: Tensor, w: Tensor) -> Tensor:
+        """z as rows: (images positions groups slots, filters), flattened."""
+        if self.multiplies:
+            a = self._matrices(x)
+            return torch.bmm(a, w.mT.expand(len(a), -1, -1)).flatten()
+        z = torch.ops.aten.convolution(self._input(x), w, None, *self.options)
+        z = _pad(z, self.around) if self.around and self.transposed else z
+        return channels_last(z).movedim(1, -1).flatten()
+
+    def backward(
+        self, d: Tensor, x: Tensor, w: Tensor, dx: Tensor | None, adds: bool, dw: Tensor | None, need_w: bool
+    ) -> Tensor | None:
+        """Fill dx, or add to it; d is as z. Returns dw, which may be None, plus the gradient of w."""
+        if not self.multiplies:
+            return self._conv_backward(d, x, w, dx, adds, dw, need_w)
+        a = self._matrices(x)
+        d = d.view(*a.shape[:2], -1)
+        for d_image, x_image in zip(d, a, strict=True) if need_w else ():
+            if dw is not None and dw.dtype == d.dtype:
+                dw[0].addmm_(d_image.mT, x_image)
+            else:
+                found = torch.mm(d_image.mT, x_image)[None]
+                dw = found.to(_sum_dtype(d.dtype)) if dw is None else dw.add_(found)
+        if dx is not None and self.is_whole:
+            to = _matrices(dx)
+            operands = d.view(*to.shape[:2], -1), w.expand(len(to), -1, -1)
+            if adds:
+                to.baddbmm_(*operands)
+            else:
+                torch.bmm(*operands, out=to)
+        elif dx is not None:
+            found = torch.bmm(d, w.expand(len(a), -1, -1))
+            dx[self.at] += found.view(x.shape[0], *self.sizes, -1).movedim(-1, 1)
+        return dw
+
+    def _conv_backward(
+        self, d: Tensor, x: Tensor, w: Tensor, dx: Tensor | None, adds: bool, dw: Tensor | None, need_w: bool
+    ) -> Tensor | None:
+        d = d.view(x.shape[0], *self.sizes, -1).movedim(-1, 1)
+        back = [-side for side in self.around]
+        if back and self.transposed:
+            d = channels_last(_pad(d, back))
+        needs = [dx is not None, need_w, False]
+        found, dw_found, _ = torch.ops.aten.convolution_backward(d, self._input(x), w, None, *self.options, needs)
+        if dx is not None:
+            found = _pad(found, back) if back and not self.transposed else found
+            dx[self.at] = dx[self.at] + found if adds else found
+        if need_w:
+            dw = dw_found.to(_sum_dtype(d.dtype)) if dw is None else dw.add_(dw_found)
+        return dw
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _pad(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """`F.pad`, which may cut more than there is before it pads."""
+    x = F.pad(x, [max(side, 0) for side in sides])
+    return F.pad(x, [min(side, 0) for side in sides]) if min(sides) < 0 else x
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """(N, C, *sizes) as a view (1, N positions, C), or if channels-first (N, positions, C)."""
+    rows = x.movedim(1, -1)
+    return rows.reshape(1, -1, x.shape[1]) if rows.is_contiguous() else x.flatten(2).mT
+
+
+# --- stored weights ---------------------------------------------------------------------------------------------------
+
+
+class Weights:
+    """The stored weights as the products take them, and back.
+
+    Of a part (groups, slots, filters, C, taps inside); its products take the slots that their phase needs.
     """
-    blocks, geometry = conv.blocks, conv.geometry
-    out_sizes = geometry.out_sizes(sizes)
-    moduli = (1,) * len(sizes) if geometry.transposed else geometry.stride
-    gemms: list[Gemm] = []
-    sources = []
-    moves = []
-    for residue in product(*map(range, moduli)):
-        class_sizes = tuple(len(range(r, n, m)) for r, n, m in zip(residue, sizes, moduli, strict=True))
-        reads = []  # (block, slot, y channels, z_at, y_at, sign)
-        for b, block in enumerate(blocks):
-            for first, slots, signs in block.images:
-                to = slice(first, first + block.filters)
-                for k, slot, sign in zip(taps(geometry.kernel_size), slots, signs, strict=True):
-                    at = _overlap(k, geometry, residue, class_sizes, out_sizes) if sign else None
-                    if at is not None:
-                        reads.append((b, slot, to, *at, sign))
-        if not reads:
-            continue
-        x_at = (..., *(slice(r, None, m) for r, m in zip(residue, moduli, strict=True)))
-        used = {(b, slot) for b, slot, *_ in reads}
-        parts: list[list[int]] = [[]]  # rows of every GEMM
-        of: dict[tuple[int, int], list[tuple[int, slice, int]]] = {}  # GEMM, its rows, first filter
-        count = sum(blocks[b].filters for b, _ in used)
-        enough = -(-count // -(-count // (most_rows or count)))  # of equal parts
-        row = 0
-        for b, block in enumerate(blocks):
-            width = min(block.filters, enough)
-            for slot in range(block.slots):
-                for u in range(0, block.filters, width) if (b, slot) in used else ():
-                    count = min(width, block.filters - u)
-                    if len(parts[-1]) >= enough:
-                        parts.append([])
-                    at_rows = slice(len(parts[-1]), len(parts[-1]) + count)
-                    of.setdefault((b, slot), []).append((len(gemms) + len(parts) - 1, at_rows, u))
-                    parts[-1] += range(row + u, row + u + count)
-                row += block.filters
-        for b, slot, to, z_at, y_at, sign in reads:
-            for gemm, at_rows, u in of[b, slot]:
-                to_u = slice(to.start + u, to.start + u + at_rows.stop - at_rows.start)
-                moves.append(Move(gemm, at_rows, z_at, 0, to_u, y_at, sign))
-        gemms += [Gemm(x_at, tuple(rows)) for rows in parts]
-        sources += [(len(rows), class_sizes) for rows in parts]
-    channels = sum(block.filters * len(block.images) for block in blocks)
-    return tuple(gemms), Additions(tuple(sources), ((channels, out_sizes),), tuple(moves))
+
+    def __init__(self, spec: ConvSpec, blocks: Sequence[Part], stored: Sequence[Tensor]) -> None:
+        self.spec, self.parts, self.shapes = spec, blocks, [w.shape for w in stored]
+        self.kernels = [
+            [k if stays else 1 for k, stays in zip(_planar(spec.geometry).kernel_size, part.inside, strict=True)]
+            for part in blocks
+        ]
+        plain = [b.filters for b in spec.blocks if b.orbits is None]
+        taps, tied = [], iter(stored)
+        shared: Any = iter(())
+        if plain:
+            shared = iter(self._by_group(stored[-1]).split(plain, 1))
+        for block in spec.blocks:
+            taps.append(self._by_group(next(tied)) if block.orbits is not None else next(shared))  # [G, U, C, S]
+        self.ordered = [self._arrange(t, part) for t, part in zip(taps, blocks, strict=True)]
+        self.found: dict[tuple[int, Ints], Tensor] = {}
+        self.gradients: dict[tuple[int, Ints], Tensor] = {}
+
+    def _by_group(self, w: Tensor) -> Tensor:
+        """(G, U, C, S)."""
+        w, groups = w.flatten(2), self.spec.groups
+        if self.spec.geometry.transposed:
+            return w.unflatten(0, (groups, -1)).transpose(1, 2)
+        return w.unflatten(0, (groups, -1))
+
+    @staticmethod
+    def _arrange(taps: Tensor, part: Part) -> Tensor:
+        """(G, U, C, S) -> (G, slots, U, C, taps inside); a view where the order of the slots allows it."""
+        slots, inside, flat = len(part.order), len(part.order[0]), [s for at in part.order for s in at]
+        if flat == list(range(len(flat))):
+            taps = taps.unflatten(-1, (slots, inside))
+        elif [part.order[s][j] for j in range(inside) for s in range(slots)] == list(range(len(flat))):
+            taps = taps.unflatten(-1, (inside, slots)).mT
+        else:
+            taps = taps[..., flat].unflatten(-1, (slots, inside))
+        return taps.permute(0, 3, 1, 2, 4)
+
+    def of(self, number: int, phase: Phase) -> Tensor:
+        """(1, S U, C) for matrix products, else as of a convolution."""
+        key = number, phase.slots
+        if key not in self.found:
+            w = self.ordered[number]
+            w = w if len(phase.slots) == w.shape[1] else w[:, list(phase.slots)]
+            groups, slots, filters, channels, _ = w.shape
+            if groups == 1 and not any(self.parts[number].inside):
+                w = w.reshape(1, slots * filters, channels)
+            elif self.spec.geometry.transposed:
+                w = w.permute(0, 3, 1, 2, 4).reshape(groups * channels, slots * filters, *self.kernels[number])
+            else:
+                w = w.reshape(groups * slots * filters, channels, *self.kernels[number])
+            self.found[key] = w
+        return self.found[key]
+
+    def stored_gradients(self) -> list[Tensor]:
+        """The gradients of the stored weights."""
+        by_block = []
+        for number, (part, w) in enumerate(zip(self.parts, self.ordered, strict=True)):
+            groups, _, filters, channels, inside = w.shape
+            total = None
+            for (of, slots), dw in self.gradients.items():
+                if of != number:
+                    continue
+                if self.spec.geometry.transposed and dw.ndim > 3:
+                    dw = dw.view(groups, channels, len(slots), filters, inside).permute(0, 2, 3, 1, 4)
+                dw = dw.view(groups, len(slots), filters, channels, inside)
+                if len(slots) == w.shape[1]:
+                    total = dw if total is None else total + dw
+                else:
+                    total = dw.new_zeros(w.shape) if total is None else total
+                    total[:, list(slots)] += dw
+            total = torch.zeros(w.shape) if total is None else total
+            flat = [s for at in part.order for s in at]
+            taps = total.permute(0, 2, 3, 1, 4)  # [G, U, C, S]: a view, if nothing is inside
+            taps = taps.squeeze(-1) if inside == 1 else taps.flatten(-2)
+            by_block.append(taps if flat == sorted(flat) else taps[..., sorted(range(len(flat)), key=flat.__getitem__)])
+        plain = [t for t, block in zip(by_block, self.spec.blocks, strict=True) if block.orbits is None]
+        tied = [t for t, block in zip(by_block, self.spec.blocks, strict=True) if block.orbits is not None]
+        found = [*tied, *([torch.cat(plain, 1) if len(plain) > 1 else plain[0]] if plain else [])]
+        if self.spec.geometry.transposed:
+            found = [t.transpose(1, 2) for t in found]
+        dtype = self.ordered[0].dtype
+        kernel = self.spec.geometry.kernel_size
+        found = [(t[0] if len(t) == 1 else t.flatten(0, 1)).to(dtype) for t in found]
+        return [
+            t.unflatten(-1, kernel) if len(shape) > 3 else t.reshape(shape)
+            for t, shape in zip(found, self.shapes, strict=True)
+        ]
 
 
-def _overlap(
-    k: tuple[int, ...],
-    geometry: Geometry,
-    residue: tuple[int, ...],
-    sizes: tuple[int, ...],
-    out_sizes: tuple[int, ...],
-) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
-    """Where z (of one residue class) and y meet under tap k; None where they do not."""
-    z_at: list[Any] = [...]
-    y_at: list[Any] = [...]
-    for axis, size in enumerate(sizes):
-        stride = geometry.stride[axis]
-        offset = geometry.dilation[axis] * k[axis] - geometry.padding[axis]
-        if geometry.transposed:  # y[stride q + offset] += z[q]
-            low = max(0, -(offset // stride))
-            high = min(size, (out_sizes[axis] - 1 - offset) // stride + 1)
-            z = slice(low, high)
-            y = slice(stride * low + offset, stride * (high - 1) + offset + 1, stride)
-        else:  # y[p] += z[p + shift], x position stride (p + shift) + residue
-            if (offset - residue[axis]) % stride:
-                return None
-            shift = (offset - residue[axis]) // stride
-            low, high = max(0, -shift), min(out_sizes[axis], size - shift)
-            z, y = slice(low + shift, high + shift), slice(low, high)
-        if low >= high:
-            return None
-        z_at.append(z)
-        y_at.append(y)
-    return tuple(z_at), tuple(y_at)
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 
-# --- the path in torch ops --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Step:
+    """A part of a chunk: its phases and their products."""
+
+    part: Part
+    products: tuple[tuple[Phase, Product], ...]
 
 
-def forward(x: Tensor, rows: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-    """y = conv(x) + bias for x (N, groups C, *sizes), rows (groups, R, C) and a bias of every filter; no pooling."""
-    most_rows, most_channels, _ = _limits(x)
-    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])), most_rows)
-    weights = [as_1x1(rows, g, x.ndim - 2) for g in gemms]
+@dataclass(frozen=True)
+class Chunk:
+    """Some images, and of these some rows: which of x and y, their sizes, and what is computed."""
 
-    def images(n: slice) -> Tensor:
-        z = multiply(channels_last(x[n]), gemms, weights, conv.groups, most_channels)
-        return add(additions, z, conv.groups, bias)[0]
+    x: tuple[slice, ...]
+    y: tuple[slice, ...]
+    images: int
+    axes: tuple[Axis, ...]
+    steps: tuple[Step, ...]
 
-    return over_images(chunks(x, additions, conv.groups), images, is_last(x))
+
+@dataclass(frozen=True)
+class Program:
+    """All chunks of a call. With `bands` neighbors read the same rows of x."""
+
+    spec: ConvSpec
+    geometry: Geometry
+    parts: tuple[Part, ...]
+    axes: tuple[Axis, ...]
+    chunks: tuple[Chunk, ...]
+    bands: bool
+
+    def sums(self, chunk: Chunk, step: Step) -> Sums:
+        return tables.find(step, self.geometry, chunk.axes, self.spec.groups, chunk.images)
+
+
+@lru_cache(maxsize=1024)
+def program(spec: str, fold: bool, shape: Ints, itemsize: int, chunk_bytes: int) -> Program:
+    """How x of this shape is computed, in pieces whose z takes about `chunk_bytes` at most."""
+    conv = ConvSpec.of(spec)
+    geometry, blocks, groups = _planar(conv.geometry), parts(conv, fold), conv.groups
+    axes = tuple(map(Axis, shape[2:], geometry.padding, geometry.out_sizes(shape[2:])))
+
+    @cache
+    def steps(axes: tuple[Axis, ...]) -> tuple[Step, ...]:
+        return tuple(
+            Step(
+                part,
+                tuple((phase, Product(part, phase, geometry, axes, groups)) for phase in phases(part, geometry, axes)),
+            )
+            for part in blocks
+        )
+
+    image = groups * itemsize * sum(z_values(part, axes) for part in blocks)
+    every, batch, rows = slice(None), shape[0], axes[0].out
+    chunks = []
+    if image <= chunk_bytes or rows < 2:
+        most = max(1, chunk_bytes // max(image, 1))
+        count = max(1, -(-batch // max(1, -(-batch // most))))  # pieces of equal size
+        for n in range(0, batch, count):
+            at = (slice(n, min(n + count, batch)), every, every)
+            chunks.append(Chunk(at, at, min(count, batch - n), axes, steps(axes)))
+        return Program(conv, geometry, blocks, axes, tuple(chunks), False)
+    count = -(-rows // min(-(-image // chunk_bytes), rows))
+    for n, start in product(range(batch), range(0, rows, count)):
+        stop = min(start + count, rows)
+        first, read = band(geometry, axes[0], start, stop)
+        one, part_axes = slice(n, n + 1), (first, *axes[1:])
+        work = steps(part_axes) if first.size else ()  # or there is nothing but padding
+        chunks.append(Chunk((one, every, read), (one, every, slice(start, stop)), 1, part_axes, work))
+    return Program(conv, geometry, blocks, axes, tuple(chunks), True)
+
+
+def z_values(part: Part, axes: Sequence[Axis]) -> int:
+    """Values of z of one group of one image, as if every phase needed all slots."""
+    sizes = [axis.out if stays else axis.size for stays, axis in zip(part.inside, axes, strict=True)]
+    return part.filters * len(part.order) * math.prod(sizes)
+
+
+@cache
+def is_fast() -> bool:
+    """Whether torch adds up bags by FBGEMM. Its general kernel takes many times as long."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def work(spec: ConvSpec, fold: bool, sizes: Sequence[int]) -> tuple[int, int, int]:
+    """Values of z, products per channel of a group, and additions, of one image."""
+    geometry, z, products, sums = _planar(spec.geometry), 0, 0, 0
+    sizes = (*sizes, 1)[: len(geometry.kernel_size)]
+    axes = tuple(map(Axis, sizes, geometry.padding, geometry.out_sizes(sizes)))
+    for part in parts(spec, fold):
+        values = spec.groups * part.filters
+        for phase in phases(part, geometry, axes):
+            each = zip(phase.sizes, part.inside, axes, strict=True)
+            places = math.prod(a.size if stays and geometry.transposed else n for n, stays, a in each)
+            products += values * len(phase.slots) * len(part.order[0]) * places
+            z += 0 if part.is_plain else values * len(phase.slots) * math.prod(phase.sizes)
+        if not part.is_plain:
+            terms = sum(sign != 0 for _, _, signs in part.images for sign in signs)
+            sums += values * terms * math.prod(axis.out for axis in axes)
+    return z, products, sums
+
+
+def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, fold: bool, last: bool) -> Tensor:
+    """y = conv(x) + bias of stored weights and a bias per filter, channels-last or not; without pooling."""
+    if x.ndim == 3:
+        return fprop(x.unsqueeze(-1), weights, bias, spec, fold, False).squeeze(-1)
+    plan = program(spec, fold, tuple(x.shape), x.element_size(), CHUNK_BYTES)
+    stored = Weights(plan.spec, plan.parts, weights)
+    shape = (x.shape[0], plan.spec.filters, *(axis.out for axis in plan.axes))
+    is_one = last and len(plan.chunks) == len(plan.parts) == 1
+    y = x.new_empty(0) if is_one else like(x, shape) if last else x.new_empty(shape)
+    for chunk in plan.chunks:
+        for number, step in enumerate(chunk.steps):
+            part = step.part
+            z = [of.fprop(x[chunk.x], stored.of(number, phase)).view(chunk.images, -1) for phase, of in step.products]
+            rows = z[0] if len(z) == 1 else torch.cat(z, 1) if z else x.new_empty(0)
+            if not part.is_plain:
+                rows = plan.sums(chunk, step).forward.add(rows.view(-1, part.filters), chunk.images)
+            sizes = (chunk.images, *(axis.out for axis in chunk.axes))
+            found = rows.view(*sizes, plan.spec.groups, len(part.images), part.filters)
+            if is_one:
+                y = found.flatten(-3).movedim(-1, 1)
+                continue
+            for channels, images in _runs(part):
+                to = y[chunk.y].movedim(1, -1).unflatten(-1, (plan.spec.groups, -1))[..., channels]
+                to.copy_(found[..., images, :].flatten(-2))
+        if not chunk.steps:
+            y[chunk.y] = 0
+        if bias is not None:
+            y[chunk.y] += bias.view(-1, *[1] * (x.ndim - 2))
+    return y
 
 
 def backward(
-    dy: Tensor, x: Tensor, rows: Tensor, conv: Conv, need_x: bool, need_rows: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `forward` with respect to x and rows; d is computed once for both."""
-    most_rows, _, most_positions = _limits(x)
-    gemms, additions = schedule(conv, tuple(map(int, x.shape[2:])), most_rows)
-    weights = [as_1x1(rows, g, x.ndim - 2) for g in gemms]
-    drows = torch.zeros_like(rows, dtype=sum_dtype(rows.dtype)) if need_rows else None
-
-    def images(n: slice) -> Tensor:
-        d = add(additions.adjoint, [dy[n]], conv.groups)
-        x_n = channels_last(x[n])
-        return multiply_backward(d, x_n, gemms, weights, conv.groups, need_x, drows, most_positions)
-
-    dx = over_images(chunks(x, additions, conv.groups), images, is_last(x))
-    return dx if need_x else None, None if drows is None else drows.to(rows.dtype)
-
-
-def _limits(x: Tensor) -> tuple[int | None, int | None, int | None]:
-    """MOST_ROWS, MOST_CHANNELS and MOST_POSITIONS where they matter."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return None, None, None
-    return (None, None, MOST_POSITIONS) if is_last(x) else (MOST_ROWS, MOST_CHANNELS, None)
-
-
-def as_1x1(rows: Tensor, gemm: Gemm, ndim: int) -> Tensor:
-    """The rows of a GEMM as the weight of a 1x1 convolution."""
-    return pick(rows, gemm.rows).flatten(0, 1)[(...,) + (None,) * ndim]
-
-
-def multiply(
-    x: Tensor, gemms: Sequence[Gemm], weights: Sequence[Tensor], groups: int, most_channels: int | None = None
-) -> list[Tensor]:
-    """z of every GEMM, by 1x1 convolutions: torch's switches for the precision of a convolution hold.
-
-    With `most_channels` (and one group) they are sums of sums over so many channels.
-    """
-    conv = _CONV[x.ndim - 2]
-    if most_channels is None or groups > 1 or x.shape[1] <= most_channels:
-        return [conv(x[g.x_at], w, groups=groups) for g, w in zip(gemms, weights, strict=True)]
-    z: list[Tensor] = []
-    for at in range(0, x.shape[1], most_channels):
-        part = slice(at, at + most_channels)
-        found = multiply(channels_last(x[:, part]), gemms, [w[:, part] for w in weights], 1)
-        z = [total.add_(more) for total, more in zip(z, found, strict=True)] if z else found
-    return z
+    dy: Tensor, x: Tensor, weights: Sequence[Tensor], spec: str, fold: bool, need_x: bool, need_weights: bool
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """The gradients of `fprop` with respect to x and the stored weights; d is computed once for both."""
+    if x.ndim == 3:
+        dx, dws = backward(dy.unsqueeze(-1), x.unsqueeze(-1), weights, spec, fold, need_x, need_weights)
+        return None if dx is None else dx.squeeze(-1), dws
+    fold = fold and x.shape[1] < GRADIENT_CHANNELS * ConvSpec.of(spec).groups
+    plan = program(spec, fold, tuple(x.shape), x.element_size(), CHUNK_BYTES)
+    if fold and plan.bands:
+        plan = program(spec, False, tuple(x.shape), x.element_size(), CHUNK_BYTES)
+    stored = Weights(plan.spec, plan.parts, weights)
+    fills = (
+        not plan.bands
+        and len(plan.parts) == 1
+        and all(
+            len(step.products) == 1 and step.products[0][1].is_whole for chunk in plan.chunks for step in chunk.steps
+        )
+    )
+    dx = None
+    if need_x:
+        dx = like(x, x.shape) if is_last(x) else x.new_empty(x.shape)
+        dx = dx if fills else dx.zero_()
+    for chunk in plan.chunks:
+        for number, step in enumerate(chunk.steps):
+            part = step.part
+            rows = dy[chunk.y].movedim(1, -1).unflatten(-1, (plan.spec.groups, -1))
+            parts = [rows[..., channels] for channels, _ in _runs(part)]
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            sums = None if part.is_plain else plan.sums(chunk, step)
+            for i, (phase, of) in enumerate(step.products):
+                d = rows if sums is None else sums.adjoint[i].add(rows.reshape(-1, part.filters), chunk.images)
+                to, key = None if dx is None else dx[chunk.x], (number, phase.slots)
+                dw = stored.gradients.get(key)
+                dw = of.backward(d.flatten(), x[chunk.x], stored.of(number, phase), to, not fills, dw, need_weights)
+                if dw is not None:
+                    stored.gradients[key] = dw
+    return dx, stored.stored_gradients() if need_weights else None
 
 
-def multiply_backward(
-    d: Sequence[Tensor],
-    x: Tensor,
-    gemms: Sequence[Gemm],
-    weights: Sequence[Tensor],
-    groups: int,
-    need_x: bool,
-    drows: Tensor | None,
-    most_positions: int | None = None,
-) -> Tensor:
-    """dx of `multiply` (without channels if not needed); the gradients of the rows are added to `drows`.
-
-    With `most_positions`, these are sums of sums over at most so many positions (or a place of the first axis).
-    """
-    ndim = x.ndim - 2
-    one, zero = [1] * ndim, [0] * ndim
-    whole = all(g.whole for g in gemms)
-    dx = torch.zeros_like(x) if need_x and not whole else x[:, :0]
-
-    def gradients(d: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool) -> tuple[Tensor, Tensor]:
-        needs = [need_x, need_w, False]
-        found = torch.ops.aten.convolution_backward(d, x, w, None, one, zero, one, False, zero, groups, needs)
-        return found[0], found[1]
-
-    for d_g, g, w in zip(d, gemms, weights, strict=True):
-        x_g = x[g.x_at]
-        pieces = _pieces(x_g, most_positions)
-        dx_g, dw = gradients(d_g, x_g, w, need_x, drows is not None and len(pieces) == 1)
-        if drows is not None:
-            for at in pieces:
-                if len(pieces) > 1:
-                    _, dw = gradients(d_g[at], x_g[at], w, False, True)
-                add_rows(drows, dw.flatten(1).unflatten(0, (groups, -1)), g.rows)
-        if need_x and whole:
-            dx = dx_g if g is gemms[0] else dx.add_(dx_g)
-        elif need_x:
-            dx[g.x_at] += dx_g
-    return dx
-
-
-def _pieces(x: Tensor, most_positions: int | None) -> list[tuple[slice, ...]]:
-    """x in pieces of at most so many positions, or of one place of the first axis."""
-    batch, positions = x.shape[0], math.prod(x.shape[2:])
-    if not most_positions or batch * positions <= most_positions:
-        return [(slice(None),)]
-    images = max(1, most_positions // max(positions, 1))
-    most_places = max(1, most_positions // max(math.prod(x.shape[3:]), 1))
-    step = -(-x.shape[2] // max(-(-x.shape[2] // most_places), 1))
-    return [
-        (slice(n, n + images), slice(None), slice(at, at + step))
-        for n in range(0, batch, images)
-        for at in range(0, x.shape[2], step)
-    ]
-
-
-def corner(sizes: Sequence[int]) -> tuple[Any, ...]:
-    """The first so many places of every spatial axis."""
-    return (..., *map(slice, sizes))
-
-
-def over_images(slices: Sequence[slice], images: Callable[[slice], Tensor], last: bool) -> Tensor:
-    """images(n) for all slices of the batch, one after the other; channels-last or not."""
-    first = images(slices[0])
-    if len(slices) == 1 or is_compiling():
-        whole = torch.cat([first, *map(images, slices[1:])]) if len(slices) > 1 else first
-        return whole if last else whole.contiguous()
-    shape = (slices[-1].stop, *first.shape[1:])
-    whole = like(first, shape) if last else first.new_empty(shape)
-    whole[slices[0]] = first
-    for n in slices[1:]:  # no second copy of the whole
-        whole[n] = images(n)
-    return whole
-
-
-def _runs(picked: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Maximal runs [first, end) of consecutive numbers."""
-    runs, start = [], 0
-    for end in range(1, len(picked) + 1):
-        if end == len(picked) or picked[end] != picked[end - 1] + 1:
-            runs.append((picked[start], picked[end - 1] + 1))
-            start = end
-    return runs
-
-
-def pick(rows: Tensor, picked: tuple[int, ...]) -> Tensor:
-    """rows[:, picked], as slices: an index would be a constant, which `ExportedProgram.run_decompositions` loses."""
-    runs = [rows[:, first:end] for first, end in _runs(picked)]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
-
-
-def add_rows(drows: Tensor, part: Tensor, picked: tuple[int, ...]) -> None:
-    """drows[:, picked] += part."""
-    done = 0
-    for first, end in _runs(picked):
-        drows[:, first:end] += part[:, done : done + end - first]
-        done += end - first
-
-
-def is_compiling() -> bool:
-    """Whether a compiler traces this: torch 2.11's own function says so to Dynamo only."""
-    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+@cache
+def _runs(part: Part) -> tuple[tuple[slice, slice], ...]:
+    """Output channels of a group that follow one another, and the images of which they are."""
+    runs: list[tuple[slice, slice]] = []
+    for i, (first, _, _) in enumerate(part.images):
+        if runs and runs[-1][0].stop == first:
+            runs[-1] = slice(runs[-1][0].start, first + part.filters), slice(runs[-1][1].start, i + 1)
+        else:
+            runs.append((slice(first, first + part.filters), slice(i, i + 1)))
+    return tuple(runs)
 
 
 def is_last(x: Tensor) -> bool:
@@ -448,78 +735,10 @@ def is_last(x: Tensor) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x with the channels innermost: long runs under one shift, and the GEMMs that round best on the CPU."""
+    """x with the channels innermost."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def like(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty channels-last tensor (N, C, *sizes)."""
     return x.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-
-
-def chunks(x: Tensor, additions: Additions, groups: int) -> list[slice]:
-    """Slices of the batch whose z, and copies of x and y in another memory format, fit the scratch."""
-    batch = x.shape[0]
-    values = sum(channels * math.prod(sizes) for channels, sizes in (*additions.sources, *additions.targets)) * groups
-    image = (values + math.prod(x.shape[1:])) * x.element_size()
-    count = max(1, min(batch, SCRATCH_BYTES // max(image, 1)))
-    return [slice(n, min(n + count, batch)) for n in range(0, max(batch, 1), count)]
-
-
-def add(additions: Additions, sources: Sequence[Tensor], groups: int, bias: Tensor | None = None) -> list[Tensor]:
-    """The targets of the additions, plus the bias of every channel."""
-    grouped = [channels_last(source).unflatten(1, (groups, -1)) for source in sources]
-    add = _fused if is_compiling() and not has_steps(additions) else _in_place
-    return [target.flatten(1, 2).to(sources[0].dtype) for target in add(additions, grouped, bias)]
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _in_place(additions: Additions, sources: Sequence[Tensor], bias: Tensor | None = None) -> list[Tensor]:
-    """Eager mode: one addition into a slice of the target per move."""
-    batch, groups = sources[0].shape[:2]
-    dtype = sum_dtype(sources[0].dtype)
-    targets = []
-    for channels, sizes in additions.targets:
-        target = sources[0].new_empty(batch, *sizes, groups, channels, dtype=dtype)
-        target = target.zero_() if bias is None else target.copy_(bias.view(groups, channels))
-        targets.append(target.movedim((-2, -1), (1, 2)))
-    for m in additions.moves:
-        targets[m.target][:, :, m.to][m.to_at].add_(sources[m.source][:, :, m.of][m.of_at], alpha=m.sign)
-    return targets
-
-
-def has_steps(additions: Additions) -> bool:
-    """Whether some places are not contiguous, as in a transposed convolution with a stride."""
-    return any(at.step not in (None, 1) for m in additions.moves for at in (*m.of_at[1:], *m.to_at[1:]))
-
-
-def _fused(additions: Additions, sources: Sequence[Tensor], bias: Tensor | None = None) -> list[Tensor]:
-    """The same as sums of padded tensors: what Inductor fuses into one pass, unlike additions to slices."""
-    sums: list[dict[int, Tensor]] = [{} for _ in additions.targets]  # per target: first channel -> sum
-    for m in additions.moves:
-        sizes = additions.targets[m.target][1]
-        sides = [side for at, n in zip(m.to_at[:0:-1], sizes[::-1], strict=True) for side in (at.start, n - at.stop)]
-        piece = F.pad(sources[m.source][:, :, m.of][m.of_at].to(sum_dtype(sources[0].dtype)), sides)
-        found = sums[m.target].get(m.to.start)
-        if found is None:
-            sums[m.target][m.to.start] = piece if m.sign > 0 else -piece
-        else:
-            sums[m.target][m.to.start] = found + piece if m.sign > 0 else found - piece
-    targets = []
-    for (channels, sizes), parts in zip(additions.targets, sums, strict=True):
-        done, filled = 0, []
-        for start in sorted({*parts, channels}):
-            if start > done:  # no move reaches these channels
-                filled.append(sources[0].new_zeros(*sources[0].shape[:2], start - done, *sizes))
-                done = start
-            if start in parts:
-                filled.append(parts[start])
-                done = start + parts[start].shape[2]
-        target = torch.cat(filled, 2)
-        if bias is not None:
-            target = target + bias.view(*target.shape[1:3], *[1] * len(sizes))
-        targets.append(target)
-    return targets

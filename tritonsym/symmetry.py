@@ -1,10 +1,7 @@
-"""Symmetries of convolution filters as plain values: how they move taps, tie taps and pair filters.
+"""Symmetries of convolution filters as plain values. Pure Python; no torch.
 
-Pure Python; no torch. Everything a kernel or the reference needs to know about a symmetry is one of three things:
-
-- an `Element` g moves taps: ``(g w)[k] = w[g.source(k)]``;
-- `tap_orbits` groups the taps of one filter that a symmetry ties together, with the sign each carries (`TapOrbits`);
-- a `FilterLayout` says which output filters of a layer are images of which stored filter.
+An `Element` moves the taps of a filter, `tap_orbits` ties them together, with signs, and a `FilterLayout` says which
+output filters of a layer are images of which stored filter.
 """
 
 from __future__ import annotations
@@ -14,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
-from itertools import product
+from itertools import accumulate, product
 from numbers import Integral
+from typing import Any
 
 #: Axis letters and the spatial axis each one flips, counted from the last.
 AXES = {"h": -1, "v": -2, "z": -3}
@@ -39,8 +37,7 @@ _IMAGES = {
 class Element:
     """One group element: `turns` counter-clockwise quarter turns of the last two axes, then flips of the axes `flips`.
 
-    As an operator on filters it is ``torch.rot90(w, turns, (-2, -1))`` followed by ``flip``; "h r90" reads right to
-    left, like composed functions: turn first, then flip.
+    On filters: ``torch.rot90(w, turns, (-2, -1))``, then ``flip``. Its name, such as "h r90", reads right to left.
     """
 
     turns: int = 0
@@ -48,35 +45,25 @@ class Element:
 
     @classmethod
     def parse(cls, name: str) -> Element:
-        turns, flips = 0, ""
-        for part in name.split():
-            if part.startswith("r"):
-                turns = int(part[1:]) // 90
-            else:
-                flips = part
-        return cls(turns, flips)
+        flips, turn, angle = name.removeprefix("id").rpartition("r")
+        return cls(int(angle) // 90, flips.strip()) if turn else cls(0, angle)
 
     def __str__(self) -> str:
-        parts = [self.flips] if self.flips else []
-        if self.turns:
-            parts.append(f"r{90 * self.turns}")
-        return " ".join(parts) or "id"
+        return f"{self.flips} r{90 * self.turns}".strip() if self.turns else self.flips or "id"
 
     def source(self, tap: tuple[int, ...], kernel_size: tuple[int, ...]) -> tuple[int, ...]:
         """The tap of w that stands at position `tap` of its image: (g w)[tap] = w[source]."""
         at = list(tap)
         for letter in self.flips:
             at[AXES[letter]] = kernel_size[AXES[letter]] - 1 - at[AXES[letter]]
-        if self.turns == 2:
-            at[-2:] = (kernel_size[-2] - 1 - at[-2], kernel_size[-1] - 1 - at[-1])
-        elif self.turns:
-            for _ in range(self.turns):  # square: one turn reads (i, j) from (j, size-1-i)
-                at[-2:] = (at[-1], kernel_size[-1] - 1 - at[-2])
+        for turn in range(self.turns, 0, -1):  # one turn reads (i, j) from (j, width - 1 - i)
+            at[-2:] = (at[-1], kernel_size[-1 if turn % 2 else -2] - 1 - at[-2])
         return tuple(at)
 
     def slots(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
-        """`source` for every tap, as flat row-major indices: which stored tap stands at each position of the image."""
-        return tuple(_flat(self.source(tap, kernel_size), kernel_size) for tap in taps(kernel_size))
+        """`source` of every tap, as flat row-major indices."""
+        number = {tap: i for i, tap in enumerate(taps(kernel_size))}
+        return tuple(number[self.source(tap, kernel_size)] for tap in number)
 
     def character(self, odd: str) -> int:
         """-1 if g flips an odd number of the axes named in `odd`, else 1."""
@@ -88,20 +75,13 @@ def taps(kernel_size: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     return product(*map(range, kernel_size))
 
 
-def _flat(tap: tuple[int, ...], kernel_size: tuple[int, ...]) -> int:
-    index = 0
-    for k, size in zip(tap, kernel_size, strict=True):
-        index = index * size + k
-    return index
-
-
 @dataclass(frozen=True)
 class Symmetry:
     """A symmetry of filters, parsed from and printed as its name.
 
     Groups: any combination of the axis letters ``h`` (left-right), ``v`` (up-down), ``z`` (depth), which is the group
     those flips generate, and in 2-D ``c2`` (half turn), ``c4`` (quarter turns), ``d4`` (quarter turns and flips).
-    Ties only: ``radial`` (taps at equal distance from the centre) and ``radial:WIDTH`` (distances in rings
+    Ties only: ``radial`` (taps at equal distance from the center) and ``radial:WIDTH`` (distances in rings
     [0, WIDTH), [WIDTH, 2 WIDTH), ..., in taps).
 
     >>> Symmetry("vh"), Symmetry("hv").order, [str(g) for g in Symmetry("c4").elements]
@@ -118,7 +98,7 @@ class Symmetry:
         if not isinstance(self.name, str):
             raise TypeError(f"Symmetry: expected a name such as 'hv' or 'd4', got {self.name!r}")
         name = self.name
-        if name and set(name) <= set(AXES) and len(set(name)) == len(name):
+        if name and self.only_flips and len(set(name)) == len(name):
             object.__setattr__(self, "name", "".join(letter for letter in AXES if letter in name))
         elif name.startswith("radial:"):
             if not _is_positive_number(name[len("radial:") :]):
@@ -138,6 +118,10 @@ class Symmetry:
     @property
     def is_radial(self) -> bool:
         return self.name.startswith("radial")
+
+    @property
+    def only_flips(self) -> bool:
+        return set(self.name) <= set(AXES)
 
     @cached_property
     def elements(self) -> tuple[Element, ...]:
@@ -160,35 +144,28 @@ class Symmetry:
 
     def check_kernel(self, kernel_size: tuple[int, ...], where: str) -> None:
         """Raise ValueError, in the name of the function `where`, unless the symmetry acts on this kernel size."""
-        ndim = len(kernel_size)
-        if self.is_radial:
+        ndim, side = len(kernel_size), max(kernel_size)
+        axes = [letter for letter in AXES if -AXES[letter] <= ndim]
+        if self.is_radial or (self.only_flips and set(self.name) <= set(axes)):
             return
-        if set(self.name) <= set(AXES):
-            if any(-AXES[letter] > ndim for letter in self.name):
-                valid = "".join(letter for letter in AXES if -AXES[letter] <= ndim)
-                raise ValueError(
-                    f"{where}: symmetry {self.name!r} flips an axis that a {ndim}-D layer does not have; "
-                    f"its axis letters are {', '.join(map(repr, valid))}"
-                )
+        if self.only_flips:
+            problem = f"flips an axis that a {ndim}-D layer does not have; its axis letters are {str(axes)[1:-1]}"
         elif ndim != 2:
-            raise ValueError(
-                f"{where}: symmetry {self.name!r} turns a 2-D filter, but this layer is {ndim}-D; "
-                "use axis letters of 'hvz'"
+            problem = f"turns a 2-D filter, but this layer is {ndim}-D; use axis letters of 'hvz'"
+        elif self.name != "c2" and set(kernel_size) != {side}:
+            size = _by(kernel_size)
+            problem = (
+                f"needs a square kernel, got kernel_size {size}; use {side}x{side}, or a symmetry of flips such as 'hv'"
             )
-        elif self.name != "c2" and kernel_size[0] != kernel_size[1]:
-            side = max(kernel_size)
-            raise ValueError(
-                f"{where}: symmetry {self.name!r} needs a square kernel, got kernel_size "
-                f"{_by(kernel_size)}; use {side}x{side}, or a symmetry of flips such as 'hv'"
-            )
+        else:
+            return
+        raise ValueError(f"{where}: symmetry {self.name!r} {problem}")
 
     def idle_axes(self, kernel_size: tuple[int, ...]) -> str:
         """Letters whose flip changes nothing because the kernel has size 1 along that axis; of turns both, or none."""
-        if self.is_radial:
-            return ""
-        if not set(self.name) <= set(AXES):  # quarter or half turns, in the plane
-            return "hv" if max(kernel_size[-2:]) == 1 else ""
-        return "".join(letter for letter in self.name if kernel_size[AXES[letter]] == 1)
+        if self.only_flips:
+            return "".join(letter for letter in self.name if kernel_size[AXES[letter]] == 1)
+        return "hv" if not self.is_radial and max(kernel_size[-2:]) == 1 else ""
 
 
 def _by(sizes: tuple[int, ...]) -> str:
@@ -209,8 +186,7 @@ def _is_positive_number(text: str) -> bool:
 class TapOrbits:
     """Which stored value, with which sign, stands at every tap of a filter that is its own image.
 
-    ``dense[k] = sign[k] * stored[slot[k]]``, and 0 where ``slot[k] = -1``: there the stabiliser of the tap carries the
-    sign -1, so w[k] = -w[k] forces zero and nothing is stored.
+    ``dense[k] = sign[k] * stored[slot[k]]``, and 0 where ``slot[k] = -1``: some element maps w[k] to -w[k].
     """
 
     slot: tuple[int, ...]
@@ -235,37 +211,35 @@ def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "", 
         ValueError: the symmetry does not act on this kernel, or the signs force every tap to zero.
     """
     symmetry.check_kernel(kernel_size, where)
-    positions = list(taps(kernel_size))
     if symmetry.is_radial:
         if odd:
             raise ValueError(
                 f"{where}: {symmetry.name!r} filters equal their mirror images, so odd parity forces every tap "
                 "to zero; use parity='even'"
             )
-        keys = [_ring(symmetry, tap, kernel_size) for tap in positions]
-        number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        return TapOrbits(tuple(number[key] for key in keys), (1,) * len(keys))
-    slot: dict[tuple[int, ...], int] = {}
-    sign: dict[tuple[int, ...], int] = {}
+        rings = [_ring(symmetry, tap, kernel_size) for tap in taps(kernel_size)]
+        number = {ring: i for i, ring in enumerate(dict.fromkeys(rings))}
+        return TapOrbits(tuple(number[ring] for ring in rings), (1,) * len(rings))
+    sources = [(g.slots(kernel_size), g.character(odd)) for g in symmetry.elements]
+    ties: dict[int, tuple[int, int]] = {}  # of every tap: slot and sign
     count = 0
-    for tap in positions:
-        if tap in slot:
-            continue
-        images = [(g.source(tap, kernel_size), g.character(odd)) for g in symmetry.elements]
-        forced_zero = any(image == tap and chi < 0 for image, chi in images)
-        for image, chi in images:
-            slot[image], sign[image] = (-1, 0) if forced_zero else (count, chi)
-        count += not forced_zero
+    for tap in range(math.prod(kernel_size)):
+        if tap not in ties:
+            images = [(source[tap], sign) for source, sign in sources]
+            forced_zero = (tap, -1) in images
+            ties.update((image, (-1, 0) if forced_zero else (count, sign)) for image, sign in images)
+            count += not forced_zero
     if count == 0:
         raise ValueError(
             f"{where}: odd parity of symmetry {symmetry.name!r} forces every tap of a {_by(kernel_size)} kernel to "
             "zero; use a larger kernel or parity='even'"
         )
-    return TapOrbits(tuple(slot[tap] for tap in positions), tuple(sign[tap] for tap in positions))
+    slot, sign = zip(*(ties[tap] for tap in sorted(ties)), strict=True)
+    return TapOrbits(slot, sign)
 
 
 def _ring(symmetry: Symmetry, tap: tuple[int, ...], kernel_size: tuple[int, ...]) -> int:
-    """Four times the squared distance from the centre (an integer), or the number of its ring; exact either way."""
+    """Four times the squared distance from the center (an integer), or the number of its ring; exact either way."""
     squared = sum((2 * k - (size - 1)) ** 2 for k, size in zip(tap, kernel_size, strict=True))
     if symmetry.name == "radial":
         return squared
@@ -281,49 +255,21 @@ def parity_axes(symmetry: Symmetry, parity: str | Mapping[str, str], where: str 
 
     Under 'odd' an element has the sign -1 per reflection it is made of: -1 for ``h``, 1 for ``hv`` and for rotations.
     """
-    if isinstance(parity, str):
-        if parity not in ("even", "odd"):
-            raise ValueError(
-                f"{where}: parity must be 'even', 'odd' or a mapping such as {{'h': 'odd'}}, got {parity!r}"
-            )
-        return symmetry.letters if parity == "odd" else ""
-    if not isinstance(parity, Mapping):
-        raise TypeError(f"{where}: parity must be 'even', 'odd' or a mapping such as {{'h': 'odd'}}, got {parity!r}")
-    axes = symmetry.letters if symmetry.name in _IMAGES and set(symmetry.name) <= set(AXES) else ""
-    for letter, value in parity.items():
-        if letter not in tuple(axes):
-            names = ", ".join(map(repr, axes)) or "none: use 'even' or 'odd'"
-            raise ValueError(f"{where}: parity key {letter!r} is not an axis of symmetry {symmetry.name!r} ({names})")
-        if value not in ("even", "odd"):
-            raise ValueError(f"{where}: parity of {letter!r} must be 'even' or 'odd', got {value!r}")
-    return "".join(letter for letter in axes if parity.get(letter) == "odd")
-
-
-# --- the slot table ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Block:
-    """Stored filters of one conv group whose images follow one slot table.
-
-    Output filter ``first + u`` of an image is ``dense[k] = sign[k] * stored[u, slot[k]]``, for u < filters.
-    """
-
-    filters: int
-    slots: int
-    images: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]  # (first output filter, slot, sign)
-
-
-@cache
-def tied_blocks(orbits: TapOrbits, tied: int, free: int) -> tuple[Block, ...]:
-    """The table of `tied` filters per group that are their own image, followed by `free` ordinary ones."""
-    size = len(orbits.slot)
-    blocks = (Block(tied, len(orbits), ((0, orbits.slot, orbits.sign),)), _free_block(free, size, tied))
-    return tuple(block for block in blocks if block.filters)
-
-
-def _free_block(filters: int, size: int, first: int) -> Block:
-    return Block(filters, size, ((first, tuple(range(size)), (1,) * size),))
+    if isinstance(parity, Mapping):
+        axes = symmetry.letters if symmetry.only_flips else ""
+        for letter, value in parity.items():
+            if letter not in tuple(axes):
+                names = ", ".join(map(repr, axes)) or "none: use 'even' or 'odd'"
+                raise ValueError(
+                    f"{where}: parity key {letter!r} is not an axis of symmetry {symmetry.name!r} ({names})"
+                )
+            if value not in ("even", "odd"):
+                raise ValueError(f"{where}: parity of {letter!r} must be 'even' or 'odd', got {value!r}")
+        return "".join(letter for letter in axes if parity.get(letter) == "odd")
+    if not isinstance(parity, str) or parity not in ("even", "odd"):
+        error = ValueError if isinstance(parity, str) else TypeError
+        raise error(f"{where}: parity must be 'even', 'odd' or a mapping such as {{'h': 'odd'}}, got {parity!r}")
+    return symmetry.letters if parity == "odd" else ""
 
 
 # --- orbits of filters ------------------------------------------------------------------------------------------------
@@ -333,15 +279,16 @@ def _free_block(filters: int, size: int, first: int) -> Block:
 class FilterLayout:
     """Which output filters of a layer are images of which stored filter, per conv group.
 
-    Output order inside every group: all base filters in key order ``h v z hv hz vz hvz c2 c4 d4``, then the free
-    filters, then the images, key by key and element by element, each for all base filters of its key. (The order of
-    the CNN-Symmetry package, so its checkpoints load unchanged.) Stored filters are the base and free filters.
+    Output order inside every group, as in the CNN-Symmetry package: all base filters in key order ``h v z hv hz vz hvz
+    c2 c4 d4``, then the free filters (both are stored), then the images, key by key and element by element, each for
+    all base filters of its key.
     """
 
     orbits: tuple[tuple[Symmetry, int], ...]  # (symmetry, base filters per group), in key order, none of them 0
     free: int  # free filters per group
     groups: int = 1
-    text: str = field(init=False, repr=False, compare=False)  # kept, because Dynamo cannot trace the making of it
+    # kept, because Dynamo cannot trace the making of them
+    text: str = field(init=False, repr=False, compare=False)
     out_channels: int = field(init=False, repr=False, compare=False)
     stored_channels: int = field(init=False, repr=False, compare=False)  # base filters + free filters
 
@@ -355,17 +302,16 @@ class FilterLayout:
     ) -> FilterLayout:
         """The layout of `out_channels` filters in `groups` groups.
 
-        `spec` is one name (every filter), or a mapping from names to counts of OUTPUT filters or to percents
-        (``'50%'``: round(out_channels / 2), rounded down to whole orbits in every group), or None (all free).
-        What the mapping leaves over is free filters.
-
+        Args:
+            spec: one name (every filter), or a mapping from names to counts of OUTPUT filters or to percents
+                (``'50%'``: round(out_channels / 2), rounded down to whole orbits in every group), also as text,
+                ``'h:50% hv:8'``, as `str` of a layout gives it; or None. What is left over is free filters.
         Raises:
             ValueError: an unknown key, a count that does not fill whole orbits, or more filters than `out_channels`;
                 the message names the key, the number and the nearest valid ones.
             TypeError: the spec, a key or a count is of the wrong kind.
         """
-        if spec is None:
-            spec = {}
+        spec, free = as_mapping({} if spec is None else spec, where)
         if isinstance(spec, str):
             spec = {spec: out_channels}
         if not isinstance(spec, Mapping):
@@ -394,7 +340,14 @@ class FilterLayout:
                 f"{where}: symmetry asks for {listed} = {total} filters, but out_channels is {out_channels}; "
                 f"raise out_channels to {total} or lower the counts"
             )
-        return cls._from_counts(counts, out_channels - total, groups)
+        if free not in (None, out_channels - total):
+            raise ValueError(
+                f"{where}: free:{free} is asked for, but the symmetries leave {out_channels - total} of {out_channels} "
+                "filters; drop it, or change a count"
+            )
+        ordered = sorted(counts, key=lambda symmetry: list(_IMAGES).index(symmetry.name))
+        orbits = tuple((s, counts[s] // (s.order * groups)) for s in ordered if counts[s])
+        return cls(orbits, (out_channels - total) // groups, groups)
 
     @classmethod
     def from_stored(
@@ -406,8 +359,7 @@ class FilterLayout:
     ) -> FilterLayout:
         """The layout that stores `stored` filters: what a function infers from a weight.
 
-        A name means that every stored filter is a base filter; a mapping holds counts of output filters, and the
-        stored filters it leaves over are free. Percents are ambiguous here: pass counts, or a parsed `FilterLayout`.
+        With a name all are base filters; those that counts of output filters leave over are free. Percents say nothing.
         """
         if isinstance(spec, FilterLayout):
             if (spec.stored_channels, spec.groups) != (stored, groups):
@@ -416,48 +368,34 @@ class FilterLayout:
                     f"{spec.stored_channels} in {spec.groups}"
                 )
             return spec
-        if isinstance(spec, str):
-            return cls.parse(spec, stored * _filter_symmetry(spec, where).order, groups, where)
-        if spec is not None and not isinstance(spec, Mapping):
+        counts, _ = as_mapping(spec, where)
+        if isinstance(counts, str):
+            return cls.parse(counts, stored * _filter_symmetry(counts, where).order, groups, where)
+        if counts is not None and not isinstance(counts, Mapping):
             raise TypeError(
-                f"{where}: symmetry must be a name, a mapping of counts, a FilterLayout or None, got {spec!r}"
+                f"{where}: symmetry must be a name, a mapping of counts, a FilterLayout or None, got {counts!r}"
             )
-        out_channels, bases = stored, 0
-        for key, value in (spec or {}).items():
+        outputs = bases = 0
+        for key, value in (counts or {}).items():
             symmetry = _filter_symmetry(key, where)
             if isinstance(value, str):
                 raise ValueError(
                     f"{where}: {key}={value!r} does not say how many filters the weight stands for; pass counts, or "
                     "FilterLayout.parse(symmetry, out_channels, groups)"
                 )
-            count = _count(symmetry, value, None, groups, where)
-            out_channels += count - count // symmetry.order
+            count = _count(symmetry, value, 0, groups, where)
+            outputs += count
             bases += count // symmetry.order
         if bases > stored:
             raise ValueError(
-                f"{where}: weight holds {stored} filters, too few for the {bases} base filters of symmetry {spec!r}"
+                f"{where}: weight holds {stored} filters, too few for the {bases} base filters of symmetry {counts!r}"
             )
-        return cls.parse(spec, out_channels, groups, where)
-
-    @classmethod
-    def from_text(cls, text: str, groups: int = 1) -> FilterLayout:
-        """Inverse of `str`: 'h:2 hv:8 free:2' counts output filters of all groups together."""
-        counts = {key: int(count) for key, count in (item.split(":") for item in text.split())}
-        free = counts.pop("free", 0)
-        return cls._from_counts({Symmetry(key): count for key, count in counts.items()}, free, groups)
-
-    @classmethod
-    def _from_counts(cls, counts: Mapping[Symmetry, int], free: int, groups: int) -> FilterLayout:
-        ordered = sorted(counts, key=lambda symmetry: list(_IMAGES).index(symmetry.name))
-        orbits = tuple((s, counts[s] // (s.order * groups)) for s in ordered if counts[s])
-        return cls(orbits, free // groups, groups)
+        return cls.parse(spec, stored - bases + outputs, groups, where)
 
     def __post_init__(self) -> None:
-        items = [f"{symmetry}:{count}" for symmetry, count in self.counts.items()]
-        if self.free:
-            items.append(f"free:{self.free * self.groups}")
-        object.__setattr__(self, "text", " ".join(items))
-        object.__setattr__(self, "out_channels", sum(self.counts.values()) + self.free * self.groups)
+        counts: dict[Any, int] = {**self.counts, **({"free": self.free * self.groups} if self.free else {})}
+        object.__setattr__(self, "text", " ".join(f"{name}:{count}" for name, count in counts.items()))
+        object.__setattr__(self, "out_channels", sum(counts.values()))
         object.__setattr__(self, "stored_channels", self.stored_per_group * self.groups)
 
     def __str__(self) -> str:
@@ -482,15 +420,8 @@ class FilterLayout:
     @property
     def bases(self) -> tuple[tuple[Symmetry, range], ...]:
         """For every symmetry, the range of stored filters (within a group) that are its base filters."""
-        ranges, start = [], 0
-        for symmetry, count in self.orbits:
-            ranges.append((symmetry, range(start, start + count)))
-            start += count
-        return tuple(ranges)
-
-    def blocks(self, kernel_size: tuple[int, ...]) -> tuple[Block, ...]:
-        """The slot table of one group: for every symmetry its base filters and all their images, then the free ones."""
-        return _layout_blocks(self, kernel_size)
+        ends = accumulate(count for _, count in self.orbits)
+        return tuple((s, range(end - count, end)) for (s, count), end in zip(self.orbits, ends, strict=True))
 
     def check_kernel(self, kernel_size: tuple[int, ...], where: str) -> None:
         """Raise ValueError unless every symmetry of the layout acts on this kernel size."""
@@ -498,20 +429,20 @@ class FilterLayout:
             symmetry.check_kernel(kernel_size, where)
 
 
-@cache
-def _layout_blocks(layout: FilterLayout, kernel_size: tuple[int, ...]) -> tuple[Block, ...]:
-    size = math.prod(kernel_size)
-    first = layout.stored_per_group
-    blocks = []
-    for symmetry, bases in layout.bases:
-        images = [(bases.start, Element().slots(kernel_size), (1,) * size)]
-        for g in symmetry.elements[1:]:
-            images.append((first, g.slots(kernel_size), (1,) * size))
-            first += len(bases)
-        blocks.append(Block(len(bases), size, tuple(images)))
-    if layout.free:
-        blocks.append(_free_block(layout.free, size, layout.stored_per_group - layout.free))
-    return tuple(blocks)
+def as_mapping(spec: object, where: str) -> tuple[Any, int | None]:
+    """Text such as 'h:50% hv:8 free:2', or with commas, as a mapping, and what it says of free filters."""
+    if not isinstance(spec, str) or ":" not in spec or spec.startswith("radial"):
+        return spec, None
+    counts: dict[str, int | str] = {}
+    for item in spec.replace(",", " ").split():
+        key, _, count = item.partition(":")
+        if key in counts or not count:
+            raise ValueError(f"{where}: expected names and counts such as 'h:50% hv:8', each name once, got {spec!r}")
+        counts[key] = int(count) if count.isdecimal() else count
+    free = counts.pop("free", None)
+    if isinstance(free, str):
+        raise ValueError(f"{where}: free:{free} must be a count of filters; leave it out for all that are left over")
+    return counts, free
 
 
 def _filter_symmetry(key: object, where: str) -> Symmetry:
@@ -526,7 +457,7 @@ def _filter_symmetry(key: object, where: str) -> Symmetry:
     return symmetry
 
 
-def _count(symmetry: Symmetry, value: object, out_channels: int | None, groups: int, where: str) -> int:
+def _count(symmetry: Symmetry, value: object, out_channels: int, groups: int, where: str) -> int:
     """Check one entry of a layout spec and return it as a number of output filters."""
     orbit = symmetry.order * groups
     if isinstance(value, str):
@@ -535,7 +466,6 @@ def _count(symmetry: Symmetry, value: object, out_channels: int | None, groups: 
             raise ValueError(
                 f"{where}: {symmetry}={value!r} is not a percentage; expected '0%' to '100%', e.g. '50%', or a count"
             )
-        assert out_channels is not None
         return round(Fraction(number) * out_channels / 100) // orbit * orbit
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(

@@ -1,9 +1,7 @@
 """Checks for your own test suite: does a layer, or a model built of layers, compute what its symmetry promises?
 
-`assert_matches_reference` compares outputs and gradients with the dense torch layers, `assert_symmetric` the weights
-with their own images, `assert_equivariant` the output for a moved input with the moved output. All three raise
-AssertionError with a message that names the tensor and the place. They leave a module's parameters, gradients,
-buffers and training flag, and the global random numbers, as they were.
+All raise AssertionError with a message that names the tensor and the place, and leave parameters, gradients, buffers,
+training flags and the global random numbers as they were.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import MethodType
@@ -24,15 +22,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tritonsym import dispatch, functional, reference
-from tritonsym.nn.conv import (
-    _OrbitConv,
-    _OrbitPoolConv,
-    _SharedConv,
-    _SymmetricConv,
-    _SymmetricConvTranspose,
-    _TiedConv,
-)
+from tritonsym import functional, plan, reference
+from tritonsym.nn.conv import _OrbitConv, _OrbitPoolConv, _SharedConv
 from tritonsym.nn.linear import SymmetricLinear
 from tritonsym.nn.pool import GlobalConv1d, TopKPool1d
 from tritonsym.nn.symmetrize import Symmetrize
@@ -41,60 +32,60 @@ from tritonsym.symmetry import AXES, Element, Symmetry
 __all__ = ["assert_equivariant", "assert_matches_reference", "assert_symmetric"]
 
 Named = list[tuple[str, Tensor]]
+Forwards = Mapping[type[nn.Module], Callable[..., Tensor]]
 
 
 # --- the dense formulation of every layer -----------------------------------------------------------------------------
 
-_REDUCE: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "max": torch.amax,
-    "min": torch.amin,
-    "sum": torch.sum,
-    "mean": torch.mean,
-    "logsumexp": torch.logsumexp,
-}
+
+def _by_torch(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]) -> Tensor:
+    if not layer.transposed:
+        y: Tensor = layer._conv_forward(x, weight, bias)
+        return y
+    conv: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
+    return conv(x, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation)
 
 
-def _image(w: Tensor, g: Element, ndim: int) -> Tensor:
-    """g w for filters w (..., *kernel), read tap by tap from the table of the element."""
-    kernel_size = tuple(w.shape[-ndim:])
-    index = torch.tensor(g.slots(kernel_size), device=w.device)
-    return w.flatten(-ndim).index_select(-1, index).unflatten(-1, kernel_size)
+def _by_products(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]) -> Tensor:
+    """One matrix product per group, with the unfolded input; if transposed, the adjoint. Folding adds in float32."""
+    groups, kernel_size, stride, dilation = layer.groups, layer.kernel_size, layer.stride, layer.dilation
+    batched, wide = x if x.ndim == weight.ndim else x[None], torch.promote_types(x.dtype, torch.float32)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    like = _by_torch(layer, batched, weight, bias, extra).detach()  # shape, dtype, strides
 
+    def products(t: Tensor, sides: Sequence[int], start: Tensor | None) -> Tensor:
+        t = F.pad(t, sides, mode)
+        for axis, size in enumerate(kernel_size):
+            t = t.unfold(2 + axis, dilation[axis] * (size - 1) + 1, stride[axis])[..., :: dilation[axis]]
+        t = t.flatten(-len(kernel_size)).to(x.dtype)  # (N, C, *positions, taps)
+        rows = t.unflatten(1, (groups, -1)).movedim((1, 2), (0, -2)).flatten(-2).flatten(1, -2)
+        matrix = weight.unflatten(0, (groups, -1)).flatten(2).mT
+        y = rows @ matrix if start is None else torch.baddbmm(start.view(groups, 1, -1), rows, matrix)
+        return y.unflatten(1, (len(t), *t.shape[2:-1])).movedim(-1, 1).flatten(0, 1).transpose(0, 1)
 
-def _elements(symmetry: Symmetry, kernel_size: Sequence[int]) -> tuple[Element, ...]:
-    """The group; for rings the largest one that moves the kernel onto itself."""
-    if not symmetry.is_radial:
-        return symmetry.elements
-    is_square = len(kernel_size) == 2 and len(set(kernel_size)) == 1
-    return Symmetry("d4" if is_square else "hvz"[: len(kernel_size)]).elements
-
-
-def _dense_conv(layer: Any, x: Tensor) -> Tensor:
-    y = layer._conv_forward(x, layer.expanded_weight(), layer.expanded_bias())
-    return reference.activate(y, layer.activation)
-
-
-def _dense_conv_transpose(layer: Any, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-    ndim = len(layer.kernel_size)
-    conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[ndim - 1]
-    sizes = (layer.stride, layer.padding, layer.kernel_size, ndim, layer.dilation)
-    extra = layer._output_padding(x, output_size, *sizes)
-    weight, bias = layer.expanded_weight(), layer.expanded_bias()
-    y = conv(x, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation)
-    return reference.activate(y, layer.activation)
-
-
-def _dense_orbit_pool(layer: Any, x: Tensor) -> Tensor:
-    ndim, elements = len(layer.kernel_size), layer.symmetry.elements
-    images = torch.stack([_image(layer.weight, g, ndim) for g in elements], 1)
-    reduce = _REDUCE[layer.reduce]
-    if layer.reduce in ("sum", "mean"):  # of the convolutions is the convolution with that of the images
-        y = layer._conv_forward(x, reduce(images, 1), None)
+    if layer.transposed:
+        sides = [side for p, e in zip(layer.padding[::-1], extra[::-1], strict=True) for side in (p, p - e)]
+        pull: Any = torch.func.vjp(lambda t: products(t, sides, None), torch.zeros_like(like, dtype=wide))[1]
+        (y,) = pull(batched.to(like.dtype))
+        y = y if bias is None else y + bias.view(-1, *[1] * len(kernel_size))
     else:
-        y = layer._conv_forward(x, images.flatten(0, 1), None)
-        y = reduce(y.unflatten(-1 - ndim, (-1, len(elements))), -1 - ndim)
-    if layer.bias is not None:
-        y = y + layer.bias.view(-1, *[1] * ndim)
+        y = products(batched.to(wide), layer._reversed_padding_repeated_twice, bias)
+    y = torch.empty_like(like).copy_(y)
+    return y if batched is x else y[0]
+
+
+def _dense_conv(convolve: Callable[..., Tensor], layer: Any, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    ndim, extra = len(layer.kernel_size), []
+    if layer.transposed:
+        sizes = (layer.stride, layer.padding, layer.kernel_size, ndim, layer.dilation)
+        extra = layer._output_padding(x, output_size, *sizes)
+    if getattr(layer, "reduce", None) in ("max", "min"):
+        images = convolve(layer, x, layer.expanded_weight(), None, extra)
+        images = images.unflatten(-1 - ndim, (-1, layer.symmetry.order)).movedim(-1 - ndim, 0)
+        y = reference.REDUCTIONS[layer.reduce](images)
+        y = y if layer.bias is None else y + layer.bias.view(-1, *[1] * ndim)
+    else:
+        y = convolve(layer, x, layer.expanded_weight(), layer.expanded_bias(), extra)
     return reference.activate(y, layer.activation)
 
 
@@ -121,26 +112,25 @@ def _dense_symmetrize(layer: Any, x: Tensor) -> Tensor:
     """One call on all re-orderings, as in the layer: an inner batch norm sees the same batch."""
     orders = functional.orders_of(layer.over, x.shape[layer.dim], "Symmetrize")
     y = layer.inner(torch.cat([x.index_select(layer.dim, torch.tensor(o, device=x.device)) for o in orders]))
-    return _REDUCE[layer.reduce](y.unflatten(0, (len(orders), x.shape[0])), 0)
+    return reference.REDUCTIONS[layer.reduce](y.unflatten(0, (len(orders), x.shape[0])))
 
 
-_DENSE: dict[type[nn.Module], Callable[..., Tensor]] = {
-    _SymmetricConv: _dense_conv,
-    _TiedConv: _dense_conv,
-    _SymmetricConvTranspose: _dense_conv_transpose,
-    _OrbitPoolConv: _dense_orbit_pool,
+_DENSE: Forwards = {
+    _SharedConv: partial(_dense_conv, _by_torch),
     SymmetricLinear: _dense_linear,
     GlobalConv1d: _dense_global_conv,
     TopKPool1d: _dense_topk,
     Symmetrize: _dense_symmetrize,
 }
+#: The same, with convolutions as matrix products.
+_PRODUCTS: Forwards = {**_DENSE, _SharedConv: partial(_dense_conv, _by_products)}
 
 
-def _dense_twin(module: nn.Module) -> nn.Module:
+def _dense_twin(module: nn.Module, forwards: Forwards) -> nn.Module:
     """A copy in which every tritonsym layer computes its dense formulation from the same stored parameters."""
     twin = copy.deepcopy(module)
     for layer in twin.modules():
-        for kind, forward in _DENSE.items():
+        for kind, forward in forwards.items():
             if isinstance(layer, kind):
                 layer.forward = MethodType(forward, layer)
     return twin
@@ -211,63 +201,52 @@ def _outputs(value: Any, name: str = "output") -> Named:
     return [(name, value)] if _is_inexact(value) else []
 
 
-def _argument_names(module: nn.Module, count: int) -> list[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return names[:count] + [f"input {i}" for i in range(len(names), count)]
+def _upstream(y: Tensor, generator: torch.Generator) -> Tensor:
+    """Random multiples of 1/8 in [-2, 2], which every dtype holds exactly."""
+    shape = torch.view_as_real(y).shape if y.is_complex() else y.shape
+    numbers = torch.randint(-16, 17, shape, generator=generator) / 8
+    return (torch.view_as_complex(numbers) if y.is_complex() else numbers).to(y)
 
 
-def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Fixed random multiples of 1/8 in [-2, 2], which every dtype holds exactly."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shape: Sequence[int]) -> Tensor:
-        return torch.randint(-16, 17, tuple(shape), generator=generator) / 8
-
-    parts = [torch.complex(draw(y.shape), draw(y.shape)) if y.is_complex() else draw(y.shape) for y in outputs]
-    return [part.to(y) for part, y in zip(parts, outputs, strict=True)]
-
-
-def _outputs_and_gradients(module: nn.Module, inputs: Sequence[Any]) -> Named:
+def _results(module: nn.Module, inputs: Sequence[Any], gradients: bool = False) -> Named:
+    """The outputs, and if asked for the gradients with respect to inputs and parameters."""
+    if not gradients:
+        with torch.no_grad():
+            return _outputs(_call(module, inputs))
     args = [value.detach() if isinstance(value, Tensor) else value for value in inputs]
-    leaves = [
-        (name, arg.requires_grad_())
-        for name, arg in zip(_argument_names(module, len(args)), args, strict=True)
-        if _is_inexact(arg)
-    ]
+    arguments = inspect.signature(module.forward).parameters.values()
+    names = [a.name for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    names += [f"input {i}" for i in range(len(names), len(args))]
+    leaves = [(n, arg.requires_grad_()) for n, arg in zip(names, args, strict=False) if _is_inexact(arg)]
     leaves += [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     with torch.enable_grad():
         outputs = _outputs(_call(module, args))
-    roots = [y for _, y in outputs if y.requires_grad]
-    tensors = [t for _, t in leaves]
+    roots, tensors = [y for _, y in outputs if y.requires_grad], [t for _, t in leaves]
+    found = [torch.zeros_like(t) for t in tensors]
     if roots and tensors:
-        gradients = torch.autograd.grad(roots, tensors, _upstream(roots), materialize_grads=True)
-    else:
-        gradients = tuple(map(torch.zeros_like, tensors))
-    named = [(f"gradient of {name}", gradient) for (name, _), gradient in zip(leaves, gradients, strict=True)]
+        generator = torch.Generator().manual_seed(0)
+        upstream = [_upstream(y, generator) for y in roots]
+        found = [*torch.autograd.grad(roots, tensors, upstream, materialize_grads=True)]
+    named = [(f"gradient of {name}", gradient) for (name, _), gradient in zip(leaves, found, strict=True)]
     return [(name, y.detach()) for name, y in outputs] + named
 
 
-def _only_outputs(module: nn.Module, inputs: Sequence[Any]) -> Named:
-    with torch.no_grad():
-        return _outputs(_call(module, inputs))
+def _in(dtype: torch.dtype | None) -> Callable[[Any], Any]:
+    """A cast of real tensors to `dtype` and of complex ones to its complex twin; leaves everything else as it is."""
 
-
-def _in(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """A cast of real tensors to `dtype` and of complex ones to its complex twin; None leaves all as they are."""
-
-    def cast(t: Tensor) -> Tensor:
-        if dtype is None or not _is_inexact(t):
-            return t
-        return t.to(dtype.to_complex() if t.is_complex() else dtype)
+    def cast(value: Any) -> Any:
+        if dtype is None or not _is_inexact(value):
+            return value
+        return value.to(dtype.to_complex() if value.is_complex() else dtype)
 
     return cast
 
 
 def _truth_and_dense(
-    run: Callable[[nn.Module, Sequence[Any]], Named], module: nn.Module, inputs: Sequence[Any]
-) -> tuple[Named, Named, float]:
-    """Results of the dense formulation in float64 and in the dtype of the module, and a factor for the latter's error.
+    module: nn.Module, inputs: Sequence[Any], gradients: bool = False
+) -> tuple[Named, list[Named], float]:
+    """`_results` of the dense formulation in float64; in the dtype of the module, with torch's convolution and with
+    matrix products; and a factor for the errors of these.
 
     No dtype is wider than float64: there the error of the dense layer is estimated as its error in float32, times the
     ratio of the two roundings, times 8, since the truth is as wrong and since libraries sum the two dtypes differently.
@@ -276,15 +255,17 @@ def _truth_and_dense(
     is_wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
-    def dense(dtype: torch.dtype | None) -> Named:
+    def dense(dtype: torch.dtype | None, forwards: Forwards = _DENSE) -> Named:
         cast = _in(dtype)
-        twin = _dense_twin(module)._apply(cast)
+        twin = _dense_twin(module, forwards)._apply(cast)
         with _DrawnAs(own, dtype) if dtype else nullcontext():
-            return run(twin, [cast(value) if isinstance(value, Tensor) else value for value in inputs])
+            return _results(twin, [*map(cast, inputs)], gradients)
 
-    with dispatch.backend("reference"), dispatch.path("reference"):
-        truth = dense(torch.float64)
-        naive = dense(torch.float32 if is_wide else None)
+    narrow = torch.float32 if is_wide else None
+    with plan.backend("reference"), plan.path("reference"):
+        truth, naive = dense(torch.float64), [dense(narrow)]
+        if any(isinstance(m, _SharedConv) for m in module.modules()) and not any(t.is_complex() for t in tensors):
+            naive.append(dense(narrow, _PRODUCTS))
     return truth, naive, 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if is_wide else 1.0
 
 
@@ -316,56 +297,61 @@ def _assert_exact(where: str, got: Tensor, expected: Tensor) -> None:
         )
 
 
+def _error(norm: Callable[[Tensor], float], exact: Tensor, naive: Sequence[Tensor]) -> float:
+    """The largest of the dense results that are finite."""
+    return max((norm(b.to(exact) - exact) for b in naive if b.isfinite().all()), default=math.nan)
+
+
 def assert_matches_reference(module: nn.Module, *inputs: Any) -> None:
     """Outputs and all gradients of `module` are as right as those of the dense torch layers with the same weights.
 
-    The module runs as it is: mode, dtype, device, and whatever path `tritonsym.explain` would name, with gradients and
-    under no_grad. A copy runs the dense torch operation of every tritonsym layer on its expanded weight (for
-    `OrbitPoolConv*d` on every image of the filter, or their sum or mean; for `Symmetrize` on every re-ordering), once
-    in the same dtype and once in float64, or complex128; both draw the random numbers that the dtype of the module
-    gives. Then
+    The module runs as it is, on the path that `tritonsym.explain` names, with gradients and under no_grad. In copies
+    every tritonsym layer is the dense torch operation on its expanded weight (`Symmetrize` on every re-ordering), with
+    the same random numbers: in float64 or complex128 for the truth, and in the dtype and memory format of the input,
+    there also (but for complex numbers) with convolutions as `torch.matmul` of the unfolded input. Then
 
         max |got - truth| <= 2 max |dense - truth| + eps max |truth|
 
-    and the same for the root mean square, with eps of the dtype: at most twice as wrong as torch, plus one rounding.
-    For a float64 module the error of the dense layer is estimated: 8 eps(float64) / eps(float32) of that in float32.
+    and the same for the root mean square, with the larger error of the two, and eps of the dtype: at most twice as
+    wrong as torch, plus one rounding. For a float64 module the error of the dense layer is estimated: 8 eps(float64) /
+    eps(float32) of that in float32.
 
     Args:
         module: a layer of `tritonsym.nn`, or any model, with or without such layers inside.
         inputs: what to call it with. Gradients are compared for every floating or complex tensor among them and every
             parameter that requires one; the upstream gradient is fixed random numbers. Where values are tied within
             rounding (max, top-k, ReLU at 0) the gradient is not unique: choose other inputs, or a wider dtype.
-
     Raises:
         AssertionError: a result is wrong; the message names the tensor, its error, what is allowed and the worst index.
         ValueError: nothing can be compared: the dense layers overflow, or the output holds no floating tensor.
     """
     where = "assert_matches_reference"
-    got = _outputs_and_gradients(module, inputs)
-    truth, naive, factor = _truth_and_dense(_outputs_and_gradients, module, inputs)
-    if not any(name.startswith("output") for name, _ in truth):
+    got = _results(module, inputs, gradients=True)
+    truth, naive, factor = _truth_and_dense(module, inputs, gradients=True)
+    outputs = sum(name.startswith("output") for name, _ in truth)
+    if not outputs:
         raise ValueError(f"{where}: {type(module).__name__} returned no floating or complex tensor to compare")
     _assert_as_right(where, got, truth, naive, factor)
     # inference may take another path, and kernels apply the activation there
-    outputs = sum(name.startswith("output") for name, _ in truth)
-    inference = _only_outputs(module, inputs)
-    _assert_as_right(f"{where} under no_grad", inference, truth[:outputs], naive[:outputs], factor)
+    naive = [named[:outputs] for named in naive]
+    _assert_as_right(f"{where} under no_grad", _results(module, inputs), truth[:outputs], naive, factor)
 
 
-def _assert_as_right(where: str, got: Named, truth: Named, naive: Named, factor: float) -> None:
+def _assert_as_right(where: str, got: Named, truth: Named, naive: Sequence[Named], factor: float) -> None:
     if len(got) != len(truth):
         raise AssertionError(f"{where}: {len(got)} outputs and gradients, expected {len(truth)}")
-    for (_, a), (name, exact), (_, b) in zip(got, truth, naive, strict=True):
+    for (_, a), (name, exact), *others in zip(got, truth, *naive, strict=True):
+        dense = [t for _, t in others]
         if a.shape != exact.shape:
             raise AssertionError(f"{where}: {name} has shape {tuple(a.shape)}, expected {tuple(exact.shape)}")
-        dtype = b.dtype if factor == 1 else exact.dtype
+        dtype = dense[0].dtype if factor == 1 else exact.dtype
         if a.dtype != dtype:
             raise AssertionError(f"{where}: {name} is {a.dtype}, expected {dtype}")
-        if not b.isfinite().all():
+        if not dense[0].isfinite().all():
             raise ValueError(f"{where}: the dense torch layer itself gives inf or NaN in the {name}; use other inputs")
-        error, dense_error = a.to(exact) - exact, b.to(exact) - exact
+        error = a.to(exact) - exact
         for kind, norm in (("max", _largest), ("RMS", _rms)):
-            allowed = 2 * factor * norm(dense_error) + torch.finfo(a.dtype).eps * norm(exact)
+            allowed = 2 * factor * _error(norm, exact, dense) + torch.finfo(a.dtype).eps * norm(exact)
             if not norm(error) <= allowed:
                 raise AssertionError(
                     f"{where}: {name} is wrong: {kind} error {norm(error):.3e} > allowed {allowed:.3e} (twice the "
@@ -375,69 +361,70 @@ def _assert_as_right(where: str, got: Named, truth: Named, naive: Named, factor:
 
 # --- symmetry of the weights ------------------------------------------------------------------------------------------
 
-Pairs = Iterator[tuple[str, Tensor, Tensor]]
+
+def _image(w: Tensor, g: Element, ndim: int) -> Tensor:
+    """g w for filters w (..., *kernel), read tap by tap from the table of the element."""
+    kernel_size = tuple(w.shape[-ndim:])
+    index = torch.tensor(g.slots(kernel_size), device=w.device)
+    return w.flatten(-ndim).index_select(-1, index).unflatten(-1, kernel_size)
 
 
-def _orbit_pairs(layer: Any) -> Pairs:
-    ndim = len(layer.kernel_size)
+def _elements(symmetry: Symmetry, kernel_size: Sequence[int]) -> tuple[Element, ...]:
+    """The group; for rings the largest one that moves the kernel onto itself."""
+    if not symmetry.is_radial:
+        return symmetry.elements
+    is_square = len(kernel_size) == 2 and len(set(kernel_size)) == 1
+    return Symmetry("d4" if is_square else "hvz"[: len(kernel_size)]).elements
 
+
+def _pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What has to be equal to the bit: name, one value, the other."""
+    if isinstance(layer, SymmetricLinear):
+        matrix = layer.expanded_weight()
+        yield "expanded_weight() transposed", matrix, matrix.mT
+    elif isinstance(layer, GlobalConv1d):
+        kernel = layer.expanded_weight(2)
+        yield "expanded_weight() in the center", kernel[..., 2], layer.center
+        for i in (0, 1, 3, 4):
+            yield "expanded_weight() beside the center", kernel[..., i], layer.surround
+    elif isinstance(layer, _OrbitConv):
+        yield from _orbit_pairs(layer)
+    elif isinstance(layer, _OrbitPoolConv) and layer.reduce in ("max", "min"):
+        images = layer.expanded_weight().unflatten(0, (layer.out_channels, -1)).unbind(1)
+        for g, image in zip(layer.symmetry.elements, images, strict=True):
+            yield f"expanded_weight() under {g}", image, _image(layer.weight, g, len(layer.kernel_size))
+    elif isinstance(layer, _SharedConv):
+        yield from _tied_pairs(layer)
+
+
+def _orbit_pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     def by_group(w: Tensor) -> Tensor:
         return w if layer.transposed else w.unflatten(0, (layer.groups, -1))
 
-    dense, stored = by_group(layer.expanded_weight()), by_group(layer.weight)
-    made_by: dict[Element, list[tuple[int, int]]] = {}
-    for o, (u, g) in enumerate(layer.layout.filters):
-        made_by.setdefault(g, []).append((o, u))
-    for g, pairs in made_by.items():
-        outs, bases = ([pair[i] for pair in pairs] for i in (0, 1))
-        yield f"expanded_weight() under {g}", dense[:, outs], _image(stored[:, bases], g, ndim)
+    dense, stored, start = by_group(layer.expanded_weight()), by_group(layer.weight), 0
+    for block in layer.spec.blocks:
+        base = stored.narrow(1, start, block.filters)
+        start += block.filters
+        for first, g in block.images:
+            image = _image(base, g, len(layer.kernel_size))
+            yield f"expanded_weight() under {g}", dense.narrow(1, first, block.filters), image
     if layer.share_bias and layer.bias is not None:
         bias = layer.expanded_bias().unflatten(0, (layer.groups, -1))
         yield "expanded_bias()", bias, bias[:, [u for u, _ in layer.layout.filters]]
 
 
-def _tied_pairs(layer: Any) -> Pairs:
-    ndim = len(layer.kernel_size)
+def _tied_pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    ndim, free = len(layer.kernel_size), getattr(layer, "free", 0) // layer.groups
     dense = layer.expanded_weight().unflatten(0, (layer.groups, -1))
-    tied, free = dense.split([(layer.out_channels - layer.free) // layer.groups, layer.free // layer.groups], 1)
+    tied, rest = dense.split([dense.shape[1] - free, free], 1)
     if layer.symmetry.is_radial:
         taps = tied.flatten(-ndim)
         first = torch.tensor([layer.orbits.slot.index(s) for s in layer.orbits.slot], device=taps.device)
         yield "rings of expanded_weight()", taps, taps.index_select(-1, first)
     for g in _elements(layer.symmetry, layer.kernel_size):
-        yield f"expanded_weight() under {g}", tied, g.character(layer.odd) * _image(tied, g, ndim)
-    if layer.free_weight is not None:
-        yield "free filters of expanded_weight()", free.flatten(0, 1), layer.free_weight
-
-
-def _orbit_pool_pairs(layer: Any) -> Pairs:
-    ndim, dense = len(layer.kernel_size), layer.expanded_weight()
-    for i, g in enumerate(layer.symmetry.elements):
-        if layer.reduce in ("sum", "mean"):
-            yield f"expanded_weight() under {g}", dense, _image(dense, g, ndim)
-        else:
-            yield f"expanded_weight() under {g}", dense[i :: layer.symmetry.order], _image(layer.weight, g, ndim)
-
-
-def _linear_pairs(layer: Any) -> Pairs:
-    matrix = layer.expanded_weight()
-    yield "expanded_weight() transposed", matrix, matrix.mT
-
-
-def _global_pairs(layer: Any) -> Pairs:
-    kernel = layer.expanded_weight(2)
-    yield "expanded_weight() in the centre", kernel[..., 2], layer.center
-    for i in (0, 1, 3, 4):
-        yield "expanded_weight() beside the centre", kernel[..., i], layer.surround
-
-
-_PAIRS: dict[type[nn.Module], Callable[[Any], Pairs]] = {
-    _OrbitConv: _orbit_pairs,
-    _TiedConv: _tied_pairs,
-    _OrbitPoolConv: _orbit_pool_pairs,
-    SymmetricLinear: _linear_pairs,
-    GlobalConv1d: _global_pairs,
-}
+        yield f"expanded_weight() under {g}", tied, g.character(getattr(layer, "odd", "")) * _image(tied, g, ndim)
+    if free:
+        yield "free filters of expanded_weight()", rest.flatten(0, 1), layer.free_weight
 
 
 def assert_symmetric(module: nn.Module) -> None:
@@ -454,12 +441,10 @@ def assert_symmetric(module: nn.Module) -> None:
     found = False
     with torch.no_grad():
         for name, layer in module.named_modules():
-            for kind, pairs in _PAIRS.items():
-                if isinstance(layer, kind):
-                    found = True
-                    label = " ".join(part for part in (type(layer).__name__, name) if part)
-                    for what, got, expected in pairs(layer):
-                        _assert_exact(f"assert_symmetric: {label}: {what}", got, expected)
+            label = " ".join(part for part in (type(layer).__name__, name) if part)
+            for what, got, expected in _pairs(layer):
+                found = True
+                _assert_exact(f"assert_symmetric: {label}: {what}", got, expected)
     if not found:
         raise ValueError(f"assert_symmetric: no tritonsym layer with weights in this {type(module).__name__}")
 
@@ -474,60 +459,48 @@ def _action(g: Element, ndim: int) -> tuple[int, ...]:
 
 def _blocks(layer: Any) -> Iterator[tuple[Symmetry, list[list[int]]]]:
     """(symmetry, output channels) of all filters but free ones; a row per element where images are output channels."""
+    size = layer.out_channels // layer.groups
+    starts = range(0, layer.out_channels, size)
     if isinstance(layer, _OrbitConv):
-        filters = layer.layout.filters
-        starts = range(0, layer.out_channels, len(filters))  # of the conv groups
-        for symmetry, bases in layer.layout.bases:
-            yield symmetry, [[n + filters.index((u, g)) for n in starts for u in bases] for g in symmetry.elements]
-    else:
-        size, free = layer.out_channels // layer.groups, getattr(layer, "free", 0) // layer.groups
-        if size > free:
-            yield layer.symmetry, [[n + o for n in range(0, layer.out_channels, size) for o in range(size - free)]]
+        for (symmetry, _), block in zip(layer.layout.orbits, layer.spec.blocks, strict=False):
+            yield symmetry, [[n + o for n in starts for o in range(i, i + block.filters)] for i, _ in block.images]
+    elif tied := size - getattr(layer, "free", 0) // layer.groups:
+        yield layer.symmetry, [[n + o for n in starts for o in range(tied)]]
 
 
-def _check_geometry(layer: Any, x: Tensor, elements: Sequence[Element]) -> None:
-    """Raise ValueError unless moving x by these elements moves the grid of output positions onto itself."""
-    where, cls = "assert_equivariant", type(layer).__name__
-    turned = any(g.turns for g in elements)
-    letters = {letter for g in elements for letter in g.flips}
-    for axis in {AXES[letter] for letter in letters} | ({-1, -2} if turned else set()):
+def _obstacles(layer: Any, x: Tensor, elements: Sequence[Element], rows: list[list[int]], odd: bool) -> Iterator[str]:
+    """Why moving x by these elements cannot move the outputs of these channels: positions or biases differ."""
+    cls, bias = type(layer).__name__, layer.expanded_bias()
+    for axis in {AXES[letter] for g in elements for letter in g.flips + "hv" * bool(g.turns)}:
         if layer.transposed:
             if layer.output_padding[axis]:
-                raise ValueError(f"{where}: output_padding adds positions on one side only; {cls} is not equivariant")
+                yield f"output_padding adds positions on one side only; {cls} is not equivariant"
             continue
-        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        reach, stride = layer.dilation[axis] * (layer.kernel_size[axis] - 1), layer.stride[axis]
+        pad = 0 if isinstance(layer.padding, str) else layer.padding[axis]
         if layer.padding == "same":
             if reach % 2:
-                raise ValueError(
-                    f"{where}: padding='same' pads an even kernel more on one side, so {cls} is not equivariant; "
+                yield (
+                    f"padding='same' pads an even kernel more on one side, so {cls} is not equivariant; "
                     "use an odd kernel, or padding as integers"
                 )
-            continue
-        pad = 0 if layer.padding == "valid" else layer.padding[axis]
-        rest = (x.shape[axis] + 2 * pad - reach - 1) % layer.stride[axis]
-        if rest:
-            raise ValueError(
-                f"{where}: with stride {layer.stride[axis]} the kernel leaves {rest} positions at one end of axis "
-                f"{axis} of x {tuple(x.shape)}, so {cls} is not equivariant; use stride 1, or another input size"
+        elif rest := (x.shape[axis] + 2 * pad - reach - 1) % stride:
+            yield (
+                f"with stride {stride} the kernel leaves {rest} positions at one end of axis {axis} of x "
+                f"{tuple(x.shape)}, so {cls} is not equivariant; use stride 1, or another input size"
             )
-    if any(g.turns % 2 for g in elements):
-        for name in ("kernel_size", "stride", "padding", "dilation"):
-            value = getattr(layer, name)
-            if not isinstance(value, str) and len(set(value)) > 1:
-                raise ValueError(f"{where}: {name}={value} differs between the axes, so {cls} is not equivariant")
-
-
-def _check_bias(layer: Any, rows: list[list[int]], signs: set[int]) -> None:
-    """Raise ValueError if bias or activation make the outputs of one orbit, or of an odd filter, behave unequally."""
-    where, bias = "assert_equivariant", layer.expanded_bias()
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        value = getattr(layer, name)
+        if any(g.turns % 2 for g in elements) and not isinstance(value, str) and len(set(value)) > 1:
+            yield f"{name}={value} differs between the axes, so {cls} is not equivariant"
     if isinstance(layer, _OrbitConv) and bias is not None and any((bias[r] != bias[rows[0]]).any() for r in rows):
-        raise ValueError(
-            f"{where}: the images of a filter have biases of their own, so {type(layer).__name__} is not equivariant; "
+        yield (
+            f"the images of a filter have biases of their own, so {cls} is not equivariant; "
             "use share_bias=True or bias=False"
         )
-    if -1 in signs and (layer.activation not in (None, "tanh") or (bias is not None and bias[rows[0]].any())):
-        raise ValueError(
-            f"{where}: an odd filter's output changes its sign, which a bias or activation does not follow; "
+    if odd and (layer.activation not in (None, "tanh") or (bias is not None and bias[rows[0]].any())):
+        yield (
+            "an odd filter's output changes its sign, which a bias or activation does not follow; "
             "use bias=False and activation=None"
         )
 
@@ -548,8 +521,8 @@ def _conv_motions(
         if outside := [str(g) for g in moves if _action(g, ndim) not in group]:
             raise ValueError(f"{where}: filters of symmetry {own.name!r} are not symmetric under {', '.join(outside)}")
         signs = [group[_action(g, ndim)].character(getattr(layer, "odd", "")) for g in moves]
-        _check_geometry(layer, x, moves)
-        _check_bias(layer, rows, set(signs))
+        for obstacle in _obstacles(layer, x, moves, rows, -1 in signs):
+            raise ValueError(f"{where}: {obstacle}")
         to = torch.tensor(rows, device=y.device)
         for g, sign in zip(moves, signs, strict=True):
             of = to
@@ -558,7 +531,43 @@ def _conv_motions(
                 products = [tuple(k[i] for i in step) for k in group]
                 of = to[[products.index(h) for h in group]]
             expected = sign * reference.image(y.index_select(-1 - ndim, of.flatten()), g)
-            yield str(g), reference.image(x, g), expected, to.flatten()
+            yield f"g = {g}", reference.image(x, g), expected, to.flatten()
+
+
+def _order_motions(module: Any, x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor, Tensor, None]]:
+    """The same for re-orderings: at most 24 of those that Symmetrize knows; else a reversal, a rotation, a shuffle."""
+    dim, follows = getattr(module, "dim", -1), isinstance(module, GlobalConv1d)
+    orders: Any
+    if isinstance(module, Symmetrize):
+        orders = functional.orders_of(module.over, x.shape[dim], "assert_equivariant")
+        orders = orders[:: math.ceil(len(orders) / 24)]
+    else:
+        place = torch.arange(x.shape[-1])
+        shuffled = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(0))
+        orders = [order.tolist() for order in (place.flip(0), place.roll(1), shuffled)]
+    for order in orders:
+        index = torch.tensor(order, device=x.device)
+        yield f"re-ordered by {list(order)}", x.index_select(dim, index), y[..., index] if follows else y, None
+
+
+def _allowed_between(module: nn.Module, x: Tensor) -> float:
+    """How far two results may lie apart, each as wrong as `assert_matches_reference` allows; 0 if torch is exact."""
+    truth, naive, factor = _truth_and_dense(module, [x])
+    exact, dense = truth[0][1], [named[0][1] for named in naive]
+    error = factor * _error(_largest, exact, dense)
+    eps = torch.finfo(exact.dtype if factor != 1 else dense[0].dtype).eps
+    return 4 * error + 2 * eps * _largest(exact) if error else 0.0
+
+
+def _assert_close(where: str, got: Tensor, expected: Tensor, allowed: float) -> None:
+    if got.shape != expected.shape:
+        raise AssertionError(f"{where}: y(g x) has shape {tuple(got.shape)}, g y(x) {tuple(expected.shape)}")
+    difference = (got - expected).abs()
+    if not _largest(difference) <= allowed:
+        raise AssertionError(
+            f"{where}: y(g x) is not g y(x): error {_largest(difference):.3e} > allowed {allowed:.3e}; "
+            f"{_worst(got, expected, difference)}"
+        )
 
 
 def assert_equivariant(module: nn.Module, x: Tensor, symmetry: str | None = None) -> None:
@@ -569,14 +578,12 @@ def assert_equivariant(module: nn.Module, x: Tensor, symmetry: str | None = None
     - `TiedConv*d`: up to the sign of the parity. `OrbitPoolConv*d`: as it stands. Free filters are left out.
     - `GlobalConv1d`: for permutations g of the positions. `TopKPool1d`, `Symmetrize`: y(g x) = y(x), exactly.
 
-    Convolutions and `GlobalConv1d` may differ by what `assert_matches_reference` allows two results; where the dense
-    layer is exact, as on integers, not at all.
+    The former may differ by what `assert_matches_reference` allows two results; not where the dense layer is exact.
 
     Args:
         module: one of those layers.
         x: its input.
         symmetry: of a convolution: check this group instead of the layer's own; it must be part of that.
-
     Raises:
         AssertionError: the outputs differ; the message names the element, the error and the worst index.
         ValueError: the layer cannot be equivariant: its stride leaves positions at one end, its padding or bias are
@@ -592,52 +599,17 @@ def assert_equivariant(module: nn.Module, x: Tensor, symmetry: str | None = None
         )
     if symmetry is not None and not isinstance(module, _SharedConv):
         raise ValueError(f"{where}: symmetry={symmetry!r} is for convolutions; {type(module).__name__} has its own")
+    is_exact = isinstance(module, TopKPool1d | Symmetrize)
     with torch.no_grad():
         y = _call(module, [x])
-        if isinstance(module, TopKPool1d | Symmetrize):
-            for order in _some_orders(module, x):
-                dim = module.dim if isinstance(module, Symmetrize) else -1
-                moved = _call(module, [x.index_select(dim, order)])
-                _assert_exact(f"{where}: {type(module).__name__}, re-ordered by {order.tolist()}", moved, y)
-            return
-        allowed = _allowed_between(module, x)
-        if isinstance(module, GlobalConv1d):
-            for order in _some_orders(module, x):
-                moved, expected = _call(module, [x[..., order]]), y[..., order]
-                _assert_close(f"{where}: GlobalConv1d, re-ordered by {order.tolist()}", moved, expected, allowed)
-        else:
-            channel = -1 - len(module.kernel_size)
-            for name, moved, expected, channels in _conv_motions(module, x, y, symmetry):
-                got = _call(module, [moved]).index_select(channel, channels)
-                _assert_close(f"{where}: {type(module).__name__}, g = {name}", got, expected, allowed)
-
-
-def _some_orders(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """The re-orderings to try: at most 24 of those that Symmetrize knows; else a reversal, a rotation, a shuffle."""
-    if isinstance(module, Symmetrize):
-        orders = functional.orders_of(module.over, x.shape[module.dim], "assert_equivariant")
-        orders = orders[:: math.ceil(len(orders) / 24)]
-        return [torch.tensor(order, device=x.device) for order in orders]
-    place = torch.arange(x.shape[-1])
-    shuffled = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(0))
-    return [order.to(x.device) for order in (place.flip(0), place.roll(1), shuffled)]
-
-
-def _allowed_between(module: nn.Module, x: Tensor) -> float:
-    """How far two results may lie apart, each as wrong as `assert_matches_reference` allows; 0 if torch is exact."""
-    truth, naive, factor = _truth_and_dense(_only_outputs, module, [x])
-    (_, exact), (_, dense) = truth[0], naive[0]
-    error = factor * _largest(dense.to(exact) - exact)
-    eps = torch.finfo(exact.dtype if factor != 1 else dense.dtype).eps
-    return 4 * error + 2 * eps * _largest(exact) if error else 0.0
-
-
-def _assert_close(where: str, got: Tensor, expected: Tensor, allowed: float) -> None:
-    if got.shape != expected.shape:
-        raise AssertionError(f"{where}: y(g x) has shape {tuple(got.shape)}, g y(x) {tuple(expected.shape)}")
-    difference = (got - expected).abs()
-    if not _largest(difference) <= allowed:
-        raise AssertionError(
-            f"{where}: y(g x) is not g y(x): error {_largest(difference):.3e} > allowed {allowed:.3e}; "
-            f"{_worst(got, expected, difference)}"
-        )
+        allowed = 0.0 if is_exact else _allowed_between(module, x)
+        motions: Any = _order_motions(module, x, y)
+        if isinstance(module, _SharedConv):
+            motions, channel = _conv_motions(module, x, y, symmetry), -1 - len(module.kernel_size)
+        for motion, moved, expected, channels in motions:
+            got, label = _call(module, [moved]), f"{where}: {type(module).__name__}, {motion}"
+            if is_exact:
+                _assert_exact(label, got, expected)
+            else:
+                got = got if channels is None else got.index_select(channel, channels)
+                _assert_close(label, got, expected, allowed)

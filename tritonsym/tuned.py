@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tritonsym.costs import Problem
+    from tritonsym.plan import Problem
 
 Tiles = tuple[tuple[int, ...], ...]
 
-#: Of the keys (`costs.Problem.key`) and of what the numbers of a tile mean: raise it when either changes, and older
+#: Of the keys (`plan.Problem.key`) and of what the numbers of a tile mean: raise it when either changes, and older
 #: tables are ignored.
-VERSION = 2
+VERSION = 3
 
 
 def gpu(target: str) -> str:
@@ -69,13 +69,8 @@ def shipped_file(name: str) -> Path:
 
 @lru_cache(maxsize=64)
 def table(name: str) -> dict[str, Any]:
-    """All entries for a GPU, the user's before the shipped ones; read once (`dispatch.forget` reads again)."""
+    """All entries for a GPU, the user's before the shipped ones; read once (`plan.forget` reads again)."""
     return {**read(shipped_file(name)), **read(user_file(name))}
-
-
-def stamp() -> tuple[int, ...]:
-    """When the user's tables were last written."""
-    return tuple(sorted(file.stat().st_mtime_ns for file in user_file("").parent.glob("*.json")))
 
 
 def read(file: Path) -> dict[str, Any]:

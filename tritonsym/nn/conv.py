@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonsym import calls, costs, dispatch, functional, reference
-from tritonsym.shift import Conv, Geometry
-from tritonsym.symmetry import Block, FilterLayout, Symmetry, parity_axes, tap_orbits, tied_blocks
+from tritonsym import functional, ops, plan, reference, shift
+from tritonsym._compat import ConvNd
+from tritonsym.spec import ConvSpec
+from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,7 +57,7 @@ def check_loaded(module: nn.Module, name: str, parameter: Tensor | None, value: 
     )
 
 
-class _SharedConv(nn.modules.conv._ConvNd):
+class _SharedConv(ConvNd):
     """What all the modules here share. The bias has one value per output channel unless a subclass says otherwise."""
 
     def __init__(self, *args: Any, activation: str | None, **kwargs: Any) -> None:
@@ -95,29 +96,66 @@ class _SharedConv(nn.modules.conv._ConvNd):
             if fan_in > 0:
                 nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """x with every padding but zeros applied, and the zero padding that is left: none."""
+    def _spec(self) -> str:
+        """`ConvSpec.text` of the layer as its attributes are now; padding other than by zeros is applied before."""
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> ConvSpec:
+        """Which stored weight, with which sign, stands at every tap of every dense filter."""
+        return ConvSpec.of(self._spec())
+
+    def _zero_padding(self) -> Any:
+        return self.padding if self.padding_mode == "zeros" else 0
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
+
+    def _scale(self) -> int | None:
+        """Where whole filters are stored, of which the orbit mean is taken first: times how much."""
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input, self._spec())
+
+    def _run(self, input: Tensor, spec: str) -> Tensor:
+        x = input if self.padding_mode == "zeros" else self._padded(input)
+        return ops.conv(type(self).__name__, spec, x, self._stored(), self.bias, self.activation, self._scale())
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x with every padding but zeros applied."""
         functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
         padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        if dispatch.takes_last(self, x):  # stay channels-last
-            channels = -len(self.kernel_size) - 1
+        channels = -len(self.kernel_size) - 1
+        if shift.is_last(x if x.ndim == 1 - channels else x[None]):  # stay channels-last
             padded = padded.movedim(channels, -1).contiguous().movedim(-1, channels)
-        return padded, (0,) * len(self.kernel_size)
+        return padded
+
+    def problem(self, x: Tensor, target: str, training: bool) -> plan.ConvProblem:
+        """What a call on x plans on: only the shape, the dtype and the memory format of x matter."""
+        where, ndim = type(self).__name__, len(self.kernel_size)
+        batched = x[None] if x.ndim == ndim + 1 else x
+        sizes = list(batched.shape)
+        if self.padding_mode != "zeros":
+            sides = self._reversed_padding_repeated_twice
+            for axis in range(min(ndim, len(sizes) - 2)):
+                sizes[-1 - axis] += sides[2 * axis] + sides[2 * axis + 1]
+        spec, scale = self.spec, self._scale()
+        shapes = [ops.orbit_mean(where, w, spec, scale).shape for w in self._stored()]
+        form = (shapes, None if self.bias is None else self.bias.shape, target, plan.dtype_name(x))
+        return plan.conv_problem(
+            where, self._spec(), sizes, *form, training, shift.is_last(batched), self._dense_factor()
+        )
 
     def _dense_shape(self) -> tuple[int, ...]:
         out, into = self.out_channels, self.in_channels
         ends = (into, out // self.groups) if self.transposed else (out, into // self.groups)
         return (*ends, *self.kernel_size)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        calls.forget(*self.parameters(recurse=False))
-        return super()._apply(*args, **kwargs)
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             dense = (self.out_channels,) if name == "bias" else self._dense_shape()
             check_loaded(self, name, parameter, state_dict.get(prefix + name), dense)
-        calls.forget(*self.parameters(recurse=False))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _options(self) -> str:
@@ -131,44 +169,13 @@ class _SharedConv(nn.modules.conv._ConvNd):
         return ", ".join(part for part in parts if part)
 
     def expanded_weight(self) -> Tensor:
-        raise NotImplementedError
+        """The dense filters, differentiable: what the layer means."""
+        spec = self.spec
+        return reference.expand(spec, [reference.orbit_mean(w, spec, self._scale()) for w in self._stored()])
 
     def expanded_bias(self) -> Tensor | None:
         """One bias per filter of `expanded_weight`."""
         return self.bias
-
-    def problem(self, shape: Sequence[int], target: str, dtype: str) -> costs.Problem:
-        """What `tritonsym.explain` plans on: this layer on an input of this shape."""
-        where, ndim = type(self).__name__, len(self.kernel_size)
-        if len(shape) not in (ndim + 1, ndim + 2) or shape[-ndim - 1] != self.in_channels:
-            raise ValueError(
-                f"{where}: expected an input (N, {self.in_channels}, ...) or ({self.in_channels}, ...) "
-                f"with {ndim} spatial axes, got {tuple(shape)}"
-            )
-        pads, extra = functional.resolve_padding(where, self.padding, self.kernel_size, self.stride, self.dilation)
-        if self.padding_mode != "zeros":
-            pads, extra = [0] * ndim, [2 * p + e for p, e in zip(pads, extra, strict=True)]
-        geometry = Geometry(
-            self.kernel_size, self.stride, tuple(pads), self.dilation, self.transposed, self.output_padding
-        )
-        sizes = tuple(n + e for n, e in zip(shape[-ndim:], extra, strict=True))
-        if any(size < 1 for size in geometry.out_sizes(sizes)):
-            raise ValueError(
-                f"{where}: an input {tuple(shape)} with kernel_size={self.kernel_size}, padding={self.padding} and "
-                f"dilation={self.dilation} leaves no output; pad more, or less if transposed"
-            )
-        batch = shape[0] if len(shape) == ndim + 2 else 1
-        channels = self.in_channels // self.groups
-        conv = Conv(self._blocks(), self.groups, geometry, self._pool())
-        return dispatch.conv_problem(where, target, dtype, batch, channels, sizes, conv, self._dense_factor())
-
-    def _blocks(self) -> tuple[Block, ...]:
-        """The slot table of one group."""
-        raise NotImplementedError
-
-    def _pool(self) -> str | None:
-        """'max' or 'min' where the images of a filter are reduced to one."""
-        return None
 
     def _dense_factor(self) -> int:
         """How many kernels of the dense layer the reference folds into one before it convolves."""
@@ -238,7 +245,11 @@ class _SharedConv(nn.modules.conv._ConvNd):
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
         """Take over a dense weight and bias: projected, or (keep) the values where stored filters and taps stand."""
-        raise NotImplementedError
+        found = reference.keep(self.spec, weight) if keep else reference.project(self.spec, weight)
+        for stored, value in zip(self._stored(), found, strict=True):
+            stored.copy_(value)
+        if bias is not None:
+            self.bias.copy_(bias)  # type: ignore[union-attr]
 
 
 class _OrbitConv(_SharedConv):
@@ -267,30 +278,15 @@ class _OrbitConv(_SharedConv):
         self._store((*ends, *self.kernel_size), stored if share_bias else self.out_channels, device, dtype)
         self.reset_parameters()
 
-    def _blocks(self) -> tuple[Block, ...]:
-        return self.layout.blocks(self.kernel_size)
-
-    def expanded_weight(self) -> Tensor:
-        """The dense filters, differentiable: dense[o] = g(o) weight[u(o)]."""
-        return reference.expand_orbits(self.weight, self.layout, self.transposed)
-
     def expanded_bias(self) -> Tensor | None:
         """One bias per output channel."""
         if self.bias is None or not self.share_bias:
             return self.bias
-        return reference.expand_bias(self.bias, self.layout)
+        return reference.expand_bias(self.bias, self.spec)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
-        if keep:
-            if self.transposed:
-                stored = weight[:, : self.layout.stored_per_group]
-            else:
-                stored = weight.unflatten(0, (self.groups, -1))[:, : self.layout.stored_per_group].flatten(0, 1)
-        else:
-            stored = reference.project_orbits(weight, self.layout, self.transposed)
-        self.weight.copy_(stored)
-        if bias is not None:
-            self.bias.copy_(reference.project_bias(bias, self.layout) if self.share_bias else bias)  # type: ignore[union-attr]
+        shared = bias is not None and self.share_bias
+        super()._adopt(weight, reference.project_bias(bias, self.spec) if shared else bias, keep)  # type: ignore[arg-type]
 
     def _options(self) -> str:
         text = f"symmetry={str(self.layout)!r}"
@@ -367,19 +363,10 @@ class _SymmetricConv(_OrbitConv):
         )
         self._setup_orbits(symmetry, share_bias, device, dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, padding = (input, self.padding) if self.padding_mode == "zeros" else self._padded(input)
-        return functional.symmetric_conv(
-            type(self).__name__,
-            x,
-            (self.weight,),
-            self.bias,
-            self.layout,
-            self.stride,
-            padding,
-            self.dilation,
-            self.activation,
-        )
+    def _spec(self) -> str:
+        where, layout, pads = type(self).__name__, self.layout, self._zero_padding()
+        sizes = (self.kernel_size, self.stride, pads, self.dilation)
+        return functional.orbit_text(where, layout.text, layout.stored_channels, self.groups, *sizes)
 
 
 class SymmetricConv1d(_SymmetricConv, nn.Conv1d):
@@ -437,23 +424,18 @@ class _SymmetricConvTranspose(_OrbitConv):
         self._setup_orbits(symmetry, share_bias, device, dtype)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if output_size is not None:
-            functional.check_input(type(self).__name__, input, self.in_channels, len(self.kernel_size))
+        if output_size is None:
+            return self._run(input, self._spec())
+        functional.check_input(type(self).__name__, input, self.in_channels, len(self.kernel_size))
         output_padding = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
-        return functional.symmetric_conv_transpose(
-            type(self).__name__,
-            input,
-            (self.weight,),
-            self.bias,
-            self.layout,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            output_padding,
-            self.dilation,
-            self.activation,
-        )
+        return self._run(input, self._spec(tuple(output_padding)))
+
+    def _spec(self, output_padding: tuple[int, ...] | None = None) -> str:
+        where, layout = type(self).__name__, self.layout
+        sizes: Any = (self.kernel_size, self.stride, self.padding, self.dilation, output_padding or self.output_padding)
+        return functional.orbit_transpose_text(where, layout.text, layout.stored_channels, self.groups, *sizes)
 
 
 class SymmetricConvTranspose1d(_SymmetricConvTranspose, nn.ConvTranspose1d):
@@ -545,45 +527,14 @@ class _TiedConv(_SharedConv):
         self.weight.requires_grad_(free < out_channels)  # without filters it never gets a gradient, which DDP waits for
         self.reset_parameters()
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, padding = (input, self.padding) if self.padding_mode == "zeros" else self._padded(input)
-        return functional.tied_conv(
-            type(self).__name__,
-            x,
-            (self.weight,) if self.free_weight is None else (self.weight, self.free_weight),
-            self.bias,
-            self.symmetry.name,
-            self.odd,
-            self.kernel_size,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.activation,
-        )
+    def _spec(self) -> str:
+        where, name, tied = type(self).__name__, self.symmetry.name, self.out_channels - self.free
+        parity: Any = tuple(self.parity.items()) if isinstance(self.parity, dict) else self.parity
+        sizes = (self.kernel_size, self.stride, self._zero_padding(), self.dilation)
+        return functional.tied_text(where, name, parity, tied, self.free, self.groups, *sizes)
 
-    def _blocks(self) -> tuple[Block, ...]:
-        free = self.free // self.groups
-        return tied_blocks(self.orbits, self.out_channels // self.groups - free, free)
-
-    def expanded_weight(self) -> Tensor:
-        """The dense filters, differentiable: in every group the tied ones, then the free ones."""
-        tied = reference.expand_ties(self.weight, self.orbits, self.kernel_size)
-        return reference.beside_free(tied, self.free_weight, self.groups)
-
-    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
-        weight = weight.unflatten(0, (self.groups, -1))
-        tied, free = weight.split([(self.out_channels - self.free) // self.groups, self.free // self.groups], 1)
-        tied, free = tied.flatten(0, 1), free.flatten(0, 1)
-        if keep:
-            first = [self.orbits.slot.index(s) for s in range(len(self.orbits))]
-            self.weight.copy_(tied.flatten(2)[..., first])
-        else:
-            self.weight.copy_(reference.project_ties(tied, self.orbits))
-        if self.free_weight is not None:
-            self.free_weight.copy_(free)
-        if bias is not None:
-            self.bias.copy_(bias)  # type: ignore[union-attr]
+    def _stored(self) -> tuple[Tensor, ...]:
+        return functional.stored_tensors(self.weight, self.free_weight)
 
     def _options(self) -> str:
         text = f"symmetry={self.symmetry.name!r}"
@@ -669,27 +620,19 @@ class _OrbitPoolConv(_SharedConv):
             activation=activation,
         )
         where = type(self).__name__
-        self.symmetry = Symmetry(functional.pool_symmetry(where, symmetry, self.kernel_size))
-        functional.check_choice(where, "reduce", reduce, functional.POOL_REDUCTIONS)
         self.reduce = reduce
+        functional.pool_text(where, symmetry, reduce, out_channels, self.groups, self.kernel_size, 1, 0, 1)
+        self.symmetry = Symmetry(symmetry)
         self._store(self._dense_shape(), out_channels, device, dtype)
         self.reset_parameters()
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, padding = (input, self.padding) if self.padding_mode == "zeros" else self._padded(input)
-        return functional.orbit_pool_conv(
-            type(self).__name__,
-            x,
-            (self.weight,),
-            self.bias,
-            self.symmetry.name,
-            self.reduce,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.activation,
-        )
+    def _spec(self) -> str:
+        where, name = type(self).__name__, self.symmetry.name
+        sizes = (self.kernel_size, self.stride, self._zero_padding(), self.dilation)
+        return functional.pool_text(where, name, self.reduce, self.out_channels, self.groups, *sizes)
+
+    def _scale(self) -> int | None:
+        return functional.orbit_scale(self.symmetry.name, self.reduce)
 
     def expanded_weight(self) -> Tensor:
         """The dense filters, differentiable.
@@ -697,24 +640,16 @@ class _OrbitPoolConv(_SharedConv):
         'sum' and 'mean': (out, ...), the symmetrized kernels. 'max' and 'min': (out * order, ...), the images of a
         filter next to each other: y = reduce of each `order` consecutive channels.
         """
+        dense = super().expanded_weight()
         if self.reduce in ("sum", "mean"):
-            return reference.symmetrized(self.weight, self.symmetry, self.reduce)
-        return reference.orbit_images(self.weight, self.symmetry)
+            return dense
+        return dense.unflatten(0, (self.groups, self.symmetry.order, -1)).transpose(1, 2).flatten(0, 2)
 
     def expanded_bias(self) -> Tensor | None:
         """One bias per filter of `expanded_weight`."""
         if self.bias is None or self.reduce in ("sum", "mean"):
             return self.bias
         return self.bias.repeat_interleave(self.symmetry.order)
-
-    def _blocks(self) -> tuple[Block, ...]:
-        filters = self.out_channels // self.groups
-        if self.reduce in ("sum", "mean"):
-            return tied_blocks(tap_orbits(self.symmetry, self.kernel_size), filters, 0)
-        return FilterLayout(((self.symmetry, filters),), 0, self.groups).blocks(self.kernel_size)
-
-    def _pool(self) -> str | None:
-        return self.reduce if self.reduce in ("max", "min") else None
 
     def _dense_factor(self) -> int:
         return self.symmetry.order if self.reduce in ("sum", "mean") else 1
@@ -729,7 +664,7 @@ class _OrbitPoolConv(_SharedConv):
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
         if not keep and self.reduce in ("sum", "mean"):
-            weight = reference.symmetrized(weight, self.symmetry, "mean")
+            weight = reference.expand(self.spec, [reference.orbit_mean(weight, self.spec, 1)])
             if self.reduce == "sum":
                 weight = weight / self.symmetry.order
         self.weight.copy_(weight)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tritonsym import calls, costs, dispatch, functional, packing
+from tritonsym import functional, packing, plan
 from tritonsym.nn.conv import INITS, Init, check_loaded, learns, with_activation
 
 if TYPE_CHECKING:
@@ -69,19 +69,19 @@ class SymmetricLinear(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
+        if tuple(self.weight.shape) != (expected := packing.packed_shape(self.in_features)):
+            raise ValueError(
+                f"SymmetricLinear: weight has shape {tuple(self.weight.shape)}, expected {expected}: the packed "
+                "rectangle; pack a full matrix by tritonsym.pack(S)"
+            )
         return functional.symmetric_linear(
             input, self.weight, self.bias, activation=self.activation, never_unpack=self.never_unpack
         )
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        calls.forget(*self.parameters())
-        return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, parameter in self.named_parameters(recurse=False):
             dense = (self.in_features, self.in_features) if name == "weight" else ()
             check_loaded(self, name, parameter, state_dict.get(prefix + name), dense)
-        calls.forget(*self.parameters())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -96,12 +96,12 @@ class SymmetricLinear(nn.Module):
     def expanded_bias(self) -> Tensor | None:
         return self.bias
 
-    def problem(self, shape: Sequence[int], target: str, dtype: str) -> costs.Problem:
-        """What `tritonsym.explain` plans on. x S takes n^2 multiply-adds per row whatever is stored."""
+    def problem(self, x: Tensor, target: str, training: bool) -> plan.LinearProblem:
+        """What a call on x plans on. x S takes n^2 multiply-adds per row whatever is stored."""
         n = self.in_features
-        if not shape or shape[-1] != n:
-            raise ValueError(f"SymmetricLinear: expected an input (..., {n}), got {tuple(shape)}")
-        return dispatch.linear_problem(shape, target, dtype, self.never_unpack)
+        if x.ndim == 0 or x.shape[-1] != n:
+            raise ValueError(f"SymmetricLinear: expected an input (..., {n}), got {tuple(x.shape)}")
+        return plan.linear_problem(x.shape, target, plan.dtype_name(x), self.never_unpack, training)
 
     def to_dense(self) -> nn.Module:
         """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tritonsym import costs, functional
+from tritonsym import functional, plan
 from tritonsym.nn.conv import check_loaded
 
 
@@ -70,14 +70,14 @@ class GlobalConv1d(nn.Module):
         text = f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
         return text + (f", activation={self.activation!r}" if self.activation else "")
 
-    def problem(self, shape: Sequence[int], target: str, dtype: str) -> costs.Problem:
-        """What `tritonsym.explain` plans on; the dense layer is the wrap-around convolution."""
-        if len(shape) not in (2, 3) or shape[-2] != self.in_channels:
+    def problem(self, x: Tensor, target: str, training: bool) -> plan.FixedProblem:
+        """What a call on x plans on; the dense layer is the wrap-around convolution."""
+        if x.ndim not in (2, 3) or x.shape[-2] != self.in_channels:
             expected = f"(N, {self.in_channels}, L) or ({self.in_channels}, L)"
-            raise ValueError(f"GlobalConv1d: expected an input {expected}, got {tuple(shape)}")
-        length = shape[-1]
-        one = math.prod(shape[:-2]) * self.in_channels * self.out_channels
-        return costs.Problem("GlobalConv1d", target, dtype, one * length * (2 * length + 1), one * (length + 1))
+            raise ValueError(f"GlobalConv1d: expected an input {expected}, got {tuple(x.shape)}")
+        one, length = math.prod(x.shape[:-2]) * self.in_channels * self.out_channels, x.shape[-1]
+        dense, cheap = one * length * (2 * length + 1), one * (length + 1)
+        return plan.FixedProblem("GlobalConv1d", target, plan.dtype_name(x), dense, cheap)
 
     def expanded_weight(self, length: int) -> Tensor:
         """The kernel (out, in, 2 length + 1) of the equal convolution, with padding = length; differentiable."""

@@ -1,0 +1,37 @@
+"""Golden plans: which path `auto` takes for every named layer, so that nothing changes one by accident.
+
+`golden_plans.txt` holds one row a line: case, mode, target, path. A change that is meant rewrites it:
+``python tests/test_plans.py > tests/golden_plans.txt``.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritonsym import plan
+
+GOLDEN = Path(__file__).with_name("golden_plans.txt")
+
+
+def planned():
+    from tritonsym.perf.cases import CPU, GPU
+
+    for cases, target in ((CPU, "cpu"), (GPU, "sm_90")):
+        for case in cases:
+            with torch.device("meta"):
+                layer = case.build(case.dtypes[0], "meta")
+                *_, x = case.input(case.dtypes[0], "meta").values()
+            for mode in case.modes:
+                problem = layer.problem(x, target, mode == "training")
+                yield f"{case.name} {mode} {target} {plan.plan(problem).path}"
+
+
+def test_plans_are_the_golden_ones():
+    for package in ("triton", "tqdm"):
+        pytest.importorskip(package)
+    assert list(planned()) == GOLDEN.read_text().splitlines()
+
+
+if __name__ == "__main__":
+    print(*planned(), sep="\n")

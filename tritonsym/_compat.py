@@ -1,0 +1,50 @@
+"""The few private names of torch that have no public twin, each with the versions it was seen in (2.11 and 2.13).
+
+Without one of them something small is lost, and `import tritonsym` still works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+if TYPE_CHECKING:
+    from torch.nn.modules.conv import _ConvNd as ConvNd
+else:
+    #: The base class of torch's convolutions.
+    ConvNd = getattr(nn.modules.conv, "_ConvNd", nn.Conv1d.__mro__[1])
+
+
+def constant(function: Function) -> Function:
+    """Let Dynamo call this function of plain values instead of tracing it: `torch.compiler.assume_constant_result`,
+    which would import all of Dynamo to do so. Without the mark Dynamo traces the function."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which Dynamo of torch 2.11 takes for true while it compiles."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
+def transforms_are_active() -> bool:
+    """Whether `torch.func` transforms, or forward-mode differentiation, are at work."""
+    return bool(_transforms()) or getattr(fwAD, "_current_level", -1) >= 0
+
+
+def is_mapped(gradient: torch.Tensor) -> bool:
+    """Whether a backward pass is mapped over gradients by ``is_grads_batched``, as Jacobians are."""
+    return _batched is not None and torch._C._dispatch_keys(gradient).has(_batched)
+
+
+_batched: Any = None
+if hasattr(torch._C, "_dispatch_keys") and hasattr(torch._C, "_parse_dispatch_key"):
+    _batched = torch._C._parse_dispatch_key("Batched")
+_transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)

@@ -1,0 +1,878 @@
+"""Which path computes a layer: one pure function of the problem, and the switches that override it.
+
+Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
+``shift`` (one multiply-add per position and stored weight: `tritonsym.shift` on the CPU, `tritonsym.launch` on a GPU)
+and ``implicit_gemm`` (one Triton kernel that reads or writes through the symmetry: an implicit GEMM that expands the
+stored weights where it reads them, with all multiply-adds of the dense layer, or plain sums with one input channel per
+group; a product with a packed matrix; one triangle of a symmetric product, and its mirror image).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonsym import shift, tuned
+from tritonsym._compat import constant
+from tritonsym.spec import ConvSpec, check, schedule
+from tritonsym.tuned import Tiles
+
+BACKENDS = ("auto", "reference", "triton")
+PATHS = ("reference", "implicit_gemm", "shift")
+
+#: The environment variable TRITONSYM_BACKEND when this was imported.
+ENVIRONMENT = os.environ.get("TRITONSYM_BACKEND") or "auto"
+
+_backend: ContextVar[str | None] = ContextVar("tritonsym_backend", default=None)
+_path: ContextVar[tuple[str | None, Tiles]] = ContextVar("tritonsym_path", default=(None, ()))
+
+#: Bytes of an operand, for the dtypes that the kernels know.
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+# --- switches ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block use the 'reference', the 'triton' kernels where there is one, or choose ('auto', the default).
+
+    On CPU tensors 'triton' runs Triton's interpreter, slowly, and needs TRITON_INTERPRET=1 from the start.
+
+    The environment variable TRITONSYM_BACKEND, read on import, sets the same outside of any block. A function that
+    `torch.compile` or `torch.export` has traced keeps the choice in force when it was traced.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+@contextmanager
+def path(name: str, tiles: Tiles = ()) -> Iterator[None]:
+    """Within the block force one path, 'reference', 'implicit_gemm' or 'shift', for tests and benchmarks.
+
+    'implicit_gemm' (also by its former name 'expand') is also the kernel of `SymmetricLinear`, `gram` and
+    `symmetric_mm`, on a GPU or under backend('triton'); they have no 'shift'. `tiles`: also those of the path's kernels
+    (`Plan.tiles`), for the tuner.
+
+    Raises:
+        ValueError: an unknown name; by a layer, that the path cannot compute it, or that the tiles do not fit.
+    """
+    name = "implicit_gemm" if name == "expand" else name
+    if name not in PATHS:
+        raise ValueError(f"path: expected one of {', '.join(map(repr, PATHS))}, got {name!r}")
+    token = _path.set((name, tiles))
+    try:
+        yield
+    finally:
+        _path.reset(token)
+
+
+def current_backend() -> str:
+    """The backend in force: of the innermost `backend` block, else of TRITONSYM_BACKEND, else 'auto'."""
+    name = _backend.get() or ENVIRONMENT
+    if name not in BACKENDS:
+        raise ValueError(f"TRITONSYM_BACKEND={name!r}: expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+Switches = tuple[str, str | None, Tiles]
+
+
+def switches() -> Switches:
+    """All that a plan depends on besides its problem and the tables: backend, forced path, its tiles."""
+    return current_backend(), *_path.get()
+
+
+def forget() -> None:
+    """Plan anew, from the tables of measurements (`tuned`) as the files are now."""
+    tuned.table.cache_clear()
+    _plan.cache_clear()
+    route.cache_clear()
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What `plan` decides on. Multiply-adds are those of the whole layer on the whole batch."""
+
+    layer: str
+    target: str  # 'cpu', 'cuda', or an architecture such as 'sm_90'
+    dtype: str
+
+    @property
+    def dense(self) -> int:
+        """Multiply-adds of the dense layer it replaces."""
+        raise NotImplementedError
+
+    @property
+    def expanded(self) -> int:
+        """Multiply-adds of the reference path."""
+        return self.dense
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether some Triton kernel computes the layer in this dtype."""
+        return self.dtype in ITEMSIZE
+
+    @property
+    def key(self) -> str:
+        """What decides how fast it is, for `tuned`; sizes that may vary are rounded to powers of two."""
+        raise NotImplementedError
+
+    def runs(self, path: str, tiles: Tiles) -> bool:
+        """Whether these are tiles of the path's kernels that fit."""
+        try:
+            return all(fits(*tile) for fits, tile in zip(self.rules()[path], tiles, strict=True))
+        except (KeyError, TypeError, ValueError):
+            return False
+
+    def rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
+        """By path, for each tile of its kernels: whether one of these numbers fits."""
+        return {"reference": ()}
+
+    def tiles(self, path: str) -> Tiles:
+        """Tiles of the path's kernels that fit: not measured."""
+        raise NotImplementedError
+
+    @property
+    def where(self) -> tuple[int, str]:
+        """Bytes of an operand, and the architecture: what `kernels.tiles` asks for."""
+        return ITEMSIZE.get(self.dtype, 2), architecture(self.target)
+
+
+@dataclass(frozen=True)
+class FixedProblem(Problem):
+    """A layer that only the reference computes."""
+
+    multiply_adds: int
+    of_reference: int
+
+    @property
+    def dense(self) -> int:
+        return self.multiply_adds
+
+    @property
+    def expanded(self) -> int:
+        return self.of_reference
+
+    @property
+    def has_kernel(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class ConvProblem(Problem):
+    """A convolution of x (batch, groups channels, *sizes).
+
+    `dense_factor`: the dense layer has so many times the filters of `spec` (orbit 'sum': all images of a filter).
+    """
+
+    spec: ConvSpec
+    batch: int
+    channels: int
+    sizes: tuple[int, ...]
+    dense_factor: int = 1
+    training: bool = False
+    last: bool = False
+
+    @cached_property
+    def positions(self) -> int:
+        """Of y, or of x if transposed, in the batch: where the dense layer multiplies by all its weights."""
+        geometry = self.spec.geometry
+        return self.batch * math.prod(self.sizes if geometry.transposed else geometry.out_sizes(self.sizes))
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.spec.geometry.kernel_size)
+
+    @property
+    def expanded(self) -> int:
+        return self.positions * self.taps * self.channels * self.spec.filters
+
+    @property
+    def dense(self) -> int:
+        return self.expanded * self.dense_factor
+
+    @property
+    def can_shift(self) -> bool:
+        return "complex" not in self.dtype
+
+    @property
+    def has_kernel(self) -> bool:
+        return self.can_shift and self.dtype in ITEMSIZE
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input channel per group: 'implicit_gemm' is `kernels.depthwise`, which only adds."""
+        return self.channels == 1
+
+    @cached_property
+    def fold(self) -> bool:
+        """Whether axes that no image moves stay inside the product of the shift path."""
+        return self.target == "cpu" and self.positions >= FOLD_POSITIONS
+
+    @cached_property
+    def work(self) -> tuple[int, int, int]:
+        """Of the shift path: multiply-adds, values of z, and additions."""
+        z, products, sums = shift.work(self.spec, self.fold, self.sizes)
+        return self.batch * products * self.channels, self.batch * z, self.batch * sums
+
+    @property
+    def y(self) -> int:
+        """Values of y."""
+        return self.batch * self.spec.out_channels * math.prod(self.spec.geometry.out_sizes(self.sizes))
+
+    @property
+    def stored(self) -> int:
+        """Stored weights."""
+        return self.spec.groups * self.spec.rows * self.channels
+
+    @property
+    def outputs(self) -> int:
+        """Filters of a group, with all images."""
+        return self.spec.filters // self.spec.groups
+
+    @property
+    def key(self) -> str:
+        """Positions are those of all groups and images; z says how often the stored rows are multiplied."""
+        mode, pool = "training" if self.training else "inference", f" {self.spec.pool}" if self.spec.pool else ""
+        return (
+            f"conv{pool} {self.dtype} {mode} channels={self.channels} outputs={self.outputs} "
+            f"filters={max(block.filters for block in self.spec.blocks)} taps={self.taps} stored={self.stored} "
+            f"positions={_bucket(self.positions * self.spec.groups)} z={_bucket(self.work[1])} "
+            f"layout={'last' if self.last else 'first'}"
+        )
+
+    def rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
+        from tritonsym.kernels.tiles import GemmTile, Tile, fits
+
+        def fit(kind: type[Tile | GemmTile]) -> Callable[..., bool]:
+            return lambda *numbers: fits(kind(*numbers), *self.where, taps=True)
+
+        product = Tile if self.is_depthwise else GemmTile
+        return {"reference": (), "shift": (fit(Tile),) * 2, "implicit_gemm": (fit(product),) * 3}
+
+    def tiles(self, path: str) -> Tiles:
+        """Of shift_sum and gather_sum, or of fprop, dgrad and wgrad."""
+        from tritonsym.kernels import tiles
+
+        filters, terms = max(block.filters for block in self.spec.blocks), len(schedule(self.spec)[1])
+        if path == "shift":
+            return tuple(astuple(tiles.pick(filters, self.taps, reads)) for reads in (0, terms))
+        if self.is_depthwise:
+            return (astuple(tiles.pick_depthwise(self.spec.groups)),) * 3
+        itemsize, target = self.where
+        weight_tiles = tiles.WEIGHT_TILES if itemsize == 2 else tiles.WEIGHT_TILES[1:]  # the widest spills in float32
+        return tuple(
+            astuple(tiles.pick_gemm(some, columns, length, itemsize, target))
+            for some, columns, length in (
+                (tiles.CONV_TILES, self.outputs, self.channels),
+                (tiles.CONV_TILES, self.channels, self.outputs),
+                (weight_tiles, self.channels, 64),  # positions of an image: most have more
+            )
+        )
+
+
+@dataclass(frozen=True)
+class LinearProblem(Problem):
+    """x S with a packed n x n matrix S, for so many rows of x."""
+
+    n: int
+    rows: int
+    training: bool = False
+    never_unpack: bool = False  # if the reference will not do
+
+    @property
+    def dense(self) -> int:
+        return self.rows * self.n * self.n
+
+    @property
+    def of_kernel(self) -> int:
+        """Multiply-adds of the kernel."""
+        return self.dense
+
+    @property
+    def key(self) -> str:
+        """Rows are rounded up, so that a strip holds all that are rounded to as many; strips end at a power of two."""
+        mode = "training" if self.training else "inference"
+        rows = 1 << max(self.rows - 1, 0).bit_length()
+        return f"SymmetricLinear {self.dtype} {mode} n={self.n} rows={rows}" + " packed" * self.never_unpack
+
+    def tiles(self, path: str) -> Tiles:
+        """Of the product and of the gradient."""
+        from tritonsym.kernels.tiles import pick_product, pick_square
+
+        return astuple(pick_product(self.rows, *self.where)), astuple(pick_square(*self.where))
+
+    def rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
+        from tritonsym.kernels.tiles import GemmTile, fits_product, fits_square
+
+        return {
+            "reference": (),
+            "implicit_gemm": (
+                lambda *numbers: fits_product(GemmTile(*numbers), self.rows, *self.where),
+                lambda *numbers: fits_square(GemmTile(*numbers), *self.where),
+            ),
+        }
+
+    def compare(self) -> tuple[bool, str]:
+        """Whether the kernel is estimated to be faster than the reference on a GPU, and a reason.
+
+        Unpacking is 8 launches that move 5.5 n^2 values.
+        """
+        from tritonsym.kernels.tiles import SEGMENT_STEPS, STRIP_ROWS, pick_product
+
+        n, rows = self.n, self.rows
+        if n <= SMALL_N:
+            return False, f"Up to n = {SMALL_N} the vendor library multiplies, by the unpacked matrix"
+        if n % 16:
+            return False, f"n = {n} is not a multiple of 16, so the packed rows are not aligned"
+        tile, device = pick_product(rows, 2, architecture(self.target)), device_of(self.target)
+        flops, moved = 2 * rows * n * n, n * n + 4 * rows * n
+        product = LAUNCH + max((moved + n * n) / device.memory, flops / device.gemm)
+        if rows > STRIP_ROWS:
+            kernel = LAUNCH + max(
+                moved / device.memory, 2 * n * n / device.cache, flops / (TILES_OF_VENDOR * device.gemm)
+            )
+        else:
+            partial = 4 * rows * n * (n / (2 * tile.block_m) + 0.75 * n / (2 * SEGMENT_STEPS * tile.block_k))
+            arithmetic = 2 * tile.block_n * n * n / (STRIPS_OF_VENDOR * device.gemm)
+            traffic = max(moved / device.memory, (moved + partial) / device.cache, arithmetic)
+            kernel = 2 * LAUNCH + partial / device.cache + traffic
+        unpacked = product + 8 * LAUNCH + 11 * n * n / device.memory
+        words = f"{unpacked / kernel:.2g}x the speed of unpacking first, {product / kernel:.2g}x that of a dense layer"
+        return unpacked > MARGIN * kernel, f"The packed kernel would have {words}"
+
+
+@dataclass(frozen=True)
+class GramProblem(Problem):
+    """X X^T for so many matrices X (n, k)."""
+
+    n: int
+    k: int
+    batch: int
+    never_unpack = False
+
+    @property
+    def dense(self) -> int:
+        return self.batch * self.n * self.n * self.k
+
+    @property
+    def of_kernel(self) -> int:
+        """Multiply-adds of the kernel."""
+        return self.batch * self.n * (self.n + 1) * self.k // 2
+
+    @property
+    def key(self) -> str:
+        return f"gram {self.dtype} n={self.n} k={self.k} batch={_bucket(self.batch)}"
+
+    def tiles(self, path: str) -> Tiles:
+        from tritonsym.kernels.tiles import pick_square
+
+        return (astuple(pick_square(*self.where)),)
+
+    def rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
+        from tritonsym.kernels.tiles import GemmTile, fits_square
+
+        return {"reference": (), "implicit_gemm": (lambda *numbers: fits_square(GemmTile(*numbers), *self.where),)}
+
+    def compare(self) -> tuple[bool, str]:
+        """Whether the kernel is estimated to be faster than the reference on a GPU, and a reason."""
+        from tritonsym.kernels.tiles import pick_square
+
+        device = device_of(self.target)
+        tile = pick_square(2, architecture(self.target))
+        edge = -(-self.n // tile.block_m)
+        waves = -(-self.batch * edge * (edge + 1) // 2 // device.processors)
+        one = 2 * tile.block_m * tile.block_n * self.k * device.processors / (GRAM_OF_VENDOR * device.gemm)
+        kernel, product = LAUNCH + waves * one, LAUNCH + 2 * self.dense / device.gemm
+        return product > MARGIN * kernel, f"The kernel for half of it would have {product / kernel:.2g}x the speed"
+
+
+def _bucket(number: int) -> int:
+    """The power of two nearest on a logarithmic scale."""
+    return 0 if number == 0 else 1 << (number * number).bit_length() // 2
+
+
+def linear_problem(
+    shape: Sequence[int], target: str, dtype: str, never_unpack: bool = False, training: bool = False
+) -> LinearProblem:
+    """The problem of x S with x of this shape."""
+    return LinearProblem("SymmetricLinear", target, dtype, shape[-1], math.prod(shape[:-1]), training, never_unpack)
+
+
+def gram_problem(shape: Sequence[int], target: str, dtype: str) -> GramProblem:
+    """The problem of X X^T with X of this shape."""
+    *batch, n, k = shape
+    return GramProblem("gram", target, dtype, n, k, math.prod(batch))
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """Datasheet numbers of a GPU: multiply-adds x 2 per second of dense 16-bit and tf32 products, bytes per second of
+    memory, multiprocessors."""
+
+    target: str
+    half: float
+    tf32: float
+    peak_memory: float
+    processors: int
+    l1: float  # bytes per second of all first-level caches
+    sums: float  # multiply-adds x 2 per second without tensor cores, at 6 instructions each, as compiled kernels take
+
+    @property
+    def gemm(self) -> float:
+        """What a vendor's product is assumed to reach; as all below, not measured here."""
+        return 0.8 * self.half if self.target == "sm_90" else 0.7 * self.half
+
+    @property
+    def conv(self) -> float:
+        return 0.66 * self.half
+
+    @property
+    def memory(self) -> float:
+        return 0.9 * self.peak_memory
+
+    @property
+    def cache(self) -> float:
+        """Of the second level."""
+        return 1.25 * self.peak_memory
+
+
+#: By a part of the device's name. Of the GPUs of one architecture the last stands for all.
+DEVICES = {
+    "A100": Device("sm_80", 312e12, 156e12, 2.04e12, 108, 13e12, 3.2e12),
+    "H100 80GB HBM3": Device("sm_90", 989e12, 494e12, 3.35e12, 132, 20e12, 10e12),
+    "H200": Device("sm_90", 989e12, 494e12, 4.8e12, 132, 20e12, 10e12),
+    "B200": Device("sm_100", 2250e12, 1125e12, 8e12, 148, 24e12, 12e12),
+}
+#: Seconds of a launch, and the speed of our kernels' products as a part of the vendor's: estimates.
+LAUNCH = 2.5e-6
+TILES_OF_VENDOR, STRIPS_OF_VENDOR, GRAM_OF_VENDOR, IMPLICIT_OF_VENDOR = 0.85, 0.5, 0.75, 0.6
+#: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
+SMALL_N = 2048
+#: Estimated speedup below which the reference is taken all the same: nothing was measured.
+MARGIN = 1.2
+
+
+def architecture(target: str) -> str:
+    """'cuda' as the architecture of the current GPU, if there is one."""
+    if target != "cuda" or not torch.cuda.is_available():
+        return target
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip:
+        return str(device.gcnArchName).partition(":")[0]
+    return f"sm_{device.major}{device.minor}"
+
+
+def device_of(target: str) -> Device:
+    """The numbers for a target; of the nearest older architecture, and for the interpreter those of an H200."""
+    name = architecture(target)
+    capability = int(name[3:]) if name.startswith("sm_") else 90
+    older = [d for d in DEVICES.values() if int(d.target[3:]) <= capability]
+    return max(older or [DEVICES["A100"]], key=lambda d: (int(d.target[3:]), d.peak_memory))
+
+
+def estimated_seconds(problem: ConvProblem) -> dict[str, float]:
+    """Forward time of every path on a GPU, by a roofline model: what README and `explain` tell, not what decides.
+
+    Each step takes its arithmetic or its traffic, whichever is longer, and a launch. z is written to memory and read
+    back once; every term of a sum is a load from L1. Without a product (depthwise) the vendor's convolution is taken to
+    be as fast as our kernel, which then saves no more than expanding the weight.
+    """
+    device, itemsize = device_of(problem.target), ITEMSIZE[problem.dtype]
+    multiply_adds, z, additions = problem.work
+    x = problem.batch * problem.spec.groups * problem.channels * math.prod(problem.sizes)
+    weights = problem.spec.filters * problem.taps * problem.channels
+    slower = 2 if itemsize == 4 and not problem.is_depthwise else 1  # tf32
+    conv, terms = (device.sums, problem.expanded) if problem.is_depthwise else (device.conv, 0)
+
+    def seconds(values: float, multiply_adds: float = 0, rate: float = conv, terms: float = 0) -> float:
+        arithmetic = 2 * multiply_adds * slower / rate
+        return max(values * itemsize / device.memory, arithmetic, terms * itemsize / device.l1) + LAUNCH
+
+    rows = seconds(2 * problem.stored)
+    dense = seconds(x + problem.y + weights, problem.expanded, conv, terms)
+    ours = conv if problem.is_depthwise else IMPLICIT_OF_VENDOR * conv
+    sums = seconds(z + problem.y, terms=additions)
+    return {
+        "reference": rows + seconds(2 * weights) + dense,
+        "shift": rows + seconds(x + z + problem.stored, multiply_adds, device.gemm) + sums,
+        "implicit_gemm": rows + seconds(x + problem.y + problem.stored, problem.expanded, ours, terms),
+    }
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`shift` pays where the multiply-adds that it saves exceed what its values of z, additions and calls cost, all in
+    multiply-adds of the dense convolution."""
+
+    z: float
+    addition: float
+    call: float
+
+    def cost(self, z: int, additions: int) -> float:
+        return self.z * z + self.addition * additions + self.call
+
+
+#: Fitted to perf/results; inference and training.
+CPU = Rule(40, 12, 1.5e7), Rule(36, 10, 1.2e7)
+#: An estimate: where the model of `estimated_seconds` for an H200 says 1.2x.
+GPU = Rule(300, 33, 0)
+#: Positions from which axes that no image moves stay inside the product on the CPU.
+FOLD_POSITIONS = 512
+#: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
+MOST_TERMS = 512
+
+
+def _pays(problem: ConvProblem) -> tuple[bool, str]:
+    """Whether `shift` is taken rather than the reference, and why."""
+    multiply_adds, z, additions = problem.work
+    words = f"{problem.expanded / max(multiply_adds, 1):.3g}x fewer multiply-adds, {additions:,} additions"
+    on_cpu = problem.target == "cpu"
+    rule = CPU[problem.training] if on_cpu else GPU
+    saved, cost = problem.expanded - multiply_adds, rule.cost(z, additions)
+    text = "" if on_cpu else " (estimate)"
+    if on_cpu and problem.dtype not in ITEMSIZE:
+        return False, f"The sums of the shift path ({words}) are slow in {problem.dtype}."
+    if on_cpu and not shift.is_fast():
+        return False, f"The sums of the shift path ({words}) are slow in this build of torch."
+    if not on_cpu and problem.is_depthwise:
+        return False, "The implicit_gemm kernel is no faster than the vendor's depthwise convolution (estimate)."
+    if not on_cpu and not architecture(problem.target).startswith(("sm_", "cuda", "cpu")):
+        return False, "No estimate for this GPU."
+    if not on_cpu and len(schedule(problem.spec)[1]) > MOST_TERMS:
+        return False, f"The shift path ({words}) has too many terms to compile."
+    if saved <= cost:
+        return False, f"The shift path ({words}) saves less than its additions cost{text}."
+    return True, f"{words}: it saves {saved / max(cost, 1):.2g}x what its additions cost{text}."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer will be computed; `str` is the plan in words. FLOPs: 2 x multiply-adds, of the whole batch."""
+
+    problem: Any
+    path: str
+    flops: int
+    dense_flops: int
+    why: str
+    tiles: Tiles = ()  # of the path's kernels (`kernels.tiles`), if it launches any
+    fold: bool = False  # whether axes that no image moves stay inside the product of 'shift'
+
+    def __str__(self) -> str:
+        p = self.problem
+        if self.flops == self.dense_flops:
+            ratio = "as"
+        elif 0 < self.flops < self.dense_flops:
+            ratio = f"{self.dense_flops / self.flops:.3g}x fewer than"
+        else:
+            ratio = "more than" if self.flops else "fewer than"
+        return (
+            f"{p.layer} ({p.dtype} on {p.target}): {self.path} path, {self.flops:,} FLOPs, {ratio} "
+            f"the dense layer ({self.dense_flops:,}). {self.why}"
+        )
+
+
+def plan(problem: Any) -> Plan:
+    """Choose the path. Pure but for the switches `backend`, `path` and TRITONSYM_BACKEND, and for the tables of
+    measurements (`tuned`), which are read once.
+
+    Raises:
+        ValueError: a path is forced on a layer that it cannot compute, or with tiles that do not fit.
+        NotImplementedError: a layer must never unpack, but has to.
+    """
+    return _plan(problem, *switches())
+
+
+def _runs_kernels(target: str) -> bool:
+    return find_spec("triton") is not None and re.fullmatch(r"cpu|cuda|sm_\d+|gfx\w+", target) is not None
+
+
+def _no_kernel(problem: Problem) -> str:
+    """Why no kernel computes this."""
+    if problem.has_kernel:
+        return "Triton is not installed." if find_spec("triton") is None else f"No kernel runs on {problem.target}."
+    return f"No Triton kernel computes {problem.layer} in {problem.dtype}."
+
+
+@lru_cache(maxsize=8192)
+def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -> Plan:
+    is_conv = isinstance(problem, ConvProblem)
+    on_gpu = problem.target != "cpu"
+    has_kernel = problem.has_kernel and _runs_kernels(problem.target)
+    runs = has_kernel and (is_conv or on_gpu or backend == "triton")  # a convolution says so when it is called
+    can = {"reference": True, "shift": is_conv and problem.can_shift, "implicit_gemm": runs}
+    if forced and not can[forced]:
+        why = "" if forced == "shift" else f" ({_no_kernel(problem)})" if not has_kernel else ""
+        hint = (
+            "" if is_conv else " (with triton installed, tritonsym.backend('triton') runs kernels in its interpreter)"
+        )
+        where = "" if is_conv else f" on {problem.target}"
+        raise ValueError(
+            f"path {forced!r} is forced, but it cannot compute {problem.layer} in {problem.dtype}{where}{why}; "
+            f"remove the switch{hint}"
+        )
+    if forced and forced_tiles and not problem.runs(forced, forced_tiles):
+        raise ValueError(
+            f"path {forced!r} is forced with tiles {forced_tiles}, which are not its or do not fit "
+            f"{problem.dtype} on {problem.target}; Plan.tiles shows some that do"
+        )
+    never_unpack = not is_conv and getattr(problem, "never_unpack", False)
+    measured = tuned.find(problem) if runs and on_gpu and backend != "reference" else None
+    if measured and (backend == "triton" or never_unpack) and measured[0] == "reference":
+        measured = None
+    if is_conv and problem.expanded == 0:
+        chosen, why = "reference", "There is nothing to multiply."
+    elif forced is not None:
+        chosen, why = forced, "Forced by tritonsym.path."
+    elif backend == "reference":
+        chosen, why = "reference", "Forced by the backend 'reference'."
+    elif not has_kernel and (backend == "triton" or on_gpu or not is_conv):
+        chosen, why = "reference", _no_kernel(problem)
+    elif not runs and not is_conv:
+        chosen, why = "reference", "The Triton kernels need a GPU."
+    elif measured:
+        chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
+    elif is_conv:
+        interpreted = backend == "triton" and not on_gpu
+        pays, why = _pays(replace(problem, target="sm_90") if interpreted else problem)
+        chosen = "shift" if pays else "implicit_gemm" if backend == "triton" else "reference"
+        why = f"A kernel is forced by the backend 'triton'. {why}" if backend == "triton" else why
+    elif backend == "triton":
+        chosen, why = "implicit_gemm", "Forced by the backend 'triton'."
+    elif never_unpack:
+        chosen, why = "implicit_gemm", "Never unpacked: half of the memory, at any speed."
+    elif architecture(problem.target) not in {device.target for device in DEVICES.values()}:
+        chosen, why = (
+            "reference",
+            f"There is no estimate for {architecture(problem.target)}; backend='triton' uses the kernel.",
+        )
+    elif ITEMSIZE[problem.dtype] != 2:
+        chosen, why = "reference", "The estimates know 16-bit dtypes only; backend='triton' uses the kernel."
+    else:
+        is_faster, why = problem.compare()
+        chosen, why = "implicit_gemm" if is_faster else "reference", f"{why} (estimate)."
+    if chosen == "reference":
+        if never_unpack:
+            raise cannot_stay_packed(f"{problem.dtype} tensors on {problem.target} under these switches")
+        return Plan(problem, chosen, 2 * problem.expanded, 2 * problem.dense, why)
+    tiles: Tiles = ()
+    if has_kernel and (chosen == "implicit_gemm" or backend == "triton" or (on_gpu and backend == "auto")):
+        tiles = forced_tiles or (measured[1] if measured and measured[0] == chosen else problem.tiles(chosen))
+    multiply_adds = (problem.work[0] if chosen == "shift" else problem.expanded) if is_conv else problem.of_kernel
+    return Plan(
+        problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles, is_conv and problem.fold and not tiles
+    )
+
+
+def cannot_stay_packed(what: str) -> NotImplementedError:
+    """The error for never_unpack where only the reference, which unpacks, can compute the layer."""
+    return NotImplementedError(
+        f"SymmetricLinear: never_unpack=True needs a Triton kernel, which {what} do not have; use float32, float16 or "
+        "bfloat16 on a GPU without switches to the reference, or never_unpack=False"
+    )
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+Route = tuple[str, tuple[int, ...], bool]
+
+
+def conv_problem(
+    where: str,
+    spec: str,
+    shape: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    bias: Sequence[int] | None,
+    target: str,
+    dtype: str,
+    training: bool,
+    last: bool,
+    dense_factor: int = 1,
+) -> ConvProblem:
+    """The problem of a convolution of x (N, C, *sizes), checked; of a call and of `explain`.
+
+    Raises:
+        ValueError: the stored weights, x or the bias do not fit the spec.
+    """
+    conv = ConvSpec.of(spec)
+    check(conv, where, shape, weights, bias)
+    if conv.pool and "complex" in dtype:
+        raise TypeError(f"{where}: reduce={conv.pool!r} needs real numbers, x is torch.{dtype}; use 'sum' or 'mean'")
+    batch, channels, *sizes = shape
+    return ConvProblem(
+        where,
+        target,
+        dtype,
+        conv,
+        batch,
+        channels // conv.groups,
+        tuple(sizes),
+        dense_factor,
+        training,
+        last,
+    )
+
+
+@lru_cache(maxsize=8192)
+def route(problem: tuple[Any, ...], *switches: Any) -> Route:
+    """Path, tiles of its kernels one after the other, and whether axes fold, of ``conv_problem(*problem)``."""
+    found = _plan(conv_problem(*problem), *switches)
+    return found.path, tuple(number for tile in found.tiles for number in tile), found.fold
+
+
+@constant
+def traced_route(*problem: Any) -> Route:
+    """`route` under the switches in force, for compilers, which take the result for a constant."""
+    return route(problem, *switches())
+
+
+@constant
+def traced_open_route(where: str, spec: str, weights: Any, bias: Any, target: str, dtype: str, training: bool) -> Route:
+    """The same where a compiler keeps sizes symbolic: the backend in place of the path if it depends on the sizes."""
+    conv = ConvSpec.of(spec)
+    channels = weights[0][0] if conv.geometry.transposed else weights[0][1] * conv.groups
+    large = (
+        256,
+        channels,
+        *(64 + d * k for d, k in zip(conv.geometry.dilation, conv.geometry.kernel_size, strict=True)),
+    )
+    backend, forced, tiles = switches()
+    found = route((where, spec, large, weights, bias, target, dtype, training, True), backend, forced, tiles)
+    return found if forced or found[0] == "reference" else (backend, (), False)
+
+
+@constant
+def matrix_tiles(kind: str, *problem: Any) -> Tiles:
+    """Tiles of the kernels for the 'linear' or 'gram' problem of these arguments, none for the reference."""
+    return plan(linear_problem(*problem) if kind == "linear" else gram_problem(*problem)).tiles
+
+
+def computing_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of t, or the one that torch.autocast casts it to: not float64, not complex."""
+    kind = t.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return t.dtype
+    return torch.get_autocast_dtype(kind) if t.is_floating_point() and t.itemsize < 8 else t.dtype
+
+
+def dtype_name(t: Tensor) -> str:
+    """As in `Problem.dtype`: 'float32', ..."""
+    return str(computing_dtype(t)).removeprefix("torch.")
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a result of these tensors will be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelPlan(Sequence[tuple[str, Plan]]):
+    """The plans of the layers of a model, by their names, in the order in which it calls them; `str` is a table."""
+
+    layers: tuple[tuple[str, Plan], ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.layers[index]
+
+    @property
+    def flops(self) -> int:
+        return sum(plan.flops for _, plan in self)
+
+    @property
+    def dense_flops(self) -> int:
+        return sum(plan.dense_flops for _, plan in self)
+
+    def __str__(self) -> str:
+        def cells(name: str, layer: str, path: str, flops: int, dense: int, why: str) -> tuple[str, ...]:
+            ratio = f"{dense / flops:.3g}x" if flops else "-"
+            return name, layer, path, f"{flops / 2e6:,.1f} M", f"{dense / 2e6:,.1f} M", ratio, why
+
+        rows: list[tuple[str, ...]] = [("layer", "kind", "path", "multiply-adds", "dense", "saved", "why")]
+        rows += [cells(n, p.problem.layer, p.path, p.flops, p.dense_flops, p.why) for n, p in self]
+        rows.append(cells(f"total of {len(self)}", "", "", self.flops, self.dense_flops, ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            padded = [
+                c.rjust(w) if 3 <= i < 6 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join(lines)
+
+
+def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Any:
+    """The plan for one tritonsym layer on one input, or for all layers of a model; printed, it says it in words.
+
+    As for a call at the same place: under ``torch.no_grad()`` it is the plan for inference. A copy of a model runs once
+    on x, so that its buffers stay as they are.
+
+    Args:
+        module: a layer of `tritonsym.nn` with weights, or a model that calls some.
+        x: an input; for a layer only its shape, dtype and device matter, so a meta tensor will do.
+        target: plan for another device: 'cpu', 'cuda' or an architecture that is not there, such as 'sm_90'.
+    Returns:
+        A `Plan`, or for a model a `ModelPlan`: a sequence of (name, plan).
+    Raises:
+        TypeError: the module is not such a layer and calls none.
+        ValueError: x does not fit the layer, or the target is unknown.
+        NotImplementedError: the layer must never unpack its weight, but has to.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"explain: x must be a torch.Tensor, got {type(x).__name__}")
+    if target not in (None, "cpu", "cuda") and not re.fullmatch(r"sm_\d+|gfx\w+", str(target)):
+        raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
+    if callable(getattr(module, "problem", None)):
+        where = target or ("cpu" if x.device.type == "meta" else x.device.type)
+        training = needs_gradient(x, *module.parameters())
+        return plan(module.problem(x, where, training))  # type: ignore[operator]
+    found: list[tuple[str, Plan]] = []
+    if isinstance(module, nn.Module):
+        model = copy.deepcopy(module)
+        for name, layer in model.named_modules():
+            if callable(getattr(layer, "problem", None)):
+                layer.register_forward_pre_hook(
+                    lambda layer, args, name=name: found.append((name, explain(layer, args[0], target)))
+                )
+        model(x)
+    if not found:
+        raise TypeError(
+            "explain: expected a layer of tritonsym.nn with weights, or a model that calls some, "
+            f"got {type(module).__name__}"
+        )
+    return ModelPlan(tuple(found))
