@@ -19,7 +19,7 @@ PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 
 #: Every module may import those of the lines above its own, and `nn` its own. `kernels` import nothing of the package.
 ORDER = [
-    {"_compat", "symmetry", "packing", "tuned"},
+    {"_compat", "_table", "symmetry", "packing", "tuned"},
     {"spec"},
     {"reference", "shift", "launch"},
     {"plan"},

@@ -25,9 +25,17 @@ def interpreter():
 TILES = {"shift": [[32, 16, 4] * 2, [64, 32, 4] * 2], "implicit_gemm": [[32, 16, 32, 4, 2] * 3, [64, 32, 16, 4, 2] * 3]}
 
 
-#: Where the input has one channel, `expand` is another kernel: test_kernels_depthwise.py.
+#: Of every path a few cases at once, the rest with `-m slow`.
+QUICK = {
+    ("hv", "shift"),
+    ("mixed", "shift"),
+    ("max of h", "shift"),
+    ("h one row", "implicit_gemm"),
+    ("hv", "implicit_gemm"),
+}
+#: Where the input has one channel, `implicit_gemm` is another kernel: test_kernels_depthwise.py.
 PATHS = [
-    (name, path)
+    pytest.param(name, path, marks=() if (name, path) in QUICK else pytest.mark.slow)
     for name, (_, _, channels, _) in CASES.items()
     for path in ("shift", "implicit_gemm")[: min(channels, 2)]
 ]
@@ -64,7 +72,7 @@ SHIPPED = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(SHIPPED)))
+@pytest.mark.parametrize("number", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(SHIPPED)))])
 def test_shipped_tiles_are_exact(interpreter, number):
     path, chosen = SHIPPED[number]
     variants = [("float16", "last" if number % 2 else "first"), *BFLOAT16]

@@ -97,7 +97,7 @@ def test_upstream_gradients_of_any_strides(any_layer, loss):
 # --- compile and export -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(any_layer, dynamic):
     torch._dynamo.reset()
     module = any_layer.make(dtype=torch.float64)
@@ -136,6 +136,7 @@ def test_compiled_code_keeps_the_fast_path_when_sizes_change(dynamic, monkeypatc
         seen.clear()
 
 
+@pytest.mark.slow
 def test_inductor():
     """One compilation of a network of many layers: the default backend generates and runs code for each."""
     torch.manual_seed(0)
@@ -178,7 +179,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_compile_without_graph_breaks(name, dynamic):
     torch._dynamo.reset()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tritonsym import shift, tuned
 from tritonsym._compat import constant
+from tritonsym._table import aligned
 from tritonsym.spec import ConvSpec, check, schedule
 from tritonsym.tuned import Tiles
 
@@ -544,7 +545,7 @@ class Rule:
 
 
 #: Fitted to perf/results; inference and training.
-CPU = Rule(40, 12, 1.5e7), Rule(36, 10, 1.2e7)
+CPU = Rule(40, 12, 1.5e7), Rule(60, 8, 1.2e7)
 #: An estimate: where the model of `estimated_seconds` for an H200 says 1.2x.
 GPU = Rule(300, 33, 0)
 #: Positions from which axes that no image moves stay inside the product on the CPU.
@@ -565,6 +566,11 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
         return False, f"The sums of the shift path ({words}) are slow in {problem.dtype}."
     if on_cpu and not shift.is_fast():
         return False, f"The sums of the shift path ({words}) are slow in this build of torch."
+    if on_cpu and not (problem.last or problem.training) and z * 4 > problem.batch * shift.CHUNK_BYTES:
+        return (
+            False,
+            f"The shift path ({words}) is slow for large contiguous images; channels-last ones it is fast for.",
+        )
     if not on_cpu and problem.is_depthwise:
         return False, "The implicit_gemm kernel is no faster than the vendor's depthwise convolution (estimate)."
     if not on_cpu and not architecture(problem.target).startswith(("sm_", "cuda", "cpu")):
@@ -826,14 +832,7 @@ class ModelPlan(Sequence[tuple[str, Plan]]):
         rows: list[tuple[str, ...]] = [("layer", "kind", "path", "multiply-adds", "dense", "saved", "why")]
         rows += [cells(n, p.problem.layer, p.path, p.flops, p.dense_flops, p.why) for n, p in self]
         rows.append(cells(f"total of {len(self)}", "", "", self.flops, self.dense_flops, ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            padded = [
-                c.rjust(w) if 3 <= i < 6 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join(lines)
+        return "\n".join(aligned(rows, right=(3, 4, 5)))
 
 
 def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Any:

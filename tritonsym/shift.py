@@ -642,7 +642,12 @@ def work(spec: ConvSpec, fold: bool, sizes: Sequence[int]) -> tuple[int, int, in
             z += 0 if part.is_plain else values * len(phase.slots) * math.prod(phase.sizes)
         if not part.is_plain:
             terms = sum(sign != 0 for _, _, signs in part.images for sign in signs)
-            sums += values * terms * math.prod(axis.out for axis in axes)
+            each_axis = zip(part.inside, axes, strict=True)
+            sums += (
+                values
+                * terms
+                * math.prod(a.size if geometry.transposed and not stays else a.out for stays, a in each_axis)
+            )
     return z, products, sums
 
 
@@ -656,9 +661,10 @@ def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, 
     is_one = last and len(plan.chunks) == len(plan.parts) == 1
     y = x.new_empty(0) if is_one else like(x, shape) if last else x.new_empty(shape)
     for chunk in plan.chunks:
+        x_chunk = x[chunk.x]
         for number, step in enumerate(chunk.steps):
             part = step.part
-            z = [of.fprop(x[chunk.x], stored.of(number, phase)).view(chunk.images, -1) for phase, of in step.products]
+            z = [of.fprop(x_chunk, stored.of(number, phase)).view(chunk.images, -1) for phase, of in step.products]
             rows = z[0] if len(z) == 1 else torch.cat(z, 1) if z else x.new_empty(0)
             if not part.is_plain:
                 rows = plan.sums(chunk, step).forward.add(rows.view(-1, part.filters), chunk.images)
@@ -701,6 +707,7 @@ def backward(
         dx = like(x, x.shape) if is_last(x) else x.new_empty(x.shape)
         dx = dx if fills else dx.zero_()
     for chunk in plan.chunks:
+        x_chunk = x[chunk.x]
         for number, step in enumerate(chunk.steps):
             part = step.part
             rows = dy[chunk.y].movedim(1, -1).unflatten(-1, (plan.spec.groups, -1))
@@ -711,7 +718,7 @@ def backward(
                 d = rows if sums is None else sums.adjoint[i].add(rows.reshape(-1, part.filters), chunk.images)
                 to, key = None if dx is None else dx[chunk.x], (number, phase.slots)
                 dw = stored.gradients.get(key)
-                dw = of.backward(d.flatten(), x[chunk.x], stored.of(number, phase), to, not fills, dw, need_weights)
+                dw = of.backward(d.flatten(), x_chunk, stored.of(number, phase), to, not fills, dw, need_weights)
                 if dw is not None:
                     stored.gradients[key] = dw
     return dx, stored.stored_gradients() if need_weights else None
