@@ -19,12 +19,12 @@ if [ "$mode" = --dry ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
     device=(--device cpu --tiny --filter 3x3-hv,linear,gram)
     tuning=(--budget 8)
-    tests=(-k "kernels_are_exact and pixel")
+    tests=(-m "slow or not slow" -k "kernels_are_exact and pixel")
 else
     export TRITONSYM_TEST_DEVICE=cuda
     device=(--device cuda --budget 150)
     tuning=()
-    tests=(-n 8)
+    tests=(-n 8 -m "slow or not slow" -k "not compile and not spill")
 fi
 
 code=0
@@ -51,7 +51,7 @@ step tests "$python" -m pytest -q "${tests[@]}" tests/test_kernels_*.py
 if command -v compute-sanitizer >/dev/null; then  # of small cases: it is slow
     for tool in memcheck racecheck initcheck; do
         step "$tool" compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
-            "$python" -m pytest -q -p no:xdist -k "kernels_are_exact and (pixel or tied)" tests/test_kernels_conv.py
+            "$python" -m pytest -q -p no:xdist -m "slow or not slow" -k "kernels_are_exact and (pixel or tied)" tests/test_kernels_conv.py
     done
 fi
 export XDG_CACHE_HOME=$out/untuned
