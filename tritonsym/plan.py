@@ -544,7 +544,7 @@ class Rule:
         return self.z * z + self.addition * additions + self.call
 
 
-#: Fitted by hand to perf/results/2026-11-25-cpu.json, so that `auto` is as fast as the faster path; inference, training.
+#: Fitted by hand to perf/results/2026-11-25-cpu.json: `auto` is about as fast as the faster path. Inference, training.
 CPU = Rule(40, 12, 1.5e7), Rule(60, 8, 1.2e7)
 #: An estimate, not measured: near to where the model of `estimated_seconds` for an H200 says 1.2x.
 GPU = Rule(300, 33, 0)
