@@ -48,3 +48,5 @@ _batched: Any = None
 if hasattr(torch._C, "_dispatch_keys") and hasattr(torch._C, "_parse_dispatch_key"):
     _batched = torch._C._parse_dispatch_key("Batched")
 _transforms: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+#: An assertion that `torch.fx` keeps in a graph.
+assert_at_run_time: Any = getattr(torch, "_assert", lambda condition, message: None)

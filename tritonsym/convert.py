@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from tritonsym import functional, reference
 from tritonsym import nn as tnn
+from tritonsym._compat import assert_at_run_time
 from tritonsym._table import aligned
 from tritonsym.nn.conv import INITS, Init, _OrbitConv, _SharedConv
 from tritonsym.symmetry import FilterLayout, as_mapping
@@ -434,17 +435,17 @@ def _symmetrize(self: Any, x: Tensor) -> Any:
 def _orders(over: str | Sequence[Sequence[int]], x: Tensor, n: int) -> Tensor:
     """`tritonsym.functional.orders_of` in torch ops, for a size known at run time."""
     if not isinstance(over, str):
-        torch._assert(n == len(over[0]), f"Symmetrize: the axis must have {len(over[0])} entries")
+        assert_at_run_time(n == len(over[0]), f"Symmetrize: the axis must have {len(over[0])} entries")
         return x.new_tensor(over, dtype=torch.long)
     i = x.new_ones(n, dtype=torch.long).cumsum(0) - 1
     if over == "flip":
         return torch.stack([i, i.flip(0)])
     if over == "swap":
-        torch._assert(n % 2 == 0, "Symmetrize: 'swap' exchanges two halves, but the axis has odd size")
+        assert_at_run_time(n % 2 == 0, "Symmetrize: 'swap' exchanges two halves, but the axis has odd size")
         return torch.stack([i, i.roll(n // 2)])
     if over == "cyclic":
         return (i[:, None] + i) % n
-    torch._assert(n <= 7, "Symmetrize: 7 entries (5040 permutations) are the most")
+    assert_at_run_time(n <= 7, "Symmetrize: 7 entries (5040 permutations) are the most")
     orders = i[None]
     for m in range(2, 8):  # every permutation is one product of turns of the first 2, 3, ..., n entries
         turns = 1 + (m - 1) * torch.sym_min(torch.sym_max(n - m + 1, 0), 1)  # m, or 1 if m > n

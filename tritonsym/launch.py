@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonsym.shift import channels_last, is_last, like
 from tritonsym.spec import ConvSpec, Geometry, schedule
 
 #: Most bytes that z and other temporary tensors may take at a time: the batch is computed in chunks of as many images
@@ -159,21 +160,6 @@ def stored_gradients(spec: ConvSpec, drows: Tensor, shapes: Sequence[Sequence[in
         shared = torch.cat(plain, 1)
         tied.append(shared.transpose(1, 2) if spec.geometry.transposed else shared)
     return [part.reshape(tuple(shape)) for part, shape in zip(tied, shapes, strict=True)]
-
-
-def is_last(x: Tensor) -> bool:
-    """Whether x is channels-last."""
-    return bool(x.ndim > 3 and x.stride(1) == 1 and x.stride(-1) > 1)  # of symbols, too
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x with the channels innermost."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def like(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """An empty channels-last tensor (N, C, *sizes)."""
-    return x.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 def _to_3d(x: Tensor) -> Tensor:

@@ -548,7 +548,7 @@ class Rule:
 CPU = Rule(40, 12, 1.5e7), Rule(60, 8, 1.2e7)
 #: An estimate, not measured: near to where the model of `estimated_seconds` for an H200 says 1.2x.
 GPU = Rule(300, 33, 0)
-#: Positions from which axes that no image moves stay inside the product on the CPU (`h` of 1x256x14x14 loses by it).
+#: Positions from which axes that no image moves stay inside the product on the CPU.
 FOLD_POSITIONS = 512
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
 MOST_TERMS = 512
