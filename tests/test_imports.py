@@ -25,6 +25,7 @@ ORDER = [
     {"launch"},
     {"plan"},
     {"ops"},
+    {"matrices"},
     {"functional"},
     {"nn"},
     {"convert"},
@@ -35,7 +36,7 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"tuned", "launch", "plan", "ops"}  # may import kernels, within functions
+LAUNCHERS = {"tuned", "launch", "plan", "matrices"}  # may import kernels, within functions
 LAZY = {"__init__": "perf"}  # imported by a function
 
 

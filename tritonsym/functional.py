@@ -17,7 +17,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, get_args
 import torch
 from torch import Tensor
 
-from tritonsym import ops, reference
+from tritonsym import matrices, ops, reference
 from tritonsym._compat import constant
 from tritonsym.packing import check_inexact, check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
@@ -539,7 +539,7 @@ def symmetric_linear(
     check_bias(where, bias, n)
     check_activation(where, activation)
     ops.check_beside(where, x, weight=weight, bias=bias)
-    return ops.linear(x, weight, bias, activation, never_unpack)
+    return matrices.linear(x, weight, bias, activation, never_unpack)
 
 
 def symmetric_matmul(packed: Tensor, x: Tensor, left: bool = False, *, never_unpack: bool = False) -> Tensor:
@@ -569,7 +569,7 @@ def gram(x: Tensor) -> Tensor:
     check_inexact("gram", "x", x)
     if x.ndim < 2:
         raise ValueError(f"gram: x must have shape (..., m, k), got {tuple(x.shape)}")
-    return ops.gram(x, None, 1.0, 0.0)
+    return matrices.gram(x, None, 1.0, 0.0)
 
 
 def symmetric_mm(matrix: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
@@ -592,7 +592,7 @@ def symmetric_mm(matrix: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tenso
         raise ValueError(f"{where}: matrix must have shape (..., n, n), got {tuple(matrix.shape)}")
     for name, value in (("alpha", alpha), ("beta", beta)):
         _check_number(where, name, value)
-    return ops.gram(matrix, matrix if beta else None, alpha, beta)
+    return matrices.gram(matrix, matrix if beta else None, alpha, beta)
 
 
 def _check_number(where: str, name: str, value: object) -> None:
