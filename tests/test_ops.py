@@ -54,12 +54,11 @@ def test_opcheck(convolution, monkeypatch):
     monkeypatch.setattr(ops._Conv, "apply", lambda *args: found.append(args) or ops._fprop(*args))
     with tritonsym.path("shift"):
         convolution.make(dtype=torch.float64)(convolution.input(2, dtype=torch.float64))
-    ((x, weight, free_weight, bias, *options),) = found
+    ((x, weight, free_weight, bias, call),) = found
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, free_weight, bias)]
-    options[-2] = None  # the activation: what is differentiated has it outside
-    torch.library.opcheck(torch.ops.tritonsym.conv, (*leaves, *options))
-    dy, spec_to_fold = torch.ops.tritonsym.conv(*leaves, *options)[0].detach(), options[:4]
-    args = (dy, *leaves[:3], torch.empty(0, dtype=torch.uint8), *spec_to_fold, True, True)
+    torch.library.opcheck(torch.ops.tritonsym.conv, (*leaves, call))
+    dy = torch.ops.tritonsym.conv(*leaves, call)[0].detach()
+    args = (dy, *leaves[:3], torch.empty(0, dtype=torch.uint8), call, True, True)
     torch.library.opcheck(torch.ops.tritonsym.conv_backward, [leaf(a) for a in args])
 
 

@@ -8,10 +8,12 @@ the reference.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from operator import index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,23 +65,13 @@ def conv(
     if conv_spec.pool and not (path == "shift" and tiles):  # torch pools the images
         pooled, spec = conv_spec, _without_pool(spec)
     own = bias if pooled is None else None
-    free = weights[1] if len(weights) > 1 else None
-    fused = activation if tiles and pooled is None and not needs_gradient(batched, bias, *weights) else None
-    args = (
-        batched,
-        weights[0],
-        free,
-        own,
-        spec,
-        path,
-        list(tiles),
-        fold,
-        fused,
-        bool(conv_spec.pool) and pooled is None,
-    )
+    needed = needs_gradient(batched, bias, *weights)
+    fused = activation if tiles and pooled is None and not needed else None
+    call = call_text(spec, path, tiles, fold, fused, bool(conv_spec.pool) and pooled is None)
+    args = batched, weights[0], weights[1] if len(weights) > 1 else None, own, call
     if torch.compiler.is_compiling():
         y, _ = torch.ops.tritonsym.conv(*args)
-    elif needs_gradient(batched, bias, *weights) or transforms_are_active():
+    elif needed or transforms_are_active():
         y, _ = _Conv.apply(*args)
     else:
         y, _ = _fprop(*args)
@@ -151,40 +143,81 @@ def _are_plain(*tensors: Tensor) -> bool:
     return all(type(t) in (Tensor, Parameter) for t in tensors)
 
 
-def _fprop(
-    x: Tensor,
-    weight: Tensor,
-    free_weight: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    path: str,
-    tiles: Sequence[int],
-    fold: bool,
-    activation: str | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """act(conv(x) + bias), and if `keep` the images that won: bit i of a byte per value stands for image i.
+# --- the op: (x, weight, free_weight, bias, call) -> y, winners -------------------------------------------------------
 
-    `tiles`: those of the path's kernels one after the other (`Plan.tiles`). With a path 'auto' or 'triton', a backend,
-    the plan is made now, when all sizes are known.
+
+class Call(NamedTuple):
+    """What an op is told besides tensors, with the tiles of its kernels one after the other (`Plan.tiles`).
+
+    With a backend, 'auto' or 'triton', in place of the path the plan is made by the op, when all sizes are known.
     """
-    conv, weights = ConvSpec.of(spec), [weight, *([] if free_weight is None else [free_weight])]
-    path, tiles, fold = _decided(x, weights, spec, path, tiles, fold, training=False)
+
+    spec: str
+    path: str
+    tiles: tuple[int, ...]
+    fold: bool
+    activation: str | None
+    keep: bool  # the images that won: bit i of a byte per value of y stands for image i
+
+
+@constant
+def call_text(*call: Any) -> str:
+    """`Call` as a string, since torch ops take no objects."""
+    return _dumped(call)
+
+
+_dumped = lru_cache(maxsize=8192)(json.dumps)
+
+
+@lru_cache(maxsize=8192)
+def _called(text: str) -> Call:
+    spec, path, tiles, *rest = json.loads(text)
+    return Call(spec, path, tuple(tiles), *rest)
+
+
+def _decided(call: str, x: Tensor, weights: Sequence[Tensor], training: bool) -> Call:
+    """The call, planned now if it was not before."""
+    found = _called(call)
+    if found.path not in plan.BACKENDS or found.path == "reference":
+        return found
+    shapes = tuple(tuple(w.shape) for w in weights)
+    problem = ("SymmetricConv", found.spec, tuple(x.shape), shapes, None, x.device.type, plan.dtype_name(x), training)
+    with plan.backend(found.path):
+        path, tiles, fold = plan.route((*problem, shift.is_last(x)), *plan.switches())
+    return found._replace(path=path, tiles=tiles, fold=fold)
+
+
+def _stored(weight: Tensor, free_weight: Tensor | None) -> list[Tensor]:
+    return [weight] if free_weight is None else [weight, free_weight]
+
+
+def _in_format(y: Tensor, last: bool) -> Tensor:
+    return shift.channels_last(y) if last else y.contiguous()
+
+
+def _is_last_output(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """As in torch: where x or a stored kernel is channels-last."""
+    return shift.is_last(x) or any(w.ndim == x.ndim and shift.is_last(w) for w in weights)
+
+
+def _fprop(
+    x: Tensor, weight: Tensor, free_weight: Tensor | None, bias: Tensor | None, call: str
+) -> tuple[Tensor, Tensor]:
+    """act(conv(x) + bias), and the images that won."""
+    weights = _stored(weight, free_weight)
+    spec, path, tiles, fold, activation, keep = _decided(call, x, weights, training=False)
     nothing = x.new_empty(0, dtype=torch.uint8)
     last = _is_last_output(x, weights)
+    if path == "shift" and not tiles:
+        return shift.fprop(x, weights, bias, spec, fold, last), nothing
+    conv = ConvSpec.of(spec)
     if path == "reference":
-        y = reference.conv(x, reference.expand(conv, weights), bias, conv)
-        return _in_format(y, last), nothing
-    if not tiles:
-        y = shift.fprop(x, weights, bias, spec, fold, last)
-        return y, nothing
+        return _in_format(reference.conv(x, reference.expand(conv, weights), bias, conv), last), nothing
     shape = (x.shape[0], conv.out_channels, *conv.geometry.out_sizes(x.shape[2:]))
     y = shift.like(x, shape) if last else x.new_empty(shape)
-    winners = torch.empty_like(y, dtype=torch.uint8) if keep else nothing
-    launch.fprop(
-        x, launch.stored_rows(conv, *weights), bias, conv, path, tiles, activation, y, winners if keep else None
-    )
-    return y, winners
+    winners = torch.empty_like(y, dtype=torch.uint8) if keep else None
+    launch.fprop(x, launch.stored_rows(conv, *weights), bias, conv, path, tiles, activation, y, winners)
+    return y, nothing if winners is None else winners
 
 
 def _backward(
@@ -193,22 +226,20 @@ def _backward(
     weight: Tensor,
     free_weight: Tensor | None,
     winners: Tensor,
-    spec: str,
-    path: str,
-    tiles: Sequence[int],
-    fold: bool,
+    call: str,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with respect to x and the stored weights; empty where not needed."""
-    conv, weights = ConvSpec.of(spec), [weight, *([] if free_weight is None else [free_weight])]
-    path, tiles, fold = _decided(x, weights, spec, path, tiles, fold, training=True)
+    weights = _stored(weight, free_weight)
+    text, path, tiles, fold, *_ = _decided(call, x, weights, training=True)
+    conv = ConvSpec.of(text)
     dx: Tensor | None
     dws: list[Tensor] | None
     if path == "reference":
         dx, dws = reference.conv_vjp(dy, x, conv, weights, need_x, need_weights)
     elif not tiles:
-        dx, dws = shift.backward(dy, x, weights, spec, fold, need_x, need_weights)
+        dx, dws = shift.backward(dy, x, weights, text, fold, need_x, need_weights)
     else:
         dx = torch.empty_like(x) if need_x else None
         rows = launch.stored_rows(conv, *weights)
@@ -216,105 +247,47 @@ def _backward(
         launch.backward(dy, x, rows, winners if conv.pool else None, conv, path, tiles, dx, drows)
         dws = None if drows is None else launch.stored_gradients(conv, drows, [w.shape for w in weights])
     nothing = x.new_empty(0)
-    dws = [nothing] * len(weights) if dws is None else dws
-    dx = nothing if dx is None else _in_format(dx, shift.is_last(x))
-    return dx, dws[0], dws[1] if len(dws) > 1 else x.new_empty(0)
-
-
-def _decided(
-    x: Tensor, weights: Sequence[Tensor], spec: str, path: str, tiles: Sequence[int], fold: bool, training: bool
-) -> plan.Route:
-    """The path as given, or planned now under the backend that it names."""
-    if path not in plan.BACKENDS or path == "reference":
-        return path, tuple(tiles), fold
-    shapes = tuple(tuple(w.shape) for w in weights)
-    problem = ("SymmetricConv", spec, tuple(x.shape), shapes, None, x.device.type, plan.dtype_name(x), training)
-    with plan.backend(path):
-        return plan.route((*problem, shift.is_last(x)), *plan.switches())
-
-
-def _is_last_output(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """As in torch: where x or a stored kernel is channels-last."""
-    return shift.is_last(x) or any(w.ndim == x.ndim and shift.is_last(w) for w in weights)
-
-
-def _in_format(y: Tensor, last: bool) -> Tensor:
-    return shift.channels_last(y) if last else y.contiguous()
+    # as they lie, .grad takes gradients over without a copy
+    dw, dfree, *_ = [
+        *(torch.empty_like(w).copy_(d) for w, d in zip(weights, dws or (), strict=False)),
+        nothing,
+        nothing,
+    ]
+    return nothing if dx is None else _in_format(dx, shift.is_last(x)), dw, dfree
 
 
 _fprop.__signature__ = inspect.signature(_fprop)  # type: ignore[attr-defined]  # which autograd asks for in every call
 _conv_op = torch.library.custom_op("tritonsym::conv", _fprop, mutates_args=())
 
 
-@torch.library.custom_op("tritonsym::conv_backward", mutates_args=())
-def _backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    free_weight: Tensor | None,
-    winners: Tensor,
-    spec: str,
-    path: str,
-    tiles: Sequence[int],
-    fold: bool,
-    need_x: bool,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward` with results that compilers know the strides of."""
-    args = (winners, spec, path, tiles, fold, need_x, need_weights)
-    dx, dw, dfree = _backward(dy, x, weight, free_weight, *args)
-    return dx, dw.contiguous(), dfree.contiguous()
+_backward_op = torch.library.custom_op("tritonsym::conv_backward", _backward, mutates_args=())
 
 
 @_conv_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    free_weight: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    path: str,
-    tiles: Sequence[int],
-    fold: bool,
-    activation: str | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    conv = ConvSpec.of(spec)
+def _(x: Tensor, weight: Tensor, free_weight: Any, bias: Any, call: str) -> tuple[Tensor, Tensor]:
+    known = _called(call)
+    conv = ConvSpec.of(known.spec)
     shape = (x.shape[0], conv.out_channels, *conv.geometry.out_sizes(x.shape[2:]))
-    last = _is_last_output(x, [weight, *([] if free_weight is None else [free_weight])])
-    y = shift.like(x, shape) if last else x.new_empty(shape)
-    return y, torch.empty_like(y, dtype=torch.uint8) if keep else y.new_empty(0, dtype=torch.uint8)
+    y = shift.like(x, shape) if _is_last_output(x, _stored(weight, free_weight)) else x.new_empty(shape)
+    return y, torch.empty_like(y, dtype=torch.uint8) if known.keep else y.new_empty(0, dtype=torch.uint8)
 
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    free_weight: Tensor | None,
-    winners: Tensor,
-    spec: str,
-    path: str,
-    tiles: Sequence[int],
-    fold: bool,
-    need_x: bool,
-    need_weights: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, free_weight: Any, winners: Any, call: str, need_x: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = x.new_empty(0)
-    dx = nothing if not need_x else shift.like(x, x.shape) if shift.is_last(x) else x.new_empty(x.shape)
-    dw = weight.new_empty(weight.shape) if need_weights else x.new_empty(0)
-    if need_weights and free_weight is not None:
-        return dx, dw, free_weight.new_empty(free_weight.shape)
-    return dx, dw, x.new_empty(0)
+    dx = shift.like(x, x.shape) if shift.is_last(x) else x.new_empty(x.shape)
+    dw, dfree = (
+        torch.empty_like(w) if need_weights and w is not None else x.new_empty(0) for w in (weight, free_weight)
+    )
+    return dx if need_x else x.new_empty(0), dw, dfree
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, free_weight, _, spec, path, tiles, fold, activation, _ = inputs
-    assert activation is None, "what is differentiated has its activation outside"
-    winners = output[1]
-    ctx.mark_non_differentiable(winners)
-    ctx.save_for_backward(x, weight, free_weight, winners)
-    ctx.options = spec, path, tiles, fold
+    x, weight, free_weight, _, ctx.call = inputs
+    assert _called(ctx.call).activation is None, "what is differentiated has its activation outside"
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, free_weight, output[1])
 
 
 def _gradients(ctx: Any, dy: Tensor, _: Any) -> Any:
@@ -323,35 +296,27 @@ def _gradients(ctx: Any, dy: Tensor, _: Any) -> Any:
     need_weights = needs[1] or needs[2]
     dbias = dy.sum((0, *range(2, dy.ndim))) if needs[3] else None
     if torch.is_grad_enabled():  # to be differentiated again
-        weights = [w for w in (weight, free_weight) if w is not None]
-        dx, dws = reference.conv_vjp(dy, x, ConvSpec.of(ctx.options[0]), weights, needs[0], need_weights)
+        spec = ConvSpec.of(_called(ctx.call).spec)
+        dx, dws = reference.conv_vjp(dy, x, spec, _stored(weight, free_weight), needs[0], need_weights)
         dw, dfree = (*(dws or ()), None, None)[:2]
     else:
         is_plain = _are_plain(dy) and not (transforms_are_active() or is_mapped(dy))
         backward = _backward if is_plain else torch.ops.tritonsym.conv_backward
-        args = (dy, x, weight, free_weight, winners, *ctx.options, needs[0], need_weights)
-        dx, dw, dfree = backward(*args)
-    found = (dx if needs[0] else None, dw if needs[1] else None, dfree if needs[2] else None, dbias)
-    return (*found, *[None] * 6)
+        dx, dw, dfree = backward(dy, x, weight, free_weight, winners, ctx.call, needs[0], need_weights)
+    return dx if needs[0] else None, dw if needs[1] else None, dfree if needs[2] else None, dbias, None
 
 
 _conv_op.register_autograd(_gradients, setup_context=_setup)
 
 
-def _reference_of(spec: str) -> Callable[..., Tensor]:
-    """conv(x) + bias as a function of tensors, for `torch.func`."""
-    conv = ConvSpec.of(spec)
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    call = _called(args[4])
+    conv = ConvSpec.of(call.spec)
 
     def function(x: Tensor, weight: Tensor, free_weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        weights = [weight, *([] if free_weight is None else [free_weight])]
-        return reference.conv(x, reference.expand(conv, weights), bias, conv)
+        return reference.conv(x, reference.expand(conv, _stored(weight, free_weight)), bias, conv)
 
-    return function
-
-
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    y = torch.vmap(_reference_of(args[4]), in_dims[:4])(*args[:4])
-    y = reference.activate(y, args[8])
+    y = reference.activate(torch.vmap(function, in_dims[:4])(*args[:4]), call.activation)
     return (y, y.new_empty(info.batch_size, 0, dtype=torch.uint8)), (0, 0)
 
 
@@ -360,11 +325,10 @@ _conv_op.register_vmap(_vmap)
 
 @_backward_op.register_vmap
 def _(info: Any, in_dims: Any, *args: Any) -> Any:
-    conv, need_x, need_weights = ConvSpec.of(args[5]), *args[-2:]
+    conv, need_x, need_weights = ConvSpec.of(_called(args[5]).spec), *args[-2:]
 
     def gradients(dy: Tensor, x: Tensor, weight: Tensor, free_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        weights = [weight, *([] if free_weight is None else [free_weight])]
-        dx, dws = reference.conv_vjp(dy, x, conv, weights, need_x, need_weights)
+        dx, dws = reference.conv_vjp(dy, x, conv, _stored(weight, free_weight), need_x, need_weights)
         nothing = dy.new_empty(0)
         dw, dfree, *_ = [*(dws or [nothing]), nothing]
         return nothing if dx is None else dx, dw, dfree
@@ -388,9 +352,9 @@ class _Conv(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
         """y is linear in x, in the weights and in the bias; of a pooled orbit the images that won have the mean."""
         x, weight, free_weight, _, winners = ctx.saved_tensors
-        spec = ConvSpec.of(ctx.options[0])
+        spec = ConvSpec.of(_called(ctx.call).spec)
         images = replace(spec, pool=None)
-        stored = [w for w in (weight, free_weight) if w is not None]
+        stored = _stored(weight, free_weight)
         moved = [
             torch.zeros_like(w) if t is None else t
             for w, t in zip((weight, free_weight), tangents[1:3], strict=True)
