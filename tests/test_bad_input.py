@@ -133,6 +133,11 @@ CASES = {
     "SymmetricConv2d: dilation 0": (lambda: conv(dilation=0), ValueError, "dilation >= 1 0"),
     "SymmetricConv2d: activation": (lambda: conv(activation="swish"), ValueError, "activation 'swish' 'silu'"),
     "SymmetricConv2d: no groups": (lambda: conv(groups=0), ValueError, "groups at least 1"),
+    "SymmetricConv2d: unknown option": (
+        lambda: conv(dilatation=2),
+        TypeError,
+        "SymmetricConv2d unexpected 'dilatation'",
+    ),
     "SymmetricConv2d: channels of words": (lambda: conv(out="8"), TypeError, "channels integer '8'"),
     "SymmetricConv2d: negative channels": (lambda: conv(out=-8), ValueError, "out_channels at least 0 -8"),
     "SymmetricConv2d: x array": (lambda: conv()(ARRAY), TypeError, "x torch.Tensor ndarray"),

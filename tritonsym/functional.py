@@ -165,27 +165,23 @@ def _padding(
 
 
 def _geometry(
-    where: str,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: str | Ints,
-    dilation: Ints,
-    transposed: bool = False,
-    output_padding: Ints = 0,
+    where: str, kernel_size: Ints, stride: Ints, padding: Any, dilation: Ints, output_padding: Ints | None = None
 ) -> Geometry:
+    """With an `output_padding` of a transposed convolution."""
     size = tuple(map(index, kernel_size))  # type: ignore[arg-type]
     ndim = len(size)
     strides = check_sizes(where, "stride", stride, ndim, 1)
     dilations = check_sizes(where, "dilation", dilation, ndim, 1)
-    if transposed:
-        pads = check_sizes(where, "padding", padding, ndim, 0)  # type: ignore[arg-type]
+    if output_padding is None:
+        pads, extra = _padding(where, padding, size, strides, dilations)
+    else:
+        pads = check_sizes(where, "padding", padding, ndim, 0)
         extra = check_sizes(where, "output_padding", output_padding, ndim, 0)
         if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
             raise ValueError(
                 f"{where}: output_padding={tuple(extra)} must be smaller than stride or dilation on every axis"
             )
-    else:
-        pads, extra = _padding(where, padding, size, strides, dilations)
+    transposed = output_padding is not None
     return Geometry(size, tuple(strides), tuple(pads), tuple(dilations), tuple(extra), transposed)
 
 
@@ -219,50 +215,17 @@ def _thawed(value: Any) -> Any:
 
 
 @_remembered
-def orbit_text(
-    where: str, symmetry: Any, stored: int, groups: int, kernel_size: Ints, stride: Ints, padding: Any, dilation: Ints
-) -> str:
-    """`ConvSpec.text` of filters in orbits."""
-    layout = FilterLayout.from_stored(symmetry, stored, groups, where)
-    geometry = _geometry(where, kernel_size, stride, padding, dilation)
+def orbit_text(where: str, symmetry: Any, stored: int, groups: int, *sizes: Any) -> str:
+    """`ConvSpec.text` of filters in orbits; `sizes` as of `_geometry`."""
+    layout, geometry = FilterLayout.from_stored(symmetry, stored, groups, where), _geometry(where, *sizes)
     layout.check_kernel(geometry.kernel_size, where)
     return orbit_spec(layout, geometry).text
 
 
 @_remembered
-def orbit_transpose_text(
-    where: str,
-    symmetry: Any,
-    stored: int,
-    groups: int,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    output_padding: Ints,
-) -> str:
-    """The same of a transposed convolution."""
-    layout = FilterLayout.from_stored(symmetry, stored, groups, where)
-    geometry = _geometry(where, kernel_size, stride, padding, dilation, True, output_padding)
-    layout.check_kernel(geometry.kernel_size, where)
-    return orbit_spec(layout, geometry).text
-
-
-@_remembered
-def tied_text(
-    where: str,
-    symmetry: str,
-    parity: Parity,
-    tied: int,
-    free: int,
-    groups: int,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Any,
-    dilation: Ints,
-) -> str:
-    """`ConvSpec.text` of filters with tied taps, followed by free ones."""
-    value, geometry = Symmetry(symmetry), _geometry(where, kernel_size, stride, padding, dilation)
+def tied_text(where: str, symmetry: str, parity: Parity, tied: int, free: int, groups: int, *sizes: Any) -> str:
+    """The same of filters with tied taps, followed by free ones."""
+    value, geometry = Symmetry(symmetry), _geometry(where, *sizes)
     value.check_kernel(geometry.kernel_size, where)
     odd = parity_axes(value, dict(parity) if isinstance(parity, tuple) else parity, where)
     orbits = tap_orbits(value, geometry.kernel_size, odd, where)
@@ -270,19 +233,9 @@ def tied_text(
 
 
 @_remembered
-def pool_text(
-    where: str,
-    symmetry: str,
-    reduce: str,
-    filters: int,
-    groups: int,
-    kernel_size: Ints,
-    stride: Ints,
-    padding: Any,
-    dilation: Ints,
-) -> str:
-    """`ConvSpec.text` of filters whose images are reduced to one."""
-    value, geometry = Symmetry(symmetry), _geometry(where, kernel_size, stride, padding, dilation)
+def pool_text(where: str, symmetry: str, reduce: str, filters: int, groups: int, *sizes: Any) -> str:
+    """The same of filters whose images are reduced to one."""
+    value, geometry = Symmetry(symmetry), _geometry(where, *sizes)
     if value.is_radial:
         raise ValueError(f"{where}: {symmetry!r} has no images to pool over; use a group such as 'hv' or 'd4'")
     value.check_kernel(geometry.kernel_size, where)
@@ -383,7 +336,7 @@ def _symmetric_conv_transpose(
     groups = _check_groups(where, groups, weight.shape[0], "input channels")
     check_activation(where, activation)
     kernel_size, stored = tuple(map(index, weight.shape[2:])), index(weight.shape[1]) * groups
-    spec = orbit_transpose_text(where, symmetry, stored, groups, kernel_size, stride, padding, dilation, output_padding)
+    spec = orbit_text(where, symmetry, stored, groups, kernel_size, stride, padding, dilation, output_padding)
     return ops.conv(where, spec, x, (weight,), bias, activation)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -57,33 +59,63 @@ def check_loaded(module: nn.Module, name: str, parameter: Tensor | None, value: 
     )
 
 
+@cache
+def _arguments(torch_class: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(torch_class)
+
+
+def _hyperparameters(layer: Any) -> dict[str, Any]:
+    """The arguments that make a convolution like this one."""
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    options = {name: getattr(layer, name) for name in [*names, *["output_padding"] * layer.transposed]}
+    return {**options, "bias": layer.bias is not None}
+
+
+_MINIMUM = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
+
+
 class _SharedConv(ConvNd):
     """What all the modules here share. The bias has one value per output channel unless a subclass says otherwise."""
 
+    __signature__: inspect.Signature
+
+    def __init_subclass__(cls) -> None:
+        """A layer that also subclasses torch's has its arguments, followed by its own, and our docstring."""
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if "__init__" in vars(cls):
+            cls.__signature__ = inspect.Signature(own)
+        elif len(cls.__bases__) > 1:
+            torchs = _arguments(cls._dense_class()).parameters.values()
+            cls.__signature__ = inspect.Signature([*torchs, *(p for p in own if p.kind is p.KEYWORD_ONLY)])
+            cls.__doc__ = cls.__doc__ or cls.__base__.__doc__
+
     def __init__(self, *args: Any, activation: str | None, **kwargs: Any) -> None:
         where, ndim = type(self).__name__, int(self._dense_class().__name__[-2])
-        functional.check_counts(where, 0, in_channels=args[0], out_channels=args[1])
-        functional.check_counts(where, 1, groups=args[6])
+        try:
+            given = _arguments(self._dense_class()).bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{where}: {error}") from None
+        functional.check_counts(where, 0, in_channels=given["in_channels"], out_channels=given["out_channels"])
+        functional.check_counts(where, 1, groups=given.get("groups", 1))
+        self.__dict__["_device"] = given.pop("device", None)
         # on the meta device: torch checks and stores its arguments, and its dense weight takes no memory
-        kwargs["device"] = "meta"
-        super().__init__(*map(functional.as_ints, args), **kwargs)
-        for name, minimum in (
-            ("kernel_size", 1),
-            ("stride", 1),
-            ("dilation", 1),
-            ("padding", 0),
-            ("output_padding", 0),
-        ):
+        super().__init__(**{name: functional.as_ints(value) for name, value in given.items()}, device="meta")
+        for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
             if self.transposed or not isinstance(value, str):
                 functional.check_sizes(where, name, value, ndim, minimum)
         functional.check_activation(where, activation)
         self.activation = activation
 
-    def _store(self, weight: Sequence[int], bias: int, device: Any, dtype: Any) -> None:
-        self.weight = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+    def _store(self, weight: Sequence[int], bias: int, free: Sequence[int] | None = None) -> None:
+        """Parameters of these shapes instead of torch's."""
+        made = {"device": self.__dict__.pop("_device"), "dtype": self.weight.dtype}
+        self.weight = nn.Parameter(torch.empty(weight, **made))
         if self.bias is not None:
-            self.bias = nn.Parameter(torch.empty(bias, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(bias, **made))
+        if free is not None:
+            self.free_weight = nn.Parameter(torch.empty(free, **made)) if free[0] else None
+        self.reset_parameters()
 
     def _fan_in(self) -> int:
         """Of the dense filter, as torch counts it."""
@@ -105,8 +137,11 @@ class _SharedConv(ConvNd):
         """Which stored weight, with which sign, stands at every tap of every dense filter."""
         return ConvSpec.of(self._spec())
 
-    def _zero_padding(self) -> Any:
-        return self.padding if self.padding_mode == "zeros" else 0
+    def _sizes(self, output_padding: Any = None) -> tuple[Any, ...]:
+        """What a `spec.Geometry` is made of, once x is padded otherwise than by zeros."""
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        sizes = self.kernel_size, self.stride, padding, self.dilation
+        return (*sizes, output_padding or self.output_padding) if self.transposed else sizes
 
     def _stored(self) -> tuple[Tensor, ...]:
         return (self.weight,)
@@ -192,20 +227,9 @@ class _SharedConv(ConvNd):
 
     def _dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """The torch layer this class subclasses, with these parameters."""
-        options: dict[str, Any] = {"output_padding": self.output_padding} if self.transposed else {}
-        layer: nn.Module = self._dense_class()(
-            self.in_channels,
-            weight.shape[1] * self.groups if self.transposed else weight.shape[0],
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=bias is not None,
-            padding_mode=self.padding_mode,
-            device="meta",
-            **options,
-        )
+        out = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+        options = {**_hyperparameters(self), "out_channels": out, "bias": bias is not None, "device": "meta"}
+        layer: nn.Module = self._dense_class()(**options)
         layer.weight = nn.Parameter(weight.detach().clone(), learns(self))
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), learns(self, bias=True))
@@ -218,22 +242,7 @@ class _SharedConv(ConvNd):
         if not isinstance(layer, cls._dense_class()) or isinstance(layer, _SharedConv):
             expected = f"torch.nn.{cls._dense_class().__name__}"
             raise TypeError(f"{cls.__name__}.from_dense: expected {expected}, got {type(layer).__name__}")
-        transposed: dict[str, Any] = {"output_padding": layer.output_padding} if layer.transposed else {}
-        self = cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-            **transposed,
-            **options,
-        )
+        self = cls(**_hyperparameters(layer), device=layer.weight.device, dtype=layer.weight.dtype, **options)
         with torch.no_grad():
             if init != "reset":
                 self._adopt(layer.weight, layer.bias, keep=init == "keep")
@@ -258,7 +267,15 @@ class _OrbitConv(_SharedConv):
     layout: FilterLayout
     share_bias: bool
 
-    def _setup_orbits(self, symmetry: Any, share_bias: bool, device: Any, dtype: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        symmetry: str | Mapping[str, int | str] | None,
+        share_bias: bool = False,
+        activation: functional.Activation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, activation=activation, **kwargs)
         where = type(self).__name__
         self.symmetry = dict(symmetry) if isinstance(symmetry, Mapping) else symmetry
         self.layout = FilterLayout.parse(symmetry, self.out_channels, self.groups, where)
@@ -268,15 +285,18 @@ class _OrbitConv(_SharedConv):
                 warnings.warn(
                     f"{where}: kernel_size={self.kernel_size} is 1 along axis {idle!r} of symmetry {key.name!r}, so "
                     "images of a filter are identical copies",
-                    stacklevel=3,
+                    stacklevel=2,
                 )
         self.share_bias = share_bias
         stored = self.layout.stored_channels
         ends = (
             (self.in_channels, stored // self.groups) if self.transposed else (stored, self.in_channels // self.groups)
         )
-        self._store((*ends, *self.kernel_size), stored if share_bias else self.out_channels, device, dtype)
-        self.reset_parameters()
+        self._store((*ends, *self.kernel_size), stored if share_bias else self.out_channels)
+
+    def _spec(self, output_padding: tuple[int, ...] | None = None) -> str:
+        where, stored, sizes = type(self).__name__, self.layout.stored_channels, self._sizes(output_padding)
+        return functional.orbit_text(where, self.layout.text, stored, self.groups, *sizes)
 
     def expanded_bias(self) -> Tensor | None:
         """One bias per output channel."""
@@ -330,55 +350,17 @@ class _SymmetricConv(_OrbitConv):
     Warns when a flip along a kernel axis of size 1 makes identical copies.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        symmetry: str | Mapping[str, int | str] | None,
-        share_bias: bool = False,
-        activation: functional.Activation | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            dtype=dtype,
-            activation=activation,
-        )
-        self._setup_orbits(symmetry, share_bias, device, dtype)
-
-    def _spec(self) -> str:
-        where, layout, pads = type(self).__name__, self.layout, self._zero_padding()
-        sizes = (self.kernel_size, self.stride, pads, self.dilation)
-        return functional.orbit_text(where, layout.text, layout.stored_channels, self.groups, *sizes)
-
 
 class SymmetricConv1d(_SymmetricConv, nn.Conv1d):
-    __doc__ = _SymmetricConv.__doc__ or ""
+    pass
 
 
 class SymmetricConv2d(_SymmetricConv, nn.Conv2d):
-    __doc__ = _SymmetricConv.__doc__ or ""
+    pass
 
 
 class SymmetricConv3d(_SymmetricConv, nn.Conv3d):
-    __doc__ = _SymmetricConv.__doc__ or ""
+    pass
 
 
 class _SymmetricConvTranspose(_OrbitConv):
@@ -387,41 +369,6 @@ class _SymmetricConvTranspose(_OrbitConv):
     y = act(conv_transpose(x, expanded_weight()) + expanded_bias()); arguments as in the torch layer, then as in
     `SymmetricConv2d`. ``forward`` takes `output_size` like the torch layer.
     """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: Any = 1,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        symmetry: str | Mapping[str, int | str] | None,
-        share_bias: bool = False,
-        activation: functional.Activation | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-            dtype=dtype,
-            activation=activation,
-        )
-        self._setup_orbits(symmetry, share_bias, device, dtype)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if output_size is None:
@@ -432,22 +379,17 @@ class _SymmetricConvTranspose(_OrbitConv):
         )
         return self._run(input, self._spec(tuple(output_padding)))
 
-    def _spec(self, output_padding: tuple[int, ...] | None = None) -> str:
-        where, layout = type(self).__name__, self.layout
-        sizes: Any = (self.kernel_size, self.stride, self.padding, self.dilation, output_padding or self.output_padding)
-        return functional.orbit_transpose_text(where, layout.text, layout.stored_channels, self.groups, *sizes)
-
 
 class SymmetricConvTranspose1d(_SymmetricConvTranspose, nn.ConvTranspose1d):
-    __doc__ = _SymmetricConvTranspose.__doc__ or ""
+    pass
 
 
 class SymmetricConvTranspose2d(_SymmetricConvTranspose, nn.ConvTranspose2d):
-    __doc__ = _SymmetricConvTranspose.__doc__ or ""
+    pass
 
 
 class SymmetricConvTranspose3d(_SymmetricConvTranspose, nn.ConvTranspose3d):
-    __doc__ = _SymmetricConvTranspose.__doc__ or ""
+    pass
 
 
 class _TiedConv(_SharedConv):
@@ -474,36 +416,14 @@ class _TiedConv(_SharedConv):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
+        *args: Any,
         symmetry: str,
         parity: str | Mapping[str, str] = "even",
         free: int = 0,
         activation: functional.Activation | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            dtype=dtype,
-            activation=activation,
-        )
+        super().__init__(*args, activation=activation, **kwargs)
         where = type(self).__name__
         self.symmetry = Symmetry(symmetry)
         self.symmetry.check_kernel(self.kernel_size, where)
@@ -515,23 +435,19 @@ class _TiedConv(_SharedConv):
                 f"{where}: {symmetry!r} has no reflections, so parity='odd' is the same as 'even'", stacklevel=2
             )
         (free,) = functional.check_counts(where, 0, free=free)
-        if not 0 <= free <= out_channels or free % groups:
+        out, into = self.out_channels, self.in_channels // self.groups
+        if not 0 <= free <= out or free % self.groups:
             raise ValueError(
-                f"{where}: free={free} must be a multiple of groups={groups} from 0 to out_channels={out_channels}"
+                f"{where}: free={free} must be a multiple of groups={self.groups} from 0 to out_channels={out}"
             )
         self.free = free
-        into = self.in_channels // self.groups
-        self._store((out_channels - free, into, len(self.orbits)), out_channels, device, dtype)
-        free_weight = nn.Parameter(torch.empty(free, into, *self.kernel_size, device=device, dtype=dtype))
-        self.free_weight = free_weight if free else None
-        self.weight.requires_grad_(free < out_channels)  # without filters it never gets a gradient, which DDP waits for
-        self.reset_parameters()
+        self._store((out - free, into, len(self.orbits)), out, (free, into, *self.kernel_size))
+        self.weight.requires_grad_(free < out)  # without filters it never gets a gradient, which DDP waits for
 
     def _spec(self) -> str:
         where, name, tied = type(self).__name__, self.symmetry.name, self.out_channels - self.free
         parity: Any = tuple(self.parity.items()) if isinstance(self.parity, dict) else self.parity
-        sizes = (self.kernel_size, self.stride, self._zero_padding(), self.dilation)
-        return functional.tied_text(where, name, parity, tied, self.free, self.groups, *sizes)
+        return functional.tied_text(where, name, parity, tied, self.free, self.groups, *self._sizes())
 
     def _stored(self) -> tuple[Tensor, ...]:
         return functional.stored_tensors(self.weight, self.free_weight)
@@ -560,15 +476,15 @@ class _TiedConv(_SharedConv):
 
 
 class TiedConv1d(_TiedConv, nn.Conv1d):
-    __doc__ = _TiedConv.__doc__ or ""
+    pass
 
 
 class TiedConv2d(_TiedConv, nn.Conv2d):
-    __doc__ = _TiedConv.__doc__ or ""
+    pass
 
 
 class TiedConv3d(_TiedConv, nn.Conv3d):
-    __doc__ = _TiedConv.__doc__ or ""
+    pass
 
 
 class _OrbitPoolConv(_SharedConv):
@@ -590,46 +506,22 @@ class _OrbitPoolConv(_SharedConv):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
+        *args: Any,
         symmetry: str,
         reduce: functional.PoolReduction = "max",
         activation: functional.Activation | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            dtype=dtype,
-            activation=activation,
-        )
+        super().__init__(*args, activation=activation, **kwargs)
         where = type(self).__name__
         self.reduce = reduce
-        functional.pool_text(where, symmetry, reduce, out_channels, self.groups, self.kernel_size, 1, 0, 1)
+        functional.pool_text(where, symmetry, reduce, self.out_channels, self.groups, self.kernel_size, 1, 0, 1)
         self.symmetry = Symmetry(symmetry)
-        self._store(self._dense_shape(), out_channels, device, dtype)
-        self.reset_parameters()
+        self._store(self._dense_shape(), self.out_channels)
 
     def _spec(self) -> str:
-        where, name = type(self).__name__, self.symmetry.name
-        sizes = (self.kernel_size, self.stride, self._zero_padding(), self.dilation)
-        return functional.pool_text(where, name, self.reduce, self.out_channels, self.groups, *sizes)
+        name, filters = self.symmetry.name, self.out_channels
+        return functional.pool_text(type(self).__name__, name, self.reduce, filters, self.groups, *self._sizes())
 
     def _scale(self) -> int | None:
         return functional.orbit_scale(self.symmetry.name, self.reduce)
@@ -709,12 +601,12 @@ class _PooledDense(nn.Module):
 
 
 class OrbitPoolConv1d(_OrbitPoolConv, nn.Conv1d):
-    __doc__ = _OrbitPoolConv.__doc__ or ""
+    pass
 
 
 class OrbitPoolConv2d(_OrbitPoolConv, nn.Conv2d):
-    __doc__ = _OrbitPoolConv.__doc__ or ""
+    pass
 
 
 class OrbitPoolConv3d(_OrbitPoolConv, nn.Conv3d):
-    __doc__ = _OrbitPoolConv.__doc__ or ""
+    pass
