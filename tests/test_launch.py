@@ -4,7 +4,7 @@ import pytest
 import torch
 from interpret import CASES, build
 
-from tritonsym import launch
+from tritonsym import reference
 
 
 def dense_weight(spec, weights):
@@ -32,7 +32,7 @@ def dense_weight(spec, weights):
 def test_rows_of_stored_weights(name):
     spec = build(**CASES[name][0])
     weights = [torch.randn(shape).double().requires_grad_() for shape in spec.weight_shapes(3)]
-    rows = launch.stored_rows(spec, *weights)
+    rows = reference.stored_rows(spec, *weights)
     assert rows.shape == (spec.groups, spec.rows, 3) and rows.is_contiguous()
     dense = dense_weight(spec, [w.detach() for w in weights])
     of_table = torch.tensor(spec.row_table)
@@ -40,5 +40,5 @@ def test_rows_of_stored_weights(name):
     torch.testing.assert_close(found.transpose(2, 3), dense, rtol=0, atol=0)
     drows = torch.randn_like(rows)
     expected = torch.autograd.grad(rows, weights, drows)
-    for got, of_weight in zip(launch.stored_gradients(spec, drows, spec.weight_shapes(3)), expected, strict=True):
+    for got, of_weight in zip(reference.stored_gradients(spec, drows, spec.weight_shapes(3)), expected, strict=True):
         torch.testing.assert_close(got, of_weight, rtol=0, atol=0)

@@ -137,31 +137,6 @@ def backward(
 # --- how tensors lie --------------------------------------------------------------------------------------------------
 
 
-def stored_rows(spec: ConvSpec, *weights: Tensor) -> Tensor:
-    """(groups, R, C) from the stored weights of `ConvSpec.weight_shapes`, contiguous."""
-    grouped = [w.unflatten(0, (spec.groups, -1)).flatten(3) for w in weights]  # [G, F, C, slots]
-    plain = [block.filters for block in spec.blocks if not block.orbits]
-    shared = grouped.pop() if plain else grouped[0]
-    shared = shared.transpose(1, 2) if plain and spec.geometry.transposed else shared
-    tied, free = iter(grouped), iter(shared.split(plain, 1) if plain else ())
-    parts = [next(tied if block.orbits else free).permute(0, 3, 1, 2).flatten(1, 2) for block in spec.blocks]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
-
-
-def stored_gradients(spec: ConvSpec, drows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The adjoint of `stored_rows`: gradients of weights of these shapes."""
-    tied: list[Tensor] = []
-    plain: list[Tensor] = []
-    parts = drows.split([block.filters * spec.slots(block) for block in spec.blocks], 1)
-    for block, part in zip(spec.blocks, parts, strict=True):
-        part = part.unflatten(1, (-1, block.filters)).permute(0, 2, 3, 1)  # [G, F, C, slots]
-        (tied if block.orbits else plain).append(part)
-    if plain:
-        shared = torch.cat(plain, 1)
-        tied.append(shared.transpose(1, 2) if spec.geometry.transposed else shared)
-    return [part.reshape(tuple(shape)) for part, shape in zip(tied, shapes, strict=True)]
-
-
 def _to_3d(x: Tensor) -> Tensor:
     """(N, C, *sizes) with axes of size 1 put in front of the spatial ones."""
     return x[(slice(None),) * 2 + (None,) * (5 - x.ndim)]

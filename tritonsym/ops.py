@@ -216,7 +216,7 @@ def _fprop(
     shape = (x.shape[0], conv.out_channels, *conv.geometry.out_sizes(x.shape[2:]))
     y = shift.like(x, shape) if last else x.new_empty(shape)
     winners = torch.empty_like(y, dtype=torch.uint8) if keep else None
-    launch.fprop(x, launch.stored_rows(conv, *weights), bias, conv, path, tiles, activation, y, winners)
+    launch.fprop(x, reference.stored_rows(conv, *weights), bias, conv, path, tiles, activation, y, winners)
     return y, nothing if winners is None else winners
 
 
@@ -242,25 +242,25 @@ def _backward(
         dx, dws = shift.backward(dy, x, weights, text, fold, need_x, need_weights)
     else:
         dx = torch.empty_like(x) if need_x else None
-        rows = launch.stored_rows(conv, *weights)
+        rows = reference.stored_rows(conv, *weights)
         drows = torch.empty_like(rows) if need_weights else None
         launch.backward(dy, x, rows, winners if conv.pool else None, conv, path, tiles, dx, drows)
-        dws = None if drows is None else launch.stored_gradients(conv, drows, [w.shape for w in weights])
+        dws = None if drows is None else reference.stored_gradients(conv, drows, [w.shape for w in weights])
     nothing = x.new_empty(0)
-    # as they lie, .grad takes gradients over without a copy
-    dw, dfree, *_ = [
-        *(torch.empty_like(w).copy_(d) for w, d in zip(weights, dws or (), strict=False)),
-        nothing,
-        nothing,
-    ]
+    dw, dfree, *_ = [*(dws or [nothing]), nothing, nothing]
     return nothing if dx is None else _in_format(dx, shift.is_last(x)), dw, dfree
+
+
+def _laid_out(*args: Any) -> tuple[Tensor, ...]:
+    """`_backward` with gradients that lie as the weights do, which compilers know the strides of."""
+    dx, *dws = _backward(*args)
+    return dx, *(torch.empty_like(w).copy_(d) if d.numel() else d for w, d in zip(args[2:4], dws, strict=True))
 
 
 _fprop.__signature__ = inspect.signature(_fprop)  # type: ignore[attr-defined]  # which autograd asks for in every call
 _conv_op = torch.library.custom_op("tritonsym::conv", _fprop, mutates_args=())
-
-
-_backward_op = torch.library.custom_op("tritonsym::conv_backward", _backward, mutates_args=())
+_schema = torch.library.infer_schema(_backward, mutates_args=())
+_backward_op = torch.library.custom_op("tritonsym::conv_backward", _laid_out, mutates_args=(), schema=_schema)
 
 
 @_conv_op.register_fake

@@ -179,6 +179,41 @@ def orbit_mean(w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
     return mean if scale == 1 else mean * scale
 
 
+def block_rows(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Views (groups, slots, filters, C) of every block, of the stored weights of `ConvSpec.weight_shapes`."""
+    by_group = [w.unflatten(0, (spec.groups, w.shape[0] // spec.groups)).flatten(3) for w in weights]  # [G, F, C, S]
+    plain = [block.filters for block in spec.blocks if block.orbits is None]
+    shared: Any = iter(())
+    if plain:
+        last = by_group[-1].transpose(1, 2) if spec.geometry.transposed else by_group[-1]
+        shared = iter(last.split(plain, 1) if len(plain) > 1 else [last])
+    tied = iter(by_group)
+    return [next(shared if block.orbits is None else tied).permute(0, 3, 1, 2) for block in spec.blocks]
+
+
+def block_gradients(spec: ConvSpec, drows: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The adjoint of `block_rows`: gradients of weights of these shapes."""
+    of_block = [d.permute(0, 2, 3, 1) for d in drows]  # [G, F, C, S]
+    found = [d for d, block in zip(of_block, spec.blocks, strict=True) if block.orbits is not None]
+    plain = [d for d, block in zip(of_block, spec.blocks, strict=True) if block.orbits is None]
+    if plain:
+        shared = torch.cat(plain, 1) if len(plain) > 1 else plain[0]
+        found.append(shared.transpose(1, 2) if spec.geometry.transposed else shared)
+    return [d.reshape(tuple(shape)) for d, shape in zip(found, shapes, strict=True)]
+
+
+def stored_rows(spec: ConvSpec, *weights: Tensor) -> Tensor:
+    """The rows (groups, R, C) of all blocks, one after the other."""
+    return torch.cat([rows.flatten(1, 2) for rows in block_rows(spec, weights)], 1)
+
+
+def stored_gradients(spec: ConvSpec, drows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The adjoint of `stored_rows`."""
+    parts = drows.split([block.filters * spec.slots(block) for block in spec.blocks], 1)
+    by_slot = [part.unflatten(1, (spec.slots(b), b.filters)) for part, b in zip(parts, spec.blocks, strict=True)]
+    return block_gradients(spec, by_slot, shapes)
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 

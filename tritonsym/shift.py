@@ -36,11 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonsym.reference import block_gradients, block_rows
 from tritonsym.spec import ConvSpec, Geometry, Ints
 
 #: Most bytes of z at a time: a chunk of images, or a band of rows of one image, that the caches hold.
 #: ``tritonsym.shift.CHUNK_BYTES = ...`` changes it.
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 
 #: From so many channels per group on, and in bands, no axes stay inside the products of the gradients: matrix products
 #: are faster than the gradients of a convolution.
@@ -210,14 +211,9 @@ class Bags:
         if self.terms == 0 or images == 0 or table.numel() == 0:
             return table.new_zeros(images * self.bags, table.shape[1])
         end = images * self.terms
-        return F.embedding_bag(
-            self.index[:end],
-            table,
-            self.offsets[: images * self.bags + 1],
-            mode="sum",
-            per_sample_weights=None if self.signs is None else self.signs[:end].to(table.dtype),
-            include_last_offset=True,
-        )
+        signs = None if self.signs is None else self.signs[:end].to(table.dtype)
+        offsets = self.offsets[: images * self.bags + 1]
+        return torch.embedding_bag(table, self.index[:end], offsets, False, 0, False, signs, True)[0]
 
 
 @dataclass(frozen=True)
@@ -348,6 +344,10 @@ class Product:
         self.is_whole = all(m == 1 for m in steps)
         self.multiplies = groups == 1 and not any(part.inside)
         self.transposed = g.transposed and not self.multiplies
+        #: Which slots of the part's rows stand at every slot and tap inside.
+        self.order = [part.order[s] for s in phase.slots]
+        self.is_all = len(phase.slots) == len(part.order)
+        self.kernel = [k if stays else 1 for k, stays in zip(g.kernel_size, part.inside, strict=True)]
         stride, pads, dilation, extra, around = [], [], [], [], []
         for a, (stays, axis) in enumerate(zip(part.inside, axes, strict=True)):
             stride.append(g.stride[a] if stays else 1)
@@ -370,6 +370,36 @@ class Product:
         #: For `F.pad`: what the convolution cannot pad or cut itself, of x, or if transposed of z.
         self.around = [side for pair in reversed(around) for side in pair] if any(map(any, around)) else []
 
+    def _ordered(self, rows: Tensor) -> Tensor:
+        """(groups, slots of the part, ...) -> (groups, slots, taps inside, ...): a view if their order allows it."""
+        flat, slots, inside = [s for at in self.order for s in at], len(self.order), len(self.order[0])
+        if flat == list(range(rows.shape[1])):
+            return rows.unflatten(1, (slots, inside))
+        if [at[j] for j in range(inside) for at in self.order] == list(range(rows.shape[1])):
+            return rows.unflatten(1, (inside, slots)).transpose(1, 2)
+        return rows[:, torch.tensor(self.order)]
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """Of the rows of the block (groups, slots, filters, C): (slots filters, C), or what a convolution takes."""
+        taps = self._ordered(rows)  # [G, slots, inside, U, C]
+        if self.multiplies:
+            return taps.reshape(-1, taps.shape[4])
+        if self.transposed:
+            kernels = taps.permute(0, 4, 1, 3, 2).reshape(-1, taps.shape[1] * taps.shape[3], *self.kernel)
+        else:
+            kernels = taps.permute(0, 1, 3, 4, 2).reshape(-1, taps.shape[4], *self.kernel)
+        return kernels.contiguous()
+
+    def add_gradient(self, drows: Tensor, dw: Tensor) -> None:
+        """The adjoint of `weights`: add dw to the rows of the block."""
+        groups, _, filters, channels = drows.shape
+        inside = len(self.order[0])
+        if self.transposed:
+            dw = dw.view(groups, channels, -1, filters, inside).permute(0, 2, 4, 3, 1)
+        else:
+            dw = dw.view(groups, -1, filters, channels, inside).permute(0, 1, 4, 2, 3)
+        drows[:, torch.tensor(self.order)] += dw.to(drows.dtype)
+
     def _input(self, x: Tensor) -> Tensor:
         x = x if self.is_whole else x[self.at]
         return channels_last(_pad(x, self.around) if self.around and not self.transposed else x)
@@ -381,25 +411,25 @@ class Product:
         """z as rows: (images positions groups slots, filters), flattened."""
         if self.multiplies:
             a = self._matrices(x)
-            return torch.bmm(a, w.mT.expand(len(a), -1, -1)).flatten()
+            return (torch.mm(a[0], w.mT) if len(a) == 1 else torch.bmm(a, w.mT.expand(len(a), -1, -1))).flatten()
         z = torch.ops.aten.convolution(self._input(x), w, None, *self.options)
         z = _pad(z, self.around) if self.around and self.transposed else z
         return channels_last(z).movedim(1, -1).flatten()
 
-    def backward(
-        self, d: Tensor, x: Tensor, w: Tensor, dx: Tensor | None, adds: bool, dw: Tensor | None, need_w: bool
-    ) -> Tensor | None:
-        """Fill dx, or add to it; d is as z. Returns dw, which may be None, plus the gradient of w."""
+    def backward(self, d: Tensor, x: Tensor, w: Tensor, dx: Tensor | None, adds: bool, drows: Tensor | None) -> None:
+        """Fill dx, or add to it, and add the gradient of w to the part's rows; d is as z."""
         if not self.multiplies:
-            return self._conv_backward(d, x, w, dx, adds, dw, need_w)
+            self._conv_backward(d, x, w, dx, adds, drows)
+            return
         a = self._matrices(x)
         d = d.view(*a.shape[:2], -1)
-        for d_image, x_image in zip(d, a, strict=True) if need_w else ():
-            if dw is not None and dw.dtype == d.dtype:
-                dw[0].addmm_(d_image.mT, x_image)
-            else:
-                found = torch.mm(d_image.mT, x_image)[None]
-                dw = found.to(_sum_dtype(d.dtype)) if dw is None else dw.add_(found)
+        if drows is not None:
+            to = drows.view(-1, drows.shape[3])
+            for d_image, x_image in zip(d, a, strict=True):
+                if self.is_all and drows.dtype == d.dtype:
+                    to.addmm_(d_image.mT, x_image)
+                else:
+                    self.add_gradient(drows, torch.mm(d_image.mT, x_image))
         if dx is not None and self.is_whole:
             to = _matrices(dx)
             operands = d.view(*to.shape[:2], -1), w.expand(len(to), -1, -1)
@@ -410,27 +440,21 @@ class Product:
         elif dx is not None:
             found = torch.bmm(d, w.expand(len(a), -1, -1))
             dx[self.at] += found.view(x.shape[0], *self.sizes, -1).movedim(-1, 1)
-        return dw
 
     def _conv_backward(
-        self, d: Tensor, x: Tensor, w: Tensor, dx: Tensor | None, adds: bool, dw: Tensor | None, need_w: bool
-    ) -> Tensor | None:
+        self, d: Tensor, x: Tensor, w: Tensor, dx: Tensor | None, adds: bool, drows: Tensor | None
+    ) -> None:
         d = d.view(x.shape[0], *self.sizes, -1).movedim(-1, 1)
         back = [-side for side in self.around]
         if back and self.transposed:
             d = channels_last(_pad(d, back))
-        needs = [dx is not None, need_w, False]
-        found, dw_found, _ = torch.ops.aten.convolution_backward(d, self._input(x), w, None, *self.options, needs)
+        needs = [dx is not None, drows is not None, False]
+        found, dw, _ = torch.ops.aten.convolution_backward(d, self._input(x), w, None, *self.options, needs)
         if dx is not None:
             found = _pad(found, back) if back and not self.transposed else found
             dx[self.at] = dx[self.at] + found if adds else found
-        if need_w:
-            dw = dw_found.to(_sum_dtype(d.dtype)) if dw is None else dw.add_(dw_found)
-        return dw
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        if drows is not None:
+            self.add_gradient(drows, dw.contiguous())
 
 
 def _pad(x: Tensor, sides: Sequence[int]) -> Tensor:
@@ -443,103 +467,6 @@ def _matrices(x: Tensor) -> Tensor:
     """(N, C, *sizes) as a view (1, N positions, C), or if channels-first (N, positions, C)."""
     rows = x.movedim(1, -1)
     return rows.reshape(1, -1, x.shape[1]) if rows.is_contiguous() else x.flatten(2).mT
-
-
-# --- stored weights ---------------------------------------------------------------------------------------------------
-
-
-class Weights:
-    """The stored weights as the products take them, and back.
-
-    Of a part (groups, slots, filters, C, taps inside); its products take the slots that their phase needs.
-    """
-
-    def __init__(self, spec: ConvSpec, blocks: Sequence[Part], stored: Sequence[Tensor]) -> None:
-        self.spec, self.parts, self.shapes = spec, blocks, [w.shape for w in stored]
-        self.kernels = [
-            [k if stays else 1 for k, stays in zip(_planar(spec.geometry).kernel_size, part.inside, strict=True)]
-            for part in blocks
-        ]
-        plain = [b.filters for b in spec.blocks if b.orbits is None]
-        taps, tied = [], iter(stored)
-        shared: Any = iter(())
-        if plain:
-            shared = iter(self._by_group(stored[-1]).split(plain, 1))
-        for block in spec.blocks:
-            taps.append(self._by_group(next(tied)) if block.orbits is not None else next(shared))  # [G, U, C, S]
-        self.ordered = [self._arrange(t, part) for t, part in zip(taps, blocks, strict=True)]
-        self.found: dict[tuple[int, Ints], Tensor] = {}
-        self.gradients: dict[tuple[int, Ints], Tensor] = {}
-
-    def _by_group(self, w: Tensor) -> Tensor:
-        """(G, U, C, S)."""
-        w, groups = w.flatten(2), self.spec.groups
-        if self.spec.geometry.transposed:
-            return w.unflatten(0, (groups, -1)).transpose(1, 2)
-        return w.unflatten(0, (groups, -1))
-
-    @staticmethod
-    def _arrange(taps: Tensor, part: Part) -> Tensor:
-        """(G, U, C, S) -> (G, slots, U, C, taps inside); a view where the order of the slots allows it."""
-        slots, inside, flat = len(part.order), len(part.order[0]), [s for at in part.order for s in at]
-        if flat == list(range(len(flat))):
-            taps = taps.unflatten(-1, (slots, inside))
-        elif [part.order[s][j] for j in range(inside) for s in range(slots)] == list(range(len(flat))):
-            taps = taps.unflatten(-1, (inside, slots)).mT
-        else:
-            taps = taps[..., flat].unflatten(-1, (slots, inside))
-        return taps.permute(0, 3, 1, 2, 4)
-
-    def of(self, number: int, phase: Phase) -> Tensor:
-        """(1, S U, C) for matrix products, else as of a convolution."""
-        key = number, phase.slots
-        if key not in self.found:
-            w = self.ordered[number]
-            w = w if len(phase.slots) == w.shape[1] else w[:, list(phase.slots)]
-            groups, slots, filters, channels, _ = w.shape
-            if groups == 1 and not any(self.parts[number].inside):
-                w = w.reshape(1, slots * filters, channels)
-            elif self.spec.geometry.transposed:
-                w = w.permute(0, 3, 1, 2, 4).reshape(groups * channels, slots * filters, *self.kernels[number])
-            else:
-                w = w.reshape(groups * slots * filters, channels, *self.kernels[number])
-            self.found[key] = w
-        return self.found[key]
-
-    def stored_gradients(self) -> list[Tensor]:
-        """The gradients of the stored weights."""
-        by_block = []
-        for number, (part, w) in enumerate(zip(self.parts, self.ordered, strict=True)):
-            groups, _, filters, channels, inside = w.shape
-            total = None
-            for (of, slots), dw in self.gradients.items():
-                if of != number:
-                    continue
-                if self.spec.geometry.transposed and dw.ndim > 3:
-                    dw = dw.view(groups, channels, len(slots), filters, inside).permute(0, 2, 3, 1, 4)
-                dw = dw.view(groups, len(slots), filters, channels, inside)
-                if len(slots) == w.shape[1]:
-                    total = dw if total is None else total + dw
-                else:
-                    total = dw.new_zeros(w.shape) if total is None else total
-                    total[:, list(slots)] += dw
-            total = torch.zeros(w.shape) if total is None else total
-            flat = [s for at in part.order for s in at]
-            taps = total.permute(0, 2, 3, 1, 4)  # [G, U, C, S]: a view, if nothing is inside
-            taps = taps.squeeze(-1) if inside == 1 else taps.flatten(-2)
-            by_block.append(taps if flat == sorted(flat) else taps[..., sorted(range(len(flat)), key=flat.__getitem__)])
-        plain = [t for t, block in zip(by_block, self.spec.blocks, strict=True) if block.orbits is None]
-        tied = [t for t, block in zip(by_block, self.spec.blocks, strict=True) if block.orbits is not None]
-        found = [*tied, *([torch.cat(plain, 1) if len(plain) > 1 else plain[0]] if plain else [])]
-        if self.spec.geometry.transposed:
-            found = [t.transpose(1, 2) for t in found]
-        dtype = self.ordered[0].dtype
-        kernel = self.spec.geometry.kernel_size
-        found = [(t[0] if len(t) == 1 else t.flatten(0, 1)).to(dtype) for t in found]
-        return [
-            t.unflatten(-1, kernel) if len(shape) > 3 else t.reshape(shape)
-            for t, shape in zip(found, self.shapes, strict=True)
-        ]
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -575,26 +502,35 @@ class Program:
     chunks: tuple[Chunk, ...]
     bands: bool
 
+    @cached_property
+    def fills(self) -> bool:
+        """Whether every value of dx is the result of one product."""
+        products = [of for chunk in self.chunks for step in chunk.steps for _, of in step.products]
+        alone = all(len(chunk.steps) == 1 and len(chunk.steps[0].products) == 1 for chunk in self.chunks)
+        return not self.bands and alone and all(of.is_whole for of in products)
+
     def sums(self, chunk: Chunk, step: Step) -> Sums:
         return tables.find(step, self.geometry, chunk.axes, self.spec.groups, chunk.images)
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)
 def program(spec: str, fold: bool, shape: Ints, itemsize: int, chunk_bytes: int) -> Program:
     """How x of this shape is computed, in pieces whose z takes about `chunk_bytes` at most."""
+    # glibc hands freed blocks back to the system, and fresh pages cost as much as the products, until a block of its
+    # largest threshold, 32 MB, was freed once
+    torch.empty((32 << 20) - 4096, dtype=torch.uint8)
     conv = ConvSpec.of(spec)
     geometry, blocks, groups = _planar(conv.geometry), parts(conv, fold), conv.groups
     axes = tuple(map(Axis, shape[2:], geometry.padding, geometry.out_sizes(shape[2:])))
 
     @cache
     def steps(axes: tuple[Axis, ...]) -> tuple[Step, ...]:
-        return tuple(
-            Step(
-                part,
-                tuple((phase, Product(part, phase, geometry, axes, groups)) for phase in phases(part, geometry, axes)),
-            )
-            for part in blocks
-        )
+        found = []
+        for part in blocks:
+            each = phases(part, geometry, axes)
+            found.append(Step(part, tuple((phase, Product(part, phase, geometry, axes, groups)) for phase in each)))
+        return tuple(found)
 
     image = groups * itemsize * sum(z_values(part, axes) for part in blocks)
     every, batch, rows = slice(None), shape[0], axes[0].out
@@ -655,26 +591,26 @@ def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, 
     """y = conv(x) + bias of stored weights and a bias per filter, channels-last or not; without pooling."""
     if x.ndim == 3:
         return fprop(x.unsqueeze(-1), weights, bias, spec, fold, False).squeeze(-1)
-    plan = program(spec, fold, tuple(x.shape), x.element_size(), CHUNK_BYTES)
-    stored = Weights(plan.spec, plan.parts, weights)
+    plan = program(spec, fold, x.shape, x.element_size(), CHUNK_BYTES)
+    groups, kernels = plan.spec.groups, _Kernels(block_rows(plan.spec, weights))
     shape = (x.shape[0], plan.spec.filters, *(axis.out for axis in plan.axes))
     is_one = last and len(plan.chunks) == len(plan.parts) == 1
-    y = x.new_empty(0) if is_one else like(x, shape) if last else x.new_empty(shape)
+    y = x if is_one else like(x, shape) if last else x.new_empty(shape)
     for chunk in plan.chunks:
-        x_chunk = x[chunk.x]
+        x_chunk = x if is_one else x[chunk.x]
         for number, step in enumerate(chunk.steps):
             part = step.part
-            z = [of.fprop(x_chunk, stored.of(number, phase)).view(chunk.images, -1) for phase, of in step.products]
-            rows = z[0] if len(z) == 1 else torch.cat(z, 1) if z else x.new_empty(0)
+            z = [of.fprop(x_chunk, kernels.of(number, phase, of)) for phase, of in step.products]
+            rows = z[0] if len(z) == 1 else torch.cat([r.view(chunk.images, -1) for r in z] or [x.new_empty(0)], -1)
             if not part.is_plain:
                 rows = plan.sums(chunk, step).forward.add(rows.view(-1, part.filters), chunk.images)
             sizes = (chunk.images, *(axis.out for axis in chunk.axes))
-            found = rows.view(*sizes, plan.spec.groups, len(part.images), part.filters)
             if is_one:
-                y = found.flatten(-3).movedim(-1, 1)
+                y = rows.view(*sizes, plan.spec.filters).movedim(-1, 1)
                 continue
+            found = rows.view(*sizes, groups, len(part.images), part.filters)
             for channels, images in _runs(part):
-                to = y[chunk.y].movedim(1, -1).unflatten(-1, (plan.spec.groups, -1))[..., channels]
+                to = y[chunk.y].movedim(1, -1).unflatten(-1, (groups, -1))[..., channels]
                 to.copy_(found[..., images, :].flatten(-2))
         if not chunk.steps:
             y[chunk.y] = 0
@@ -691,37 +627,44 @@ def backward(
         dx, dws = backward(dy.unsqueeze(-1), x.unsqueeze(-1), weights, spec, fold, need_x, need_weights)
         return None if dx is None else dx.squeeze(-1), dws
     fold = fold and x.shape[1] < GRADIENT_CHANNELS * ConvSpec.of(spec).groups
-    plan = program(spec, fold, tuple(x.shape), x.element_size(), CHUNK_BYTES)
+    plan = program(spec, fold, x.shape, x.element_size(), CHUNK_BYTES)
     if fold and plan.bands:
-        plan = program(spec, False, tuple(x.shape), x.element_size(), CHUNK_BYTES)
-    stored = Weights(plan.spec, plan.parts, weights)
-    fills = (
-        not plan.bands
-        and len(plan.parts) == 1
-        and all(
-            len(step.products) == 1 and step.products[0][1].is_whole for chunk in plan.chunks for step in chunk.steps
-        )
-    )
+        plan = program(spec, False, x.shape, x.element_size(), CHUNK_BYTES)
+    groups, kernels = plan.spec.groups, _Kernels(block_rows(plan.spec, weights))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    drows = [torch.zeros(r.shape, dtype=wide) if need_weights else None for r in kernels.rows]
     dx = None
     if need_x:
         dx = like(x, x.shape) if is_last(x) else x.new_empty(x.shape)
-        dx = dx if fills else dx.zero_()
+        dx = dx if plan.fills else dx.zero_()
     for chunk in plan.chunks:
-        x_chunk = x[chunk.x]
+        is_all = len(plan.chunks) == 1
+        x_chunk, dy_chunk = (x, dy) if is_all else (x[chunk.x], dy[chunk.y])
+        to = dx if is_all or dx is None else dx[chunk.x]
+        dy_chunk = dy_chunk.movedim(1, -1).unflatten(-1, (groups, -1))
         for number, step in enumerate(chunk.steps):
-            part = step.part
-            rows = dy[chunk.y].movedim(1, -1).unflatten(-1, (plan.spec.groups, -1))
-            parts = [rows[..., channels] for channels, _ in _runs(part)]
-            rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-            sums = None if part.is_plain else plan.sums(chunk, step)
+            runs = [dy_chunk[..., channels] for channels, _ in _runs(step.part)]
+            table = (runs[0] if len(runs) == 1 else torch.cat(runs, -1)).reshape(-1, step.part.filters)
+            sums = None if step.part.is_plain else plan.sums(chunk, step)
             for i, (phase, of) in enumerate(step.products):
-                d = rows if sums is None else sums.adjoint[i].add(rows.reshape(-1, part.filters), chunk.images)
-                to, key = None if dx is None else dx[chunk.x], (number, phase.slots)
-                dw = stored.gradients.get(key)
-                dw = of.backward(d.flatten(), x_chunk, stored.of(number, phase), to, not fills, dw, need_weights)
-                if dw is not None:
-                    stored.gradients[key] = dw
-    return dx, stored.stored_gradients() if need_weights else None
+                d = table if sums is None else sums.adjoint[i].add(table, chunk.images)
+                of.backward(d.flatten(), x_chunk, kernels.of(number, phase, of), to, not plan.fills, drows[number])
+    found = [d.to(x.dtype) for d in drows if d is not None]
+    return dx, block_gradients(plan.spec, found, [w.shape for w in weights]) if need_weights else None
+
+
+class _Kernels:
+    """What the products take of the rows of every block; chunks share it."""
+
+    def __init__(self, rows: list[Tensor]) -> None:
+        self.rows = rows
+        self.found: dict[tuple[int, Ints], Tensor] = {}
+
+    def of(self, number: int, phase: Phase, product: Product) -> Tensor:
+        key = number, phase.slots
+        if key not in self.found:
+            self.found[key] = product.weights(self.rows[number])
+        return self.found[key]
 
 
 @cache
