@@ -27,6 +27,10 @@ class Conv2dSame(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
+class Named(nn.Conv2d):
+    """A subclass that computes what its base does."""
+
+
 class Residual(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -77,7 +81,7 @@ REPLACED = {  # by conv='hv', linear=True
     "mix": "SymmetricLinear",
 }
 SKIPPED = {
-    "depthwise": "hv=16 filters do not fill whole orbits of 4 in each of 16 groups",
+    "depthwise": "one filter per group, without images beside it: conv='tied:...', or TiedConv2d by a rule, ties taps",
     "pointwise": "size 1",
     "same": "a subclass of Conv2d; pass subclasses=True",
     "attention.out_proj": "MultiheadAttention reads its weight directly",
@@ -150,7 +154,8 @@ def test_a_model_is_replaced_where_the_symmetry_fits_and_the_report_says_why_not
 
 def test_the_report_counts():
     original = zoo()
-    model, report = replace_layers(original, conv={"hv": "50%", "h": 4}, linear=True)
+    conv = {"hv": "50%", "h": 4}
+    model, report = replace_layers(original, conv, linear=True)
     assert isinstance(report, Sequence) and len(report) == len(list(report)) == len(REPLACED)
     stem = report[0]
     what = (stem.name, stem.before, stem.after, stem.symmetry)
@@ -168,24 +173,38 @@ def test_the_report_counts():
     assert report.multiply_adds_after == sum(row.multiply_adds_after for row in report)
     for row in report:
         weight, layer = original.get_submodule(row.name).weight, model.get_submodule(row.name)
-        expected = (layer.expanded_weight() - weight).norm() / weight.norm()
-        assert 0 < row.weight_change < 1 and row.weight_change == pytest.approx(expected.item(), rel=1e-12)
+        projected, _ = replace_layers(
+            nn.Sequential(original.get_submodule(row.name)), conv, linear=True, init="project"
+        )
+        nearest = projected[0].expanded_weight()
+        assert row.projection_error == pytest.approx(((nearest - weight).norm() / weight.norm()).item(), rel=1e-12)
+        assert row.scale == pytest.approx((layer.expanded_weight().norm() / nearest.norm()).item(), rel=1e-12)
+        assert 0 < row.projection_error < 1 < row.scale
+    assert (report.model_parameters_before, report.model_parameters_after) == (before, after)
 
 
 def test_the_report_prints_aligned_rows_totals_and_reasons():
-    _, report = replace_layers(zoo(), conv="hv", linear=True, rule=lambda name, _: name != "up")
+    model, report = replace_layers(zoo(), conv="hv", linear=True, rule=lambda name, _: name != "up")
     table, skipped = str(report).split("\n\n")
-    header, *rows, total = table.splitlines()
-    assert [row.split()[0] for row in rows] == names(report)
-    assert len({line.index("->") for line in (*rows, total)}) == 1
+    header, *rows, total, whole = table.splitlines()
+    assert [row.split()[0] for row in rows] == ["stem", "blocks.0.conv1", "blocks.0.conv2", "shared", "mix"]
+    assert [row.split(" Conv2d")[0].strip() for row in rows[1:3]] == [f"blocks.0.conv{i} and 1 more" for i in (1, 2)]
+    assert len({line.index("->") for line in (*rows, total, whole)}) == 1
     assert total.startswith(f"total of {len(report)}") and f"{report.parameters_after:,}" in total
+    assert whole.startswith("whole model") and f"{sum(p.numel() for p in model.parameters()):,}" in whole
     assert header.index("symmetry") == rows[0].index("hv:16")
     assert skipped.splitlines()[0] == f"skipped {len(report.skipped)}:"
     for line, skip in zip(skipped.splitlines()[1:], report.skipped, strict=True):
         assert line.startswith(skip.name) and line.endswith(skip.reason)
     assert "up  " in skipped and "left alone by the rule" in skipped
-    _, empty = replace_layers(nn.ReLU(), conv="hv")
+
+
+def test_a_conversion_that_does_nothing_warns():
+    with pytest.warns(UserWarning, match="nothing was replaced .there is no such layer"):
+        _, empty = replace_layers(nn.ReLU(), conv="hv")
     assert len(empty) == 0 and "total of 0" in str(empty) and "skipped" not in str(empty)
+    with pytest.warns(UserWarning, match="nothing was replaced .1: its kernel has size 1"):
+        replace_layers(nn.Sequential(nn.ReLU(), nn.Conv2d(2, 4, 1)), conv="hv")
 
 
 def test_the_converted_model_trains_and_stays_symmetric():
@@ -258,7 +277,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("init", ["project", "keep", "reset"])
+@pytest.mark.parametrize("init", ["rescale", "project", "keep", "reset"])
 @pytest.mark.parametrize(("cls", "options", "symmetry"), LAYERS)
 def test_a_layer_becomes_what_from_dense_makes_of_it(cls, options, symmetry, init, dtype):
     layer = dense(cls, **options, dtype=dtype).eval()
@@ -272,7 +291,7 @@ def test_a_layer_becomes_what_from_dense_makes_of_it(cls, options, symmetry, ini
     torch.testing.assert_close(new.state_dict(), expected.state_dict(), rtol=0, atol=0)
     assert layer.bias is None or (new.bias.requires_grad and new.bias is not layer.bias)
     on_meta, report = replace_layers(copy.deepcopy(layer).to("meta"), **{kind: symmetry}, init=init)
-    assert on_meta.weight.is_meta and on_meta.weight.shape == new.weight.shape and report[0].weight_change is None
+    assert on_meta.weight.is_meta and on_meta.weight.shape == new.weight.shape and report[0].scale is None
 
 
 def test_sizes_may_be_of_numpy():
@@ -286,10 +305,20 @@ def test_sizes_may_be_of_numpy():
     assert tnn.SymmetricLinear(np.int64(3), 3).in_features == 3 and tnn.TopKPool1d(np.int64(2)).k == 2
 
 
-def test_flips_along_an_axis_of_size_1_warn_and_are_done():
-    with pytest.warns(UserWarning, match="identical copies"):
-        model, report = replace_layers(nn.Sequential(nn.Conv2d(2, 4, (1, 3))), conv="v")
-    assert [row.symmetry for row in report] == ["v:4"] and isinstance(model[0], tnn.SymmetricConv2d)
+def test_flips_along_an_axis_of_size_1_are_dropped():
+    model = nn.Sequential(nn.Conv2d(2, 8, (1, 3)), nn.Conv2d(8, 12, (3, 1)), nn.Conv3d(1, 8, (1, 3, 3)))
+    _, report = replace_layers(model, conv="hv")
+    assert [row.symmetry for row in report] == ["h:8", "v:12", "hv:8"]
+    assert [row.note for row in report] == [
+        "without 'v', along which the kernel has size 1",
+        "without 'h', along which the kernel has size 1",
+        "",
+    ]
+    assert report[0].note in str(report)
+    _, report = replace_layers(model, conv={"h": "25%", "hv": "50%"})
+    assert [row.symmetry for row in report] == ["h:6 free:2", "v:4 free:8", "h:2 hv:4 free:2"]
+    _, report = replace_layers(model, conv="v")
+    assert names(report) == ["1", "2"] and "size 1 along 'v'" in reasons(report)["0"]
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -323,8 +352,8 @@ def test_a_rule_selects_and_chooses():
         "stem": ("SymmetricConv2d", "h:16"),
         "blocks.0.conv1": ("SymmetricConv2d", "d4:16"),
         "blocks.0.conv2": ("SymmetricConv2d", "h:8 v:4 free:4"),
-        "blocks.1.1.conv1": ("OrbitPoolConv2d", "hv"),
-        "depthwise": ("TiedConv2d", "hv"),
+        "blocks.1.1.conv1": ("OrbitPoolConv2d", "pool:hv max"),
+        "depthwise": ("TiedConv2d", "tied:hv"),
         "mix": ("SymmetricLinear", "symmetric"),
         "head": ("Sequential", None),
     }
@@ -334,7 +363,7 @@ def test_a_rule_selects_and_chooses():
     rows = {row.name: row for row in report}
     depthwise, pooled = rows["depthwise"], rows["blocks.1.1.conv1"]
     assert (depthwise.multiply_adds_before, depthwise.multiply_adds_after) == (16 * 9, 16 * 4)
-    assert pooled.multiply_adds_after == 16 * 16 * 9 and pooled.weight_change is None
+    assert pooled.multiply_adds_after == 16 * 16 * 9 and pooled.scale is None
     assert rows["head"].multiply_adds_after is None and report.multiply_adds_after is None
     assert model.head[0].weight.shape == (5, 8)
     assert not {id(p) for p in model.parameters()} & {id(p) for p in original.parameters()}
@@ -350,12 +379,16 @@ def test_without_defaults_a_rule_gives_symmetries_and_a_linear_layer_takes_only_
 
 
 def test_subclasses_are_replaced_when_asked_but_never_what_a_parent_reads():
-    model, report = replace_layers(zoo(), conv="h", linear=True, subclasses=True)
-    assert type(model.same) is tnn.SymmetricConv2d and "same" in names(report)
+    original = zoo()
+    original.named = Named(8, 8, 3)
+    model, report = replace_layers(original, conv="h", linear=True, subclasses=True)
+    assert type(model.named) is tnn.SymmetricConv2d and "named" in names(report)
+    assert reasons(report)["same"] == "Conv2dSame has a forward of its own, which its replacement would lose"
     assert "attention.out_proj" in reasons(report)
     assert model.attention(*torch.randn(3, 2, 4, 8, dtype=torch.float64))[0].isfinite().all()
     encoder = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, batch_first=True).eval()
-    converted, report = replace_layers(encoder, linear=True, subclasses=True)
+    with pytest.warns(UserWarning, match="nothing was replaced"):
+        converted, report = replace_layers(encoder, linear=True, subclasses=True)
     assert len(report) == 0
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
@@ -397,12 +430,21 @@ def frozen(dtype):
 
 SKIPS = {
     "subclass": (partial(dense, Conv2dSame), "hv", "a subclass of Conv2d; pass subclasses=True"),
+    "other shape": (
+        changed(lambda m: setattr(m, "weight", nn.Parameter(torch.ones(9)))),
+        "h",
+        "shape (9,), not (16, 8",
+    ),
+    "compiled": (changed(lambda m: m.compile(backend="eager")), "h", "it is compiled; convert the model before"),
+    "depthwise": (partial(dense, groups=8, out_channels=8), "h", "one filter per group"),
+    "no taps tied": (partial(dense, kernel_size=(3, 1)), "tied:h", "ties no taps"),
+    "no such layer": (partial(dense, nn.ConvTranspose2d), "tied:hv", "no transposed TiedConv"),
     "1x1": (partial(dense, kernel_size=1), "hv", "size 1"),
     "count": (partial(dense, out_channels=6), {"d4": 8}, "out_channels is 6"),
     "orbits": (partial(dense, out_channels=6), "d4", "nearest valid counts: 0 or 8"),
     "kernel": (partial(dense, kernel_size=(3, 5)), "d4", "needs a square kernel"),
     "axis": (partial(dense, nn.Conv1d), "v", "flips an axis"),
-    "percent": (partial(dense, groups=4), {"hv": "50%"}, "leaves all of its filters free"),
+    "percent": (partial(dense, groups=4), {"hv": "20%"}, "leaves all of its filters free"),
     "parametrized": (lambda: parametrizations.weight_norm(dense()), "h", "parametrizations"),
     "weight_norm": (lambda: weight_norm(dense()), "h", "hooks"),
     "forward hook": (changed(lambda m: m.register_forward_hook(ignore)), "h", "hooks"),
@@ -475,7 +517,11 @@ BAD = {
     "kind of count": ({"conv": {"h": 1.5}}, TypeError, "h=1.5 must be a count"),
     "kind of conv": ({"conv": True}, TypeError, "symmetry must be a name"),
     "linear": ({"linear": "lower"}, ValueError, "linear must be True, False, 'symmetric' or None, got 'lower'"),
-    "init": ({"conv": "h", "init": "mean"}, ValueError, "init must be one of 'project', 'keep', 'reset', got 'mean'"),
+    "init": (
+        {"conv": "h", "init": "mean"},
+        ValueError,
+        "init must be one of 'rescale', 'project', 'keep', 'reset', got",
+    ),
     "kind of rule": ({"rule": "h"}, TypeError, "rule must be called as rule"),
     "rule without default": ({"conv": "h", "rule": late(True)}, ValueError, "no default; pass linear=True"),
     "rule's kind": ({"conv": "h", "linear": True, "rule": late(3)}, TypeError, "layer 'head': symmetry must be a name"),
@@ -523,7 +569,7 @@ def test_a_materialized_model_is_plain_torch_with_equal_outputs(inplace):
     close(plain(image()), expected)
     assert plain.state_dict().keys() == zoo().state_dict().keys()
     again, report = replace_layers(plain, conv={"d4": "50%", "h": 4}, linear=True)
-    assert {row.weight_change for row in report} == {0.0}
+    assert {(row.projection_error, row.scale) for row in report} == {(0.0, 1.0)}
     assert torch.equal(again(image()), expected)
 
 

@@ -551,7 +551,7 @@ def test_to_dense_keeps_the_training_flag(name, options, activation, training):
 
 @CONVERSIONS
 def test_projection_is_orthogonal(name, options):
-    dense, layer = from_dense(name, options)
+    dense, layer = from_dense(name, options, init="project")
     if options.get("reduce") in ("max", "min"):
         assert torch.equal(layer.weight, dense.weight)
         return

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 def test_example_runs(capsys):
     code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     model = torch_nn.Sequential(torch_nn.Conv2d(3, 8, 3), torch_nn.ReLU(), torch_nn.Conv2d(8, 10, 3))
-    names = {"model": model, "x": torch.randn(2, 64, 9, 9)}
+    names = {"model": model, "dense_model": model, "x": torch.randn(2, 64, 9, 9)}
     exec(code, names)
     assert type(names["model"][0]) is torch_nn.Conv2d
     assert [row.symmetry for row in names["report"]] == ["hv:8", "hv:8 free:2"]

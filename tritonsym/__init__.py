@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tritonsym import functional, nn, testing
-from tritonsym.convert import load_cnn_symmetry, materialize, replace_layers
+from tritonsym.convert import init_, materialize, replace_layers
+from tritonsym.importers import load_cnn_symmetry
 from tritonsym.packing import pack, pack_tril, pack_triu, unpack, unpack_tril, unpack_triu
 from tritonsym.plan import Plan, backend, explain, path
 from tritonsym.symmetry import FilterLayout, Symmetry
@@ -46,6 +47,7 @@ __all__ = [
     "backend",
     "explain",
     "functional",
+    "init_",
     "load_cnn_symmetry",
     "materialize",
     "nn",

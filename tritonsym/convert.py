@@ -1,27 +1,32 @@
-"""Convert models: torch layers to symmetric ones and back, and checkpoints of the CNN-Symmetry package."""
+"""Convert models: torch layers to symmetric ones and back."""
 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
 from tritonsym import functional, reference
 from tritonsym import nn as tnn
 from tritonsym._compat import assert_at_run_time
 from tritonsym._table import aligned
-from tritonsym.nn.conv import INITS, Init, _OrbitConv, _SharedConv
-from tritonsym.symmetry import FilterLayout, as_mapping
+from tritonsym.aliases import references, repoint, warn_of_optimizers, weight_readers
+from tritonsym.nn.conv import INITS, Init, _OrbitConv, _OrbitPoolConv, _SharedConv, _TiedConv
+from tritonsym.symmetry import FilterLayout, Symmetry, as_mapping
 
 Spec = str | Mapping[str, int | str]
+Recipe = Mapping[str, Any]
 Rule = Callable[[str, nn.Module], Spec | nn.Module | bool | None]
 
 #: The torch layers to replace, by what.
@@ -31,8 +36,8 @@ _REPLACEMENTS: dict[type[nn.Module], Any] = {
 } | {nn.Linear: tnn.SymmetricLinear}
 _PLAIN_LAYERS = tuple(_REPLACEMENTS)
 _TRITONSYM_LAYERS = (_SharedConv, tnn.SymmetricLinear, tnn.GlobalConv1d, tnn.TopKPool1d, tnn.Symmetrize)
-# torch modules whose forward reads the weights of their children instead of calling them
-_WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# torch modules that hold the parameters of what they wrap in ways of their own
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -44,17 +49,22 @@ class Replacement:
 
     Multiply-adds are those of one position of the output (of the input, for a transposed convolution) over all
     channels; afterwards those with the stored weights. `tritonsym.explain` says what the path of a layer executes.
+    With d the dense weight, P d its projection and e the expanded weight, in Frobenius norms: `projection_error` is
+    |P d - d| / |d|, 0 where the layer was symmetric; `scale` is |e| / |P d|.
     """
 
     name: str
     before: str
     after: str
-    symmetry: str | None
+    symmetry: str | None  # also a spec for `replace_layers`
     parameters_before: int
     parameters_after: int
     multiply_adds_before: int
     multiply_adds_after: int | None
-    weight_change: float | None  # |expanded - dense| / |dense|, Frobenius norms
+    projection_error: float | None
+    scale: float | None
+    note: str = ""
+    recipe: Mapping[str, Any] | None = None  # of the layer, in `Report.recipe`
 
 
 @dataclass(frozen=True)
@@ -70,11 +80,14 @@ class Skipped:
 class Report(Sequence[Replacement]):
     """What `replace_layers` did: a sequence of `Replacement`; `skipped` holds the rest; `str` is a table of both.
 
-    Totals are over the replaced layers. Those of multiply-adds count one position of every layer.
+    Totals are over the replaced layers, those of `model_parameters` over the whole model. Those of multiply-adds count
+    one position of every layer.
     """
 
     rows: tuple[Replacement, ...]
     skipped: tuple[Skipped, ...]
+    model_parameters_before: int
+    model_parameters_after: int
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,23 +115,78 @@ class Report(Sequence[Replacement]):
         known = [row.multiply_adds_after for row in self if row.multiply_adds_after is not None]
         return sum(known) if len(known) == len(self) else None
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What was replaced by what, for JSON: ``replace_layers(dense_model, recipe)`` builds the model again, before
+        ``load_state_dict``.
+
+        Raises:
+            ValueError: a rule chose a module that is not a layer of `tritonsym.nn` made from the dense one.
+        """
+        for row in self:
+            if row.recipe is None:
+                raise ValueError(
+                    f"recipe: {row.name or '(model)'} was replaced by a {row.after}, which no recipe describes; "
+                    "replace this layer in code"
+                )
+        return {"tritonsym": RECIPE_VERSION, "layers": {row.name: dict(row.recipe or {}) for row in self}}
+
     def __str__(self) -> str:
-        names = ("layer", "from", "to", "symmetry", "parameters", "multiply-adds per position", "weight change")
-        changes = self._changes("parameters"), self._changes("multiply_adds")
-        first = [(r.name or "(model)", r.before, r.after, r.symmetry or "?") for r in self]
-        last = [_cell(r.weight_change) for r in self]
-        rows = zip([*first, (f"total of {len(self)}", "", "", "")], *changes, [*last, ""], strict=True)
-        lines = aligned([names, *((*row[0], *row[1:]) for row in rows)], right=(4, 5, 6))
+        names = (
+            "layer",
+            "from",
+            "to",
+            "symmetry",
+            "parameters",
+            "multiply-adds per position",
+            "error",
+            "scale",
+            "note",
+        )
+        alike = _grouped(self.rows, lambda row: replace(row, name="", recipe=None, projection_error=None, scale=None))
+        parameters = [(rows[0].parameters_before, rows[0].parameters_after) for rows in alike]
+        parameters.append((self.parameters_before, self.parameters_after))
+        parameters.append((self.model_parameters_before, self.model_parameters_after))
+        products = [(rows[0].multiply_adds_before, rows[0].multiply_adds_after) for rows in alike]
+        products.append((self.multiply_adds_before, self.multiply_adds_after))
+        first = [(_label(rows), rows[0].before, rows[0].after, rows[0].symmetry or "?") for rows in alike]
+        first += [(f"total of {len(self)}", "", "", ""), ("whole model", "", "", "")]
+        last = [
+            (_range([r.projection_error for r in rows]), _range([r.scale for r in rows]), rows[0].note)
+            for rows in alike
+        ]
+        columns = [*zip(*first, strict=True), _changes(parameters), [*_changes(products), ""]]
+        columns += zip(*last, ("",) * 3, ("",) * 3, strict=True)
+        lines = aligned([names, *zip(*columns, strict=True)], right=(4, 5, 6, 7))
         if self.skipped:
-            rest = [(s.name or "(model)", s.layer, s.reason) for s in self.skipped]
-            lines += ["", f"skipped {len(self.skipped)}:", *aligned(rest)]
+            rest = _grouped(self.skipped, lambda skip: (skip.layer, skip.reason))
+            lines += ["", f"skipped {len(self.skipped)}:"]
+            lines += aligned([(_label(skips), skips[0].layer, skips[0].reason) for skips in rest])
         return "\n".join(lines)
 
-    def _changes(self, what: str) -> list[str]:
-        """'before -> after' of every row and of the total."""
-        pairs = [[_cell(getattr(row, f"{what}_{when}")) for when in ("before", "after")] for row in (*self, self)]
-        left, right = (max(map(len, column)) for column in zip(*pairs, strict=True))
-        return [f"{before:>{left}} -> {after:>{right}}" for before, after in pairs]
+
+#: Of `Report.recipe`.
+RECIPE_VERSION = 1
+
+
+def _grouped(rows: Sequence[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+    """Rows with equal keys together, in the order of the first ones."""
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return list(groups.values())
+
+
+def _changes(pairs: Sequence[tuple[float | None, float | None]]) -> list[str]:
+    """'before -> after' of every pair."""
+    cells = [[_cell(value) for value in pair] for pair in pairs]
+    left, right = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return [f"{before:>{left}} -> {after:>{right}}" for before, after in cells]
+
+
+def _label(rows: Sequence[Any]) -> str:
+    name = rows[0].name or "(model)"
+    return f"{name} and {len(rows) - 1} more" if len(rows) > 1 else name
 
 
 def _cell(value: float | None) -> str:
@@ -127,28 +195,37 @@ def _cell(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
+def _range(values: Sequence[float | None]) -> str:
+    """'0.71', or '0.69-0.71' of several."""
+    low, high = (_cell(pick(values, key=lambda v: -1 if v is None else v)) for pick in (min, max))
+    return low if low == high else f"{low}-{high}"
+
+
 # --- torch layers -> symmetric layers ---------------------------------------------------------------------------------
 
 
 def replace_layers(
     model: nn.Module,
-    conv: Spec | None = None,
+    conv: Spec | Recipe | None = None,
     linear: bool | Literal["symmetric"] | None = None,
     rule: Rule | None = None,
     inplace: bool = False,
     *,
-    init: Init = "project",
+    init: Init = "rescale",
     subclasses: bool = False,
 ) -> tuple[nn.Module, Report]:
     """Replace the convolutions and linear layers of a model by symmetric ones.
 
-    Hyper-parameters, dtype, device, training flag, `requires_grad` and bias are kept. A layer used in several places is
-    replaced once and stays shared. Make the optimizer afterwards: the parameters are new.
+    Hyper-parameters, dtype, device, memory format, training flag, `requires_grad` and bias are kept. A layer used in
+    several places is replaced once and stays shared, also where lists, tuples, dicts, `functools.partial` or a bound
+    ``forward`` hold it. Make the optimizer afterwards: the parameters are new.
 
     Args:
         model: any module; it may itself be a layer.
-        conv: symmetry of the convolutions and transposed convolutions, a name or a mapping to counts or percents as in
-            `tritonsym.nn.SymmetricConv2d`. Percents fit layers of every width.
+        conv: symmetry of the convolutions and transposed convolutions, a name, a mapping to counts or percents, or
+            text, as in `tritonsym.nn.SymmetricConv2d`; percents fit layers of every width. 'tied:hv' (further words:
+            'odd', 'odd:h', 'free:4') makes `TiedConv2d`, for depthwise layers too, 'pool:hv max' `OrbitPoolConv2d`.
+            Or the `recipe` of a report: exactly its layers are replaced.
         linear: True or 'symmetric' replaces square `torch.nn.Linear` layers by `SymmetricLinear`.
         rule: called as ``rule(name, layer)`` for every convolution and linear layer that could be replaced. Returns
             None or False to leave it alone, True to apply `conv` or `linear` (the default without a rule), a symmetry
@@ -156,66 +233,92 @@ def replace_layers(
             ``TiedConv2d.from_dense(layer, symmetry='hv')``.
         inplace: edit `model` instead of a deep copy. A model that is itself a layer cannot become another one: use the
             returned module either way.
-        init: 'project' (nearest symmetric weight in the Frobenius norm), 'keep' (base filters, or the lower triangle,
-            keep their values), or 'reset'.
-        subclasses: also replace subclasses of the torch layers; what they do beyond the torch layer is lost.
+        init: 'project' (nearest symmetric weight in the Frobenius norm: a mean over filters and taps, whose norm is
+            smaller, about 1 / sqrt of their number for random weights), 'rescale' (that, and every filter scaled to the
+            norm it had, root mean square over an orbit), 'keep' (base filters, or the lower triangle, keep their
+            values), or 'reset'.
+        subclasses: also replace subclasses of the torch layers whose forward is the torch layer's.
     Returns:
         The model, and a `Report` of replaced layers and of those skipped, with the reason: layers that the symmetry
-        does not fit, convolutions whose kernel is 1 along every axis, subclasses, layers not initialized yet, with
-        parametrizations, hooks or further state, that share a parameter with another module, or whose parent reads
-        their weight. (That is known of `torch.nn.MultiheadAttention` and `TransformerEncoderLayer`; leave alone by rule
-        what code of your own reads like that.)
+        does not fit, convolutions whose kernel is 1 along every axis that it flips, subclasses, layers not initialized
+        yet, compiled, sharded, wrapped for parallel training, with parametrizations, hooks or further state, that share
+        a parameter with another module, that something else than lists and the like holds (closures, sets, objects),
+        or whose weight a ``forward`` reads as far as its code shows it.
     Raises:
         ValueError: nothing to do (no `conv`, `linear` or `rule`), an unknown symmetry, a count or percent that no layer
-            could have, an unknown `linear` or `init`, or a rule that returns True where there is no default.
+            could have, an unknown `linear` or `init`, a rule that returns True where there is no default, or a recipe
+            that does not fit the model.
         TypeError: an argument, or what the rule returned, is of the wrong kind.
         After an error, also one raised by the rule, the model is as it was.
+    Warns:
+        UserWarning: nothing was replaced, or (inplace) an optimizer holds parameters that are gone.
     """
     where = "replace_layers"
-    _check_module(where, model)
+    functional.check_module(where, model)
+    recipe = _layers_of(conv, where) if isinstance(conv, Mapping) and "layers" in conv else None
     if conv is None and not linear and rule is None:
         raise ValueError(f"{where}: nothing to replace; pass conv='hv', linear=True or a rule")
-    if conv is not None:
+    if recipe is not None and (linear or rule is not None):
+        raise ValueError(f"{where}: a recipe names all that is replaced; pass no linear and no rule with it")
+    if conv is not None and recipe is None:
         _check_spec(conv, where)
     if linear not in (None, False, True, "symmetric"):
         raise ValueError(f"{where}: linear must be True, False, 'symmetric' or None, got {linear!r}")
     if rule is not None and not callable(rule):
         raise TypeError(f"{where}: rule must be called as rule(name, layer), got {rule!r}")
     functional.check_choice(where, "init", init, INITS)
+    hidden = _hidden(model, copied=not inplace)
     if not inplace:
         model = copy.deepcopy(model)
+    before = _count(model)
 
-    parents, owners = _surroundings(model)
+    obstacle = _obstacles(model, hidden, subclasses or recipe is not None)
     replacements: dict[int, nn.Module] = {}
     rows, skipped = [], []
     for name, layer in model.named_modules():
         is_linear = isinstance(layer, nn.Linear)
         default = ("symmetric" if linear else None) if is_linear else conv
-        has_choice = rule is not None or default is not None
+        has_choice = rule is not None or default is not None if recipe is None else name in recipe
         if not has_choice or not isinstance(layer, _PLAIN_LAYERS) or isinstance(layer, _SharedConv):
             continue
-        new: nn.Module | str | None = _obstacle(layer, parents[id(layer)], owners, subclasses)
-        if new is None:
+        new, note = obstacle(name, layer), ""
+        if new is None and recipe is not None:
+            new = _from_recipe(name, layer, recipe[name], init)
+        elif new is None:
             choice = default if rule is None else rule(name, layer)
             if choice is True and default is None:
                 missing = "linear=True" if is_linear else "conv='hv'"
                 raise ValueError(f"{where}: rule({name!r}) returned True, but there is no default; pass {missing}")
-            new = _build(name, layer, default if choice is True else choice, init)
+            new, note = _build(name, layer, default if choice is True else choice, init)
         if isinstance(new, str):
             skipped.append(Skipped(name, type(layer).__name__, new))
         else:
             replacements[id(layer)] = new
-            rows.append(_row(name, layer, new))
-    return _swap(model, replacements), Report(tuple(rows), tuple(skipped))
+            rows.append(_row(name, layer, new, note))
+    if recipe is not None:
+        _check_complete(recipe, rows, skipped)
+    skipped += _unregistered(model, conv is not None or rule is not None, bool(linear) or rule is not None)
+    if not rows:
+        why = "; ".join(dict.fromkeys(f"{s.name or '(model)'}: {s.reason}" for s in skipped[:3]))
+        warnings.warn(f"{where}: nothing was replaced ({why or 'there is no such layer'})", stacklevel=2)
+    gone = [p for layer in model.modules() if id(layer) in replacements for p in layer.parameters()]
+    model = repoint(model, replacements)
+    if inplace:
+        kept = {id(p) for p in model.parameters()}
+        warn_of_optimizers(where, [p for p in gone if id(p) not in kept])
+    after = _count(model)
+    return model, Report(tuple(rows), tuple(skipped), before, after)
 
 
-def _check_module(where: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: expected a torch.nn.Module, got {type(model).__name__}")
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not is_lazy(p))
 
 
 def _check_spec(spec: Any, where: str) -> None:
     """Refuse a symmetry that is wrong whatever the layer; one layer may still not fit it."""
+    if other := _other_kind(spec, where):
+        Symmetry(other[1]["symmetry"])
+        return
     spec, _ = as_mapping(spec, where)
     if isinstance(spec, str):
         spec = {spec: 0}
@@ -225,46 +328,117 @@ def _check_spec(spec: Any, where: str) -> None:
         FilterLayout.parse({key: value}, count if isinstance(count, int) else 0, where=where)
 
 
-def _surroundings(model: nn.Module) -> tuple[dict[int, list[nn.Module]], dict[int, list[str]]]:
-    """By id: the parents of every module, and the names of every parameter."""
-    parents: dict[int, list[nn.Module]] = defaultdict(list)
+def _other_kind(spec: Any, where: str) -> tuple[str, dict[str, Any]] | None:
+    """'tied:hv odd:h free:4' or 'pool:hv max' as the class without its dimension, and the options of its from_dense."""
+    if not isinstance(spec, str) or not spec.startswith(("tied:", "pool:")):
+        return None
+    first, *words = spec.split()
+    kind, _, symmetry = first.partition(":")
+    options: dict[str, Any] = {"symmetry": symmetry}
+    for word in words:
+        key, _, value = word.partition(":")
+        if kind == "pool" and word in functional.POOL_REDUCTIONS:
+            options["reduce"] = word
+        elif kind == "tied" and key == "odd":
+            options["parity"] = dict.fromkeys(value, "odd") if value else "odd"
+        elif kind == "tied" and key == "free" and value.isdecimal():
+            options["free"] = int(value)
+        else:
+            raise ValueError(
+                f"{where}: {word!r} in {spec!r} is unknown; expected such as 'tied:hv odd:h free:4' or 'pool:hv max'"
+            )
+    return ("TiedConv" if kind == "tied" else "OrbitPoolConv"), options
+
+
+def _hidden(model: nn.Module, copied: bool) -> dict[str, str]:
+    """By name: why the replacement of a layer would not be called, or not everywhere."""
+    names = {id(module): name for name, module in model.named_modules()}
+    reasons: dict[str, str] = {}
+    for module, place, is_certain, in_function in references(model):
+        if not is_certain and id(module) in names:
+            reason = f"{place} holds it too, and would go on calling the dense layer; convert before that is made"
+            reasons.setdefault(names[id(module)], reason)
+        if in_function and copied:
+            for inner in module.modules():
+                if id(inner) in names:
+                    reason = f"{place} holds {names[id(module)] or 'the model'}" if id(module) in names else place
+                    reason += ", and a copy of the model would go on calling it in the original; pass inplace=True"
+                    reasons.setdefault(names[id(inner)], reason)
+    return reasons
+
+
+def _unregistered(model: nn.Module, convs: bool, linears: bool) -> list[Skipped]:
+    """Layers that are no submodules, but held by a list or the like."""
+    registered = {id(module) for module in model.modules()}
+    found: dict[int, Skipped] = {}
+    for module, place, _, in_function in references(model):
+        if in_function:  # as the copy of a model has those of the original
+            continue
+        wanted = linears if isinstance(module, nn.Linear) else convs
+        if id(module) not in registered and isinstance(module, _PLAIN_LAYERS) and wanted:
+            reason = "it is no submodule of the model; hold it in a torch.nn.ModuleList or ModuleDict"
+            found.setdefault(id(module), Skipped(place, type(module).__name__, reason))
+    return list(found.values())
+
+
+def _obstacles(
+    model: nn.Module, hidden: Mapping[str, str], subclasses: bool
+) -> Callable[[str, nn.Module], nn.Module | str | None]:
+    """Why a layer must not be replaced, whatever by."""
     owners: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
-        for child in module.children():
-            parents[id(child)].append(module)
         for key, parameter in module._parameters.items():
             owners[id(parameter)].append(f"{path}.{key}" if path else key)
-    return parents, owners
+    readers = weight_readers(model)
+    wrapped = {name: type(m).__name__ for name, m in model.named_modules() if type(m).__name__ in _WRAPPERS}
 
+    def obstacle(name: str, layer: Any) -> str | None:
+        if isinstance(layer, LazyModuleMixin) and cast(Any, layer).has_uninitialized_params():
+            return "its parameters are not initialized yet; run a batch through the model first"
+        if parametrize.is_parametrized(layer):
+            return "it has parametrizations; remove them first"
+        if id(layer) in readers:
+            return f"{readers[id(layer)]} reads its weight directly"
+        base: Any = next(c for c in type(layer).__mro__ if c in _PLAIN_LAYERS)
+        if type(layer) is not base and not subclasses:
+            return f"a subclass of {base.__name__}; pass subclasses=True to replace these too"
+        for method in ("forward", "_conv_forward"):
+            if getattr(type(layer), method, None) is not getattr(base, method, None):
+                return f"{type(layer).__name__} has a {method} of its own, which its replacement would lose"
+        for wrapper, kind in wrapped.items():
+            if name.startswith(f"{wrapper}." if wrapper else ""):
+                return f"{kind} holds its parameters; convert the model before wrapping it"
+        if hasattr(layer.weight, "device_mesh"):
+            return "its weight is a DTensor; convert the model before sharding it"
+        if getattr(layer, "_compiled_call_impl", None) is not None:
+            return "it is compiled; convert the model before compiling it"
+        if has := _attached(layer):
+            return f"it has {has}, which its replacement would lose"
+        further = [*(layer._parameters.keys() - {"weight", "bias"}), *layer._buffers, *layer._modules]
+        if further:
+            return f"it holds more than weight and bias: {', '.join(further)}"
+        if (dtype := layer.weight.dtype) not in _TRAINABLE:
+            return f"its weight is {dtype}"
+        if tuple(layer.weight.shape) != (shape := _dense_shape(layer)):
+            return f"its weight has shape {tuple(layer.weight.shape)}, not {shape} as a {base.__name__} of its sizes"
+        for key, parameter in layer.named_parameters():
+            if len(paths := owners[id(parameter)]) > 1:
+                return f"its {key} is shared: {', '.join(paths)}"
+        return hidden.get(name)
 
-def _obstacle(
-    layer: nn.Module, parents: Sequence[nn.Module], owners: Mapping[int, Sequence[str]], subclasses: bool
-) -> str | None:
-    """Why a layer must not be replaced, whatever by."""
-    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
-        return "its parameters are not initialized yet; run a batch through the model first"
-    if parametrize.is_parametrized(layer):
-        return "it has parametrizations; remove them first"
-    for parent in parents:
-        if isinstance(parent, _WEIGHT_READERS):
-            return f"{type(parent).__name__} reads its weight directly"
-    if type(layer) not in _PLAIN_LAYERS and not subclasses:
-        base = next(c.__name__ for c in type(layer).__mro__ if c in _PLAIN_LAYERS)
-        return f"a subclass of {base}; pass subclasses=True to replace these too"
-    if has := _attached(layer):
-        return f"it has {has}, which its replacement would lose"
-    further = [*(layer._parameters.keys() - {"weight", "bias"}), *layer._buffers, *layer._modules]
-    if further:
-        return f"it holds more than weight and bias: {', '.join(further)}"
-    if (dtype := layer.weight.dtype) not in _TRAINABLE:
-        return f"its weight is {dtype}"
-    for key, parameter in layer.named_parameters():
-        if len(names := owners[id(parameter)]) > 1:
-            return f"its {key} is shared: {', '.join(names)}"
-    return None
+    return obstacle
 
 
 _TRAINABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+
+
+def _dense_shape(layer: Any) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    ends = (layer.out_channels, layer.in_channels // layer.groups)
+    if layer.transposed:
+        ends = (layer.in_channels, layer.out_channels // layer.groups)
+    return (*ends, *layer.kernel_size)
 
 
 def _attached(module: nn.Module) -> str | None:
@@ -277,71 +451,231 @@ def _attached(module: nn.Module) -> str | None:
     return "hooks" if any(getattr(hook, "__module__", "") != parametrizations.__name__ for hook in ours) else None
 
 
-def _build(name: str, layer: Any, choice: Any, init: Init) -> Any:
-    """The replacement that was chosen for a layer, or why there is none."""
+def _build(name: str, layer: Any, choice: Any, init: Init) -> tuple[Any, str]:
+    """The replacement that was chosen for a layer, or why there is none; and a note."""
     if choice is None or choice is False or choice is layer:
-        return "left alone by the rule"
+        return "left alone by the rule", ""
     if isinstance(choice, nn.Module):
-        return choice
-    is_linear, options = isinstance(layer, nn.Linear), {"init": init}
-    if not is_linear or choice != "symmetric":
-        _check_spec(choice, f"replace_layers, layer {name!r}")
-        if is_linear:
-            return f"{choice!r} is a symmetry of filters; a linear layer knows 'symmetric'"
-        if all(size == 1 for size in layer.kernel_size):
-            return "its kernel has size 1: the images of a filter are equal to it"
-        options["symmetry"] = choice
+        return choice, ""
+    if isinstance(layer, nn.Linear):
+        if choice != "symmetric":
+            _check_spec(choice, f"replace_layers, layer {name!r}")
+            return f"{choice!r} is a symmetry of filters; a linear layer knows 'symmetric'", ""
+        return _from_dense(layer, tnn.SymmetricLinear, {}, init), ""
+    where, note = f"replace_layers, layer {name!r}", ""
+    _check_spec(choice, where)
+    if all(size == 1 for size in layer.kernel_size):
+        return "its kernel has size 1: the images of a filter are equal to it", ""
+    if other := _other_kind(choice, where):
+        stem, options = other
+        if layer.transposed:
+            return f"there is no transposed {stem}", ""
+        cls = getattr(tnn, f"{stem}{len(layer.kernel_size)}d")
+    else:
+        if layer.out_channels == layer.groups > 1:
+            cls = f"TiedConv{len(layer.kernel_size)}d"
+            return f"one filter per group, without images beside it: conv='tied:...', or {cls} by a rule, ties taps", ""
+        cls = next(new for old, new in _REPLACEMENTS.items() if isinstance(layer, old))
+        try:
+            choice, note = _without_idle_axes(choice, layer)
+        except ValueError as error:
+            return str(error), ""
+        options = {"symmetry": choice}
+    new = _from_dense(layer, cls, options, init)
+    if isinstance(new, _OrbitConv) and not new.layout.orbits:
+        return f"{choice!r} leaves all of its filters free", ""
+    if isinstance(new, _TiedConv) and new.spec.rows * new.groups == new.out_channels * math.prod(new.kernel_size):
+        return f"{choice!r} ties no taps of its kernel {tuple(layer.kernel_size)}", ""
+    return new, note
+
+
+def _from_dense(layer: nn.Module, cls: Any, options: Mapping[str, Any], init: Init) -> nn.Module | str:
     try:
-        new = next(new for old, new in _REPLACEMENTS.items() if isinstance(layer, old)).from_dense(layer, **options)
+        new: nn.Module = cls.from_dense(layer, **options, init=init)
+        return new
     except ValueError as error:
         return str(error)
-    if isinstance(new, _OrbitConv) and not new.layout.orbits:
-        return f"{choice!r} leaves all of its filters free"
-    return new
 
 
-def _row(name: str, layer: Any, new: nn.Module) -> Replacement:
-    symmetry, multiply_adds = None, None
+def _without_idle_axes(spec: Spec, layer: Any) -> tuple[Spec, str]:
+    """The symmetry without the flips of axes along which the kernel has size 1, and a note if there are some."""
+    if 1 not in layer.kernel_size:
+        return spec, ""
+    where = _REPLACEMENTS[next(c for c in type(layer).__mro__ if c in _PLAIN_LAYERS)].__name__
+    counts: dict[str, int] = defaultdict(int)
+    dropped = ""
+    for symmetry, count in FilterLayout.parse(spec, layer.out_channels, layer.groups, where).counts.items():
+        symmetry.check_kernel(layer.kernel_size, where)
+        idle = symmetry.idle_axes(layer.kernel_size)
+        dropped += "".join(letter for letter in idle if letter not in dropped)
+        if rest := "".join(letter for letter in symmetry.name if letter not in idle):
+            counts[rest] += count
+    if not dropped:
+        return spec, ""
+    if not counts:
+        raise ValueError(f"its kernel has size 1 along {dropped!r}: the images of a filter are equal to it")
+    return dict(counts), f"without {dropped!r}, along which the kernel has size 1"
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def _recipe_of(new: nn.Module) -> dict[str, Any] | None:
+    """The class and the options of its `from_dense` that are not the default."""
+    options: dict[str, Any]
+    if isinstance(new, _OrbitConv):
+        options = {"symmetry": str(new.layout), "share_bias": new.share_bias}
+    elif isinstance(new, _TiedConv):
+        options = {"symmetry": new.symmetry.name, "parity": new.parity, "free": new.free}
+    elif isinstance(new, _OrbitPoolConv):
+        options = {"symmetry": new.symmetry.name, "reduce": new.reduce}
+    elif isinstance(new, tnn.SymmetricLinear):
+        options = {"never_unpack": new.never_unpack}
+    else:
+        return None
+    if getattr(tnn, type(new).__name__, None) is not type(new):
+        return None
+    options["activation"] = new.activation
+    default = {"share_bias": False, "parity": "even", "free": 0, "never_unpack": False, "activation": None}
+    chosen = {key: value for key, value in options.items() if key not in default or value != default[key]}
+    return {"layer": type(new).__name__, **chosen}
+
+
+def _text_of(recipe: Mapping[str, Any] | None) -> str | None:
+    """A spec for `replace_layers` that makes such a layer, without its activation and shared bias."""
+    if recipe is None:
+        return None
+    symmetry, free, parity = (recipe.get(key) for key in ("symmetry", "free", "parity"))
+    if symmetry is None:
+        return "symmetric"
+    if recipe["layer"].startswith("Tied"):
+        odd = "".join(a for a, p in parity.items() if p == "odd") if isinstance(parity, Mapping) else ""
+        words = [
+            f"tied:{symmetry}",
+            f"odd:{odd}" if odd else "odd" if parity == "odd" else "",
+            f"free:{free}" * bool(free),
+        ]
+        return " ".join(word for word in words if word)
+    return f"pool:{symmetry} {recipe['reduce']}" if "reduce" in recipe else str(symmetry)
+
+
+def _layers_of(recipe: Recipe, where: str) -> Mapping[str, Any]:
+    if recipe.get("tritonsym") != RECIPE_VERSION:
+        version = recipe.get("tritonsym")
+        raise ValueError(f"{where}: the recipe has version {version!r}, expected {RECIPE_VERSION}: see Report.recipe")
+    layers = recipe["layers"]
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"{where}: the 'layers' of a recipe map names to options, got {type(layers).__name__}")
+    for name, entry in layers.items():
+        kind = entry.get("layer") if isinstance(entry, Mapping) else None
+        if not isinstance(kind, str) or not hasattr(getattr(tnn, kind, None), "from_dense"):
+            raise ValueError(f"{where}: the recipe of {name!r} names no layer of tritonsym.nn, got {entry!r}")
+    return layers
+
+
+def _from_recipe(name: str, layer: nn.Module, entry: Mapping[str, Any], init: Init) -> nn.Module | str:
+    options = {key: value for key, value in entry.items() if key != "layer"}
+    try:
+        return _from_dense(layer, getattr(tnn, entry["layer"]), options, init)
+    except TypeError as error:  # another class, or unknown options
+        return str(error)
+
+
+def _check_complete(recipe: Mapping[str, Any], rows: Sequence[Replacement], skipped: Sequence[Skipped]) -> None:
+    why = {skip.name: skip.reason for skip in skipped}
+    missing = [name for name in recipe if name not in {row.name for row in rows}]
+    if missing:
+        lines = "\n".join(f"  {name}: {why.get(name, 'there is no such layer')}" for name in missing)
+        raise ValueError(
+            f"replace_layers: the recipe does not fit this model, which must be the dense one it was made for:\n{lines}"
+        )
+
+
+# --- numbers of one layer ---------------------------------------------------------------------------------------------
+
+
+def _row(name: str, layer: Any, new: nn.Module, note: str) -> Replacement:
+    recipe, multiply_adds = _recipe_of(new), None
     if isinstance(new, _SharedConv):
-        symmetry = str(new.layout if isinstance(new, _OrbitConv) else new.symmetry)
         multiply_adds = new.in_channels * new.spec.rows
     elif isinstance(new, tnn.SymmetricLinear):
-        symmetry = "symmetric"
         multiply_adds = layer.weight.numel()  # storage saves memory here, not arithmetic
+    error, scale = _changes_of(layer.weight, new)
     return Replacement(
         name=name,
         before=type(layer).__name__,
         after=type(new).__name__,
-        symmetry=symmetry,
-        parameters_before=sum(p.numel() for p in layer.parameters()),
-        parameters_after=sum(p.numel() for p in new.parameters()),
+        symmetry=_text_of(recipe),
+        parameters_before=_count(layer),
+        parameters_after=_count(new),
         multiply_adds_before=layer.weight.numel(),
         multiply_adds_after=multiply_adds,
-        weight_change=_weight_change(layer.weight, new),
+        projection_error=error,
+        scale=scale,
+        note=note,
+        recipe=recipe,
     )
 
 
 @torch.no_grad()
-def _weight_change(dense: Tensor, new: nn.Module) -> float | None:
-    if not isinstance(new, (_SharedConv, tnn.SymmetricLinear)):
-        return None
-    expanded: Tensor = new.expanded_weight()
-    if expanded.shape != dense.shape or expanded.is_meta or dense.is_meta:
-        return None
-    wide = torch.promote_types(dense.dtype, torch.float64)
-    dense, expanded = dense.cpu().to(wide), expanded.cpu().to(wide)
-    change = torch.linalg.vector_norm(expanded - dense)
-    return (change / torch.linalg.vector_norm(dense)).item() if change else 0.0
+def _changes_of(weight: Tensor, new: Any) -> tuple[float | None, float | None]:
+    """`Replacement.projection_error` and `.scale`."""
+    if not isinstance(new, (_SharedConv, tnn.SymmetricLinear)) or weight.is_meta:
+        return None, None
+    wide = torch.promote_types(weight.dtype, torch.float64)
+    dense, expanded = (w.cpu().to(wide) for w in (weight, new.expanded_weight()))
+    if expanded.shape != dense.shape:
+        return None, None
+    if isinstance(new, _SharedConv):
+        projected = reference.expand(new.spec, reference.project(new.spec, dense))
+    else:
+        projected = dense + (dense.mT - dense) / 2
+    norm = torch.linalg.vector_norm
+    error, left = norm(projected - dense), norm(projected)
+    return (error / norm(dense)).item() if error else 0.0, (norm(expanded) / left).item() if left else None
 
 
-def _swap(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    """Put the replacement of every module, by its id, into all the places where the module stands."""
-    for module in list(model.modules()):
-        if id(module) not in replacements:
-            for key, child in module._modules.items():
-                if id(child) in replacements:
-                    module._modules[key] = replacements[id(child)]
-    return replacements.get(id(model), model)
+# --- initialisation ---------------------------------------------------------------------------------------------------
+
+
+def init_(module: nn.Module, initializer: Callable[[Tensor], object]) -> nn.Module:
+    """Initialise what layers mean: the dense weight, not the stored one, of which fans and norms are others.
+
+    Of every convolution and `SymmetricLinear` of this library in `module`, a dense weight is filled by
+    ``initializer(weight)``, for example ``functools.partial(torch.nn.init.kaiming_normal_, mode='fan_out')``, projected
+    and scaled to the norms of its filters, as ``from_dense`` does. Biases and other layers stay as they are.
+
+    Args:
+        module: a layer, or a model.
+        initializer: fills a tensor in place.
+    Returns:
+        The module.
+    Raises:
+        ValueError: there is no such layer, or one has parametrizations. Nothing is changed.
+        TypeError: not a module, or no initializer.
+    """
+    where = "init_"
+    functional.check_module(where, module)
+    if not callable(initializer):
+        raise TypeError(
+            f"{where}: initializer must fill a tensor, as torch.nn.init.orthogonal_ does, got {initializer!r}"
+        )
+    layers = {name: m for name, m in module.named_modules() if isinstance(m, (_SharedConv, tnn.SymmetricLinear))}
+    if not layers:
+        raise ValueError(f"{where}: {type(module).__name__} holds no layer of tritonsym.nn with a dense weight")
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer):
+            raise ValueError(f"{where}: {name or '(model)'} has parametrizations; initialise it before they are added")
+    with torch.no_grad():
+        weights = [
+            torch.empty(layer._dense_shape(), dtype=layer.weight.dtype, device=layer.weight.device)
+            for layer in layers.values()
+        ]
+        for weight in weights:
+            initializer(weight)
+        for layer, weight in zip(layers.values(), weights, strict=True):
+            layer._adopt(weight, None, "rescale")
+    return module
 
 
 # --- symmetric layers -> plain torch ----------------------------------------------------------------------------------
@@ -360,16 +694,27 @@ def materialize(model: nn.Module, inplace: bool = False) -> nn.Module:
         inplace: edit `model` instead of a deep copy. A model that is itself a tritonsym layer cannot become another
             one: use the returned module either way.
     Raises:
-        ValueError: a layer has hooks or overrides ``forward``, which the plain layer would lose; nothing is changed.
+        ValueError: a layer has hooks or overrides ``forward``, which the plain layer would lose, or something else than
+            lists and the like holds it, which would go on calling it; nothing is changed.
         TypeError: not a module.
     """
-    _check_module("materialize", model)
+    where = "materialize"
+    functional.check_module(where, model)
+    hidden = _hidden(model, copied=not inplace)
+    for name, module in model.named_modules():
+        if isinstance(module, _TRITONSYM_LAYERS) and name in hidden:
+            raise ValueError(f"{where}: {name or '(model)'} ({type(module).__name__}): {hidden[name]}")
     if not inplace:
         model = copy.deepcopy(model)
     replacements: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
         _materialized(name, module, replacements)
-    return _swap(model, replacements)
+    gone = [p for layer in model.modules() if id(layer) in replacements for p in layer.parameters()]
+    model = repoint(model, replacements)
+    if inplace:
+        kept = {id(p) for p in model.parameters()}
+        warn_of_optimizers(where, [p for p in gone if id(p) not in kept])
+    return model
 
 
 def _materialized(name: str, module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
@@ -459,67 +804,3 @@ def _global_conv1d(self: Any, x: Any) -> Any:
     # of the dtype at run time: a node of its own, as torch's function cannot be traced
     wide = x.tracer.create_proxy("call_function", torch.promote_types, (y.dtype, torch.float32), {})
     return reference.add_all_positions(y, x, self.surround, self.bias, self.activation, wide)
-
-
-# --- checkpoints of CNN-Symmetry --------------------------------------------------------------------------------------
-
-
-def load_cnn_symmetry(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load a checkpoint of the CNN-Symmetry package (github.com/treder/CNN-Symmetry) into a layer or a whole model.
-
-    Its SymmetricConv2d and SymmetricConv3d store the same weights in the same order as ours. Their bias has one value
-    per output channel, also with ``share_bias=True``: a layer of ours with ``share_bias=True`` takes it if it is equal
-    within every orbit. All other layers load as usual.
-
-    Args:
-        module: a layer, or a model whose layers have the names of the checkpoint's.
-        state_dict: what ``model.state_dict()`` gave there. Its keys must be exactly those of `module`.
-    Raises:
-        ValueError: keys or shapes differ, or a bias that we share differs within an orbit. Nothing is changed.
-        TypeError: `module` is not a module, or `state_dict` is not a mapping.
-    """
-    where = "load_cnn_symmetry"
-    _check_module(where, module)
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"{where}: expected a state_dict, got {type(state_dict).__name__}")
-    expected = module.state_dict()
-    if expected.keys() != state_dict.keys():
-        missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
-        raise ValueError(
-            f"{where}: the keys differ: missing {sorted(missing)}, unexpected {sorted(unexpected)}; "
-            "rename the keys, or build the model with the layers of the checkpoint"
-        )
-    sharing = {
-        f"{path}.bias".lstrip("."): layer
-        for path, layer in module.named_modules(remove_duplicate=False)
-        if isinstance(layer, _OrbitConv) and layer.share_bias and layer.bias is not None
-    }
-    converted = copy.copy(state_dict)  # a plain dict would lose the versions that a state_dict carries
-    for key, own in expected.items():
-        if not isinstance(own, Tensor):
-            continue
-        value, layer = state_dict[key], sharing.get(key)
-        shape = tuple(own.shape) if layer is None else (layer.out_channels,)
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if got != shape:
-            raise ValueError(
-                f"{where}: {key} must have shape {shape}, got {got}; "
-                "build the layer with the sizes and the symmetry of the checkpoint"
-            )
-        if layer is not None:
-            converted[key] = _shared_bias(key, value, layer)  # type: ignore[index]
-    module.load_state_dict(converted)
-
-
-def _shared_bias(key: str, bias: Tensor, layer: _OrbitConv) -> Tensor:
-    """One value per stored filter of a bias per output channel."""
-    stored = bias.unflatten(0, (layer.groups, -1))[:, : layer.layout.stored_per_group].flatten()
-    expected = reference.expand_bias(stored, layer.spec)
-    if (differs := expected != bias).any():
-        channel = int(differs.int().argmax())
-        raise ValueError(
-            f"load_cnn_symmetry: {key} differs within an orbit: channel {channel} has {bias[channel].item():.6g}, its "
-            f"base filter {expected[channel].item():.6g}; the package does not share the "
-            "bias, even with share_bias=True: build the layer with share_bias=False"
-        )
-    return stored

@@ -66,6 +66,11 @@ def check_choice(where: str, name: str, value: object, choices: Sequence[str]) -
         raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_module(where: str, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{where}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_activation(where: str, activation: object) -> None:
     if activation is not None:
         check_choice(where, "activation", activation, tuple(ACTIVATIONS))

@@ -102,6 +102,33 @@ def project(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
     return _joined(spec, stored, axis)
 
 
+def rescale(spec: ConvSpec, dense: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The stored weights, every filter scaled so that its images have the norm of the filters in `dense` (root mean
+    square). Filters of which the symmetry leaves nothing but rounding stay as they are."""
+    before, after = (_norms(spec, w) for w in (dense, expand(spec, weights)))
+    factor = (before / after).sqrt()
+    rounding = torch.finfo(dense.dtype).eps
+    factor = torch.where(after > rounding * before, factor, torch.ones_like(factor)).unflatten(0, (spec.groups, -1))
+    factors = factor.split([block.filters for block in spec.blocks], 1)
+    tied = [f for f, block in zip(factors, spec.blocks, strict=True) if block.orbits is not None]
+    plain = [f for f, block in zip(factors, spec.blocks, strict=True) if block.orbits is None]
+    scaled = []
+    for stored, f in zip(weights, [*tied, *([torch.cat(plain, 1)] if plain else [])], strict=True):
+        if spec.geometry.transposed:  # (groups C, filters, *kernel)
+            f = f.repeat_interleave(stored.shape[0] // spec.groups, 0)
+        else:
+            f = f.flatten()
+        scaled.append((stored * f.reshape(*f.shape, *[1] * (stored.ndim - f.ndim))).to(stored.dtype))
+    return scaled
+
+
+def _norms(spec: ConvSpec, dense: Tensor) -> Tensor:
+    """Squared norms of the dense filters, the mean over the images of every stored filter."""
+    wide = dense.abs().to(torch.float64).contiguous().unflatten(0, (spec.groups, -1))
+    axes = (1, *range(3, wide.ndim)) if spec.geometry.transposed else tuple(range(2, wide.ndim))
+    return project_bias(wide.square().sum(axes).flatten(), spec)
+
+
 def keep(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
     """The values of `dense` where stored filters and the first taps of tap orbits stand."""
     by_group, axis = _by_group(dense, spec)

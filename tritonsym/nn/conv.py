@@ -21,7 +21,7 @@ from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Init = Literal["project", "keep", "reset"]
+Init = Literal["rescale", "project", "keep", "reset"]
 INITS: tuple[str, ...] = get_args(Init)
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -45,18 +45,38 @@ def learns(module: nn.Module, bias: bool = False) -> bool:
     return any(p.requires_grad for name, p in parameters if ("bias" in name.split(".")) == bias)
 
 
-def check_loaded(module: nn.Module, name: str, parameter: Tensor | None, value: Any, dense: Sequence[int]) -> None:
-    """Refuse a checkpoint entry of another shape before anything of the module is changed."""
-    if not isinstance(value, Tensor) or parameter is None or value.shape == parameter.shape:
-        return
-    cls = type(module).__name__
-    if tuple(value.shape) == tuple(dense):
-        fix = f"that is the dense shape: load it into a plain layer and convert it with {cls}.from_dense(layer, ...)"
-    else:
-        fix = "the checkpoint was saved by a layer with other sizes or another symmetry"
-    raise ValueError(
-        f"{cls}.load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}; {fix}"
-    )
+def in_format_of(dense: Tensor, stored: Tensor) -> Tensor:
+    """The stored weight, channels-last if the dense weight is."""
+    return shift.channels_last(stored) if dense.ndim == stored.ndim and shift.is_last(dense) else stored
+
+
+class Checkpoints(nn.Module):
+    """A layer that `load_state_dict` leaves as it is where a shape differs; the error names every key, and a fix."""
+
+    def _dense_shapes(self) -> Mapping[str, Sequence[int]]:
+        """Of the parameters of the torch layer, by name."""
+        return {}
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        cls, errors = type(self).__name__, []
+        for name, parameter in self.named_parameters(recurse=False):
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor) or value.shape == parameter.shape:
+                continue
+            fix = "the checkpoint was saved by a layer with other sizes or another symmetry"
+            if tuple(value.shape) == self._dense_shapes().get(name):
+                fix = (
+                    f"that is the dense shape: load it into the plain model, then convert with {cls}.from_dense(layer, "
+                    "...) or replace_layers"
+                )
+            errors.append(
+                f"size mismatch for {prefix}{name}: {cls} expected {tuple(parameter.shape)}, got {tuple(value.shape)}; "
+                + fix
+            )
+        if errors:
+            args[-1].extend(errors)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @cache
@@ -74,7 +94,7 @@ def _hyperparameters(layer: Any) -> dict[str, Any]:
 _MINIMUM = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_padding": 0}
 
 
-class _SharedConv(ConvNd):
+class _SharedConv(Checkpoints, ConvNd):
     """What all the modules here share. The bias has one value per output channel unless a subclass says otherwise."""
 
     __signature__: inspect.Signature
@@ -187,11 +207,8 @@ class _SharedConv(ConvNd):
         ends = (into, out // self.groups) if self.transposed else (out, into // self.groups)
         return (*ends, *self.kernel_size)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name, parameter in self.named_parameters(recurse=False):
-            dense = (self.out_channels,) if name == "bias" else self._dense_shape()
-            check_loaded(self, name, parameter, state_dict.get(prefix + name), dense)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _dense_shapes(self) -> Mapping[str, Sequence[int]]:
+        return {"weight": self._dense_shape(), "bias": (self.out_channels,)}
 
     def _options(self) -> str:
         """The part of `extra_repr` that torch does not know."""
@@ -230,7 +247,7 @@ class _SharedConv(ConvNd):
         out = weight.shape[1] * self.groups if self.transposed else weight.shape[0]
         options = {**_hyperparameters(self), "out_channels": out, "bias": bias is not None, "device": "meta"}
         layer: nn.Module = self._dense_class()(**options)
-        layer.weight = nn.Parameter(weight.detach().clone(), learns(self))
+        layer.weight = nn.Parameter(in_format_of(self._stored()[-1], weight.detach().clone()), learns(self))
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), learns(self, bias=True))
         return layer.train(self.training)
@@ -245,16 +262,20 @@ class _SharedConv(ConvNd):
         self = cls(**_hyperparameters(layer), device=layer.weight.device, dtype=layer.weight.dtype, **options)
         with torch.no_grad():
             if init != "reset":
-                self._adopt(layer.weight, layer.bias, keep=init == "keep")
+                self._adopt(layer.weight, layer.bias, init)
+            for parameter in self.parameters():
+                parameter.data = in_format_of(layer.weight, parameter)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.requires_grad and layer.weight.requires_grad)
         if self.bias is not None:
             self.bias.requires_grad_(layer.bias.requires_grad)
         return self.train(layer.training)
 
-    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
-        """Take over a dense weight and bias: projected, or (keep) the values where stored filters and taps stand."""
-        found = reference.keep(self.spec, weight) if keep else reference.project(self.spec, weight)
+    def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
+        """Take over a dense weight and bias: projected, or ('keep') the values where stored filters and taps stand."""
+        found = (reference.keep if init == "keep" else reference.project)(self.spec, weight)
+        if init == "rescale":
+            found = reference.rescale(self.spec, weight, found)
         for stored, value in zip(self._stored(), found, strict=True):
             stored.copy_(value)
         if bias is not None:
@@ -304,9 +325,9 @@ class _OrbitConv(_SharedConv):
             return self.bias
         return reference.expand_bias(self.bias, self.spec)
 
-    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
+    def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
         shared = bias is not None and self.share_bias
-        super()._adopt(weight, reference.project_bias(bias, self.spec) if shared else bias, keep)  # type: ignore[arg-type]
+        super()._adopt(weight, reference.project_bias(bias, self.spec) if shared else bias, init)  # type: ignore[arg-type]
 
     def _options(self) -> str:
         text = f"symmetry={str(self.layout)!r}"
@@ -320,9 +341,10 @@ class _OrbitConv(_SharedConv):
         symmetry: str | Mapping[str, int | str] | None,
         share_bias: bool = False,
         activation: functional.Activation | None = None,
-        init: Init = "project",
+        init: Init = "rescale",
     ) -> Self:
-        """Convert a plain torch layer: 'project' its weight (nearest in the Frobenius norm), 'keep' it, or 'reset'.
+        """Convert a plain torch layer: 'project' its weight (nearest in the Frobenius norm), which averages filters,
+        'rescale' them to their norms after that, 'keep' it, or 'reset'.
 
         'keep' takes the first filters of every group, where the base and free filters stand, as they are.
         """
@@ -467,10 +489,11 @@ class _TiedConv(_SharedConv):
         parity: str | Mapping[str, str] = "even",
         free: int = 0,
         activation: functional.Activation | None = None,
-        init: Init = "project",
+        init: Init = "rescale",
     ) -> Self:
-        """Convert a plain torch layer: 'project' its weight (signed mean over tap orbits), 'keep' the first tap of
-        every orbit, or 'reset'. The free filters, the last of every group, stay as they are."""
+        """Convert a plain torch layer: 'project' its weight (signed mean over tap orbits), 'rescale' filters to their
+        norms after that, 'keep' the first tap of every orbit, or 'reset'. The free filters, the last of every group,
+        stay as they are."""
         options = {"symmetry": symmetry, "parity": parity, "free": free, "activation": activation}
         return cls._from_dense(layer, init, options)
 
@@ -554,9 +577,12 @@ class _OrbitPoolConv(_SharedConv):
             layer = torch.fx.symbolic_trace(pooled).train(self.training)
         return with_activation(layer, self.activation)
 
-    def _adopt(self, weight: Tensor, bias: Tensor | None, keep: bool) -> None:
-        if not keep and self.reduce in ("sum", "mean"):
-            weight = reference.expand(self.spec, [reference.orbit_mean(weight, self.spec, 1)])
+    def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
+        if init != "keep" and self.reduce in ("sum", "mean"):
+            found = reference.project(self.spec, weight)
+            if init == "rescale":
+                found = reference.rescale(self.spec, weight, found)
+            weight = reference.expand(self.spec, found)
             if self.reduce == "sum":
                 weight = weight / self.symmetry.order
         self.weight.copy_(weight)
@@ -574,12 +600,12 @@ class _OrbitPoolConv(_SharedConv):
         symmetry: str,
         reduce: functional.PoolReduction = "max",
         activation: functional.Activation | None = None,
-        init: Init = "project",
+        init: Init = "rescale",
     ) -> Self:
-        """Convert a plain torch layer: 'project', 'keep' the filters as they are, or 'reset'.
+        """Convert a plain torch layer: 'project', 'rescale', 'keep' the filters as they are, or 'reset'.
 
-        'project' makes the symmetrized kernel of 'sum' and 'mean' the nearest symmetric one. No dense layer equals
-        'max' or 'min': there it is 'keep'.
+        'project' makes the symmetrized kernel of 'sum' and 'mean' the nearest symmetric one, 'rescale' gives it the
+        norms of the filters, too. No dense layer equals 'max' or 'min': there both are 'keep'.
         """
         options = {"symmetry": symmetry, "reduce": reduce, "activation": activation}
         return cls._from_dense(layer, init, options)

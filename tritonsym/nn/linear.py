@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tritonsym import functional, packing, plan
-from tritonsym.nn.conv import INITS, Init, check_loaded, learns, with_activation
+from tritonsym.nn.conv import INITS, Checkpoints, Init, learns, with_activation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class SymmetricLinear(nn.Module):
+class SymmetricLinear(Checkpoints):
     """y = act(x S + b) with an exactly symmetric S (S = S^T to the bit) of which n(n+1)/2 values are stored.
 
     `weight` is S in rectangular full packed storage, shape `tritonsym.packing.packed_shape(n)`.
@@ -78,11 +78,8 @@ class SymmetricLinear(nn.Module):
             input, self.weight, self.bias, activation=self.activation, never_unpack=self.never_unpack
         )
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name, parameter in self.named_parameters(recurse=False):
-            dense = (self.in_features, self.in_features) if name == "weight" else ()
-            check_loaded(self, name, parameter, state_dict.get(prefix + name), dense)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _dense_shapes(self) -> Mapping[str, Sequence[int]]:
+        return {"weight": self._dense_shape()}
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -119,9 +116,10 @@ class SymmetricLinear(nn.Module):
         *,
         activation: functional.Activation | None = None,
         never_unpack: bool = False,
-        init: Init = "project",
+        init: Init = "rescale",
     ) -> Self:
-        """Convert a `torch.nn.Linear`: 'project' stores (W + W^T) / 2, 'keep' the lower triangle, or 'reset'.
+        """Convert a `torch.nn.Linear`: 'project' stores (W + W^T) / 2, 'rescale' with the norm of W, 'keep' the lower
+        triangle, or 'reset'.
 
         Raises:
             TypeError: not a `torch.nn.Linear`.
@@ -135,13 +133,26 @@ class SymmetricLinear(nn.Module):
         self = cls(layer.in_features, layer.out_features, bias is not None, weight.device, weight.dtype, **options)
         with torch.no_grad():
             if init != "reset":
-                self.weight.copy_(packing.pack(weight, "average" if init == "project" else "lower"))
-                if bias is not None:
-                    self.bias.copy_(bias)  # type: ignore[union-attr]
+                self._adopt(weight, bias, init)
         self.weight.requires_grad_(weight.requires_grad)
         if bias is not None:
             self.bias.requires_grad_(bias.requires_grad)  # type: ignore[union-attr]
         return self.train(layer.training)
+
+    def _dense_shape(self) -> tuple[int, int]:
+        return self.in_features, self.in_features
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
+        if bias is not None:
+            self.bias.copy_(bias)  # type: ignore[union-attr]
+        self.weight.copy_(packing.pack(weight, "lower" if init == "keep" else "average"))
+        if init == "rescale":
+            wide = torch.promote_types(weight.dtype, torch.float64)
+            before, after = (
+                torch.linalg.vector_norm(w.contiguous().to(wide)) for w in (weight, self.expanded_weight())
+            )
+            is_left = after > torch.finfo(weight.dtype).eps * before  # else the matrix was antisymmetric
+            self.weight.mul_(torch.where(is_left, before / after, 1.0))
 
     @classmethod
     def from_packed(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritonsym import functional, plan
-from tritonsym.nn.conv import check_loaded
+from tritonsym.nn.conv import Checkpoints
 
 
-class GlobalConv1d(nn.Module):
+class GlobalConv1d(Checkpoints):
     """Permutation-equivariant layer: y_i = act(W_c x_i + W_s sum_{j != i} x_j + b), O(L) in the length L.
 
     `center` and `surround` are (out, in). See `tritonsym.functional.global_conv1d`.
@@ -57,11 +56,6 @@ class GlobalConv1d(nn.Module):
         bound = 1 / math.sqrt(self.in_channels)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name, parameter in self.named_parameters():
-            check_loaded(self, name, parameter, state_dict.get(prefix + name), ())
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.global_conv1d(x, self.center, self.surround, self.bias, activation=self.activation)
