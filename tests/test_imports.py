@@ -21,7 +21,8 @@ PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 ORDER = [
     {"_compat", "_table", "symmetry", "packing", "tuned"},
     {"spec"},
-    {"reference", "shift"},
+    {"reference"},
+    {"shift"},
     {"launch"},
     {"plan"},
     {"ops"},
