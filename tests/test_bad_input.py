@@ -87,6 +87,11 @@ f_linear, matmul = T.symmetric_linear, T.symmetric_matmul
 #: Who says so (the first word of the message) and what is wrong: a call, the type of the error and what else is said.
 CASES = {
     "materialize: kind": (lambda: tritonsym.materialize([]), TypeError, "expected a torch.nn.Module, got list"),
+    "SymmetricConv2d: normalized": (
+        lambda: nn.utils.parametrizations.spectral_norm(conv())(X),
+        ValueError,
+        "SpectralNorm stored weight expanded_weight() remove it",
+    ),
     # symmetries and layouts
     "Symmetry: unknown name": (lambda: Symmetry("hx"), ValueError, "'hx' 'hvz' 'c2' 'd4' 'radial:WIDTH'"),
     "Symmetry: letter twice": (lambda: Symmetry("hh"), ValueError, "'hh' once"),
@@ -513,3 +518,14 @@ def test_every_message_has_a_case():
         if not any((str(path), line) in reached for line in range(first, last + 1))
     ]
     assert silent == []
+
+
+@pytest.mark.parametrize("normalize", [
+    nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal, nn.utils.spectral_norm
+])  # fmt: skip
+@pytest.mark.parametrize("make", [conv, tied, partial(linear, 4)])
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated:FutureWarning")
+def test_norms_of_a_stored_weight_are_refused(make, normalize):
+    module = normalize(make())
+    with pytest.raises(ValueError, match=f"^{type(make()).__name__}: .* acts on the stored weight, not on the filters"):
+        module(torch.randn(2, 4) if isinstance(module, tnn.SymmetricLinear) else X)

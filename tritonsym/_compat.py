@@ -34,6 +34,13 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
+@constant
+def is_exporting_onnx() -> bool:
+    """`torch.onnx.is_in_onnx_export`, without importing what has not been imported."""
+    onnx = getattr(torch, "onnx", None)
+    return bool(onnx is not None and onnx.is_in_onnx_export())
+
+
 def transforms_are_active() -> bool:
     """Whether `torch.func` transforms, or forward-mode differentiation, are at work."""
     return bool(_transforms()) or getattr(fwAD, "_current_level", -1) >= 0

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonsym._compat import is_exporting_onnx
 from tritonsym.packing import mirror, unpack
 from tritonsym.spec import Block, ConvSpec, count_of
 from tritonsym.symmetry import AXES, Element, TapOrbits
@@ -354,6 +355,9 @@ def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
     count, n = order.shape
     batch = x.shape[0]
     rows = x.movedim(dim, 1)  # [B, n, ...]
+    if torch.jit.is_tracing() or is_exporting_onnx():  # n is a constant there: reshape raises for another one
+        rows = rows.reshape(batch, n, *rows.shape[2:])
+        return rows[:, order].transpose(0, 1).flatten(0, 1).movedim(1, dim)
     index = order.expand(batch, count, n)
     if x.numel():
         smallest = order[_smallest(rows.detach(), order)]  # [B, n]

@@ -50,6 +50,19 @@ def in_format_of(dense: Tensor, stored: Tensor) -> Tensor:
     return shift.channels_last(stored) if dense.ndim == stored.ndim and shift.is_last(dense) else stored
 
 
+def check_normalized(module: nn.Module) -> None:
+    """Refuse what normalizes a stored weight as if it were the dense one: images and ties count in its norm."""
+    lists = module._modules.get("parametrizations")
+    held = [p for tensor in (lists.children() if lists is not None else ()) for p in tensor.children()]
+    for normalizer in (*held, *module._forward_pre_hooks.values()):
+        if (kind := type(normalizer).__name__.strip("_")) in ("SpectralNorm", "Orthogonal"):
+            name = type(module).__mro__[1 if held else 0].__name__
+            raise ValueError(
+                f"{name}: {kind} acts on the stored weight, not on the filters it "
+                "stands for, expanded_weight(), whose norm is another; remove it, or use it on a plain layer"
+            )
+
+
 class Checkpoints(nn.Module):
     """A layer that `load_state_dict` leaves as it is where a shape differs; the error names every key, and a fix."""
 
@@ -174,6 +187,8 @@ class _SharedConv(Checkpoints, ConvNd):
         return self._run(input, self._spec())
 
     def _run(self, input: Tensor, spec: str) -> Tensor:
+        if self._modules or self._forward_pre_hooks:
+            check_normalized(self)
         x = input if self.padding_mode == "zeros" else self._padded(input)
         return ops.conv(type(self).__name__, spec, x, self._stored(), self.bias, self.activation, self._scale())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonsym import functional, packing, plan
-from tritonsym.nn.conv import INITS, Checkpoints, Init, learns, with_activation
+from tritonsym.nn.conv import INITS, Checkpoints, Init, check_normalized, learns, with_activation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,6 +69,8 @@ class SymmetricLinear(Checkpoints):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._modules or self._forward_pre_hooks:
+            check_normalized(self)
         if tuple(self.weight.shape) != (expected := packing.packed_shape(self.in_features)):
             raise ValueError(
                 f"SymmetricLinear: weight has shape {tuple(self.weight.shape)}, expected {expected}: the packed "
