@@ -57,7 +57,9 @@ def conv(
     if bias is not None and bias.shape[0] != conv_spec.out_channels:
         bias = reference.expand_bias(bias, conv_spec)
     if path == "reference":
-        y = reference.conv(batched, reference.expand(conv_spec, weights), bias, conv_spec)
+        gathers = _is_eager(x, *weights) and shift.can_expand(conv_spec, weights)
+        dense = shift.expand(spec, weights[0]) if gathers else reference.expand(conv_spec, weights)
+        y = reference.conv(batched, dense, bias, conv_spec)
         return reference.activate(y if batched is x else y[0], activation)
     batched, weights = batched.to(dtype), [w.to(dtype) for w in weights]
     bias = None if bias is None else bias.to(dtype)
@@ -136,6 +138,13 @@ def _has_static_sizes(x: Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return all(map(has_static_value, x.shape))
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing looks on or transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
+        return False
+    return _are_plain(*tensors)
 
 
 def _are_plain(*tensors: Tensor) -> bool:
