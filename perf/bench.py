@@ -144,7 +144,16 @@ def show(row: Row, device: str, with_heading: bool) -> None:
         dense, ours = (row["seconds"].get(f"{name} {form}", [math.nan]) for name in ("dense", "auto"))
         median, launched = statistics.median(ours), row.get("launch", {}).get(f"auto {form}", math.nan)
         cells = {"dense ms": f"{1e3 * statistics.median(dense):.3f}", "spread": f"{spread(dense):.0%}"}
-        for name in ("reference", "parametrize", *COMPILED.values(), "implicit_gemm", "shift", "gemm", "auto"):
+        for name in (
+            "reference",
+            "parametrize",
+            *COMPILED.values(),
+            "implicit_gemm",
+            "shift",
+            "blocks",
+            "gemm",
+            "auto",
+        ):
             cells[name] = f"{speed.get(f'{name} {form}', math.nan):.2f}"
         cells |= {"auto ms": f"{1e3 * median:.3f}", "+-": f"{spread(ours):.0%}", "least": f"{1e3 * min(ours):.3f}"}
         cells |= {"launch us": f"{1e6 * launched:.1f}", "TFLOP/s": f"{2e-12 * row['dense'] / median:.1f}"}

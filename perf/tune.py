@@ -95,7 +95,7 @@ def search(job: Job, deadline: float) -> dict[str, Any]:
     for path in paths(layer, x):
         try:
             gate(layer, x, path)
-            tiles[path] = () if path == "reference" else climb(job, layer, x, path, deadline)
+            tiles[path] = () if path in ("reference", "blocks") else climb(job, layer, x, path, deadline)
         except (RuntimeError, AssertionError) as error:
             tqdm.write(f"    {path} is left out: {str(error).splitlines()[0]}")
     steps = {path: make_step(layer, x, job.training, path, t) for path, t in tiles.items()}

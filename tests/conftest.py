@@ -128,8 +128,13 @@ def _fixture(name: str, layers: Iterable[Layer]) -> Any:
     return pytest.fixture(fixture, params=list(layers), ids=str, name=name)
 
 
+BY_BLOCKS = [
+    dataclasses.replace(layer, name=f"{layer.name} by blocks", path="blocks")
+    for layer in WEIGHTED
+    if layer.build is tnn.SymmetricLinear
+]
 SHIFTED = [dataclasses.replace(layer, name=f"{layer.name} by shifts", path="shift") for layer in CONVOLUTIONS]
-QUICK = [layer for layer in SHIFTED if "3d" not in layer.name]  # a 3-D kernel has many terms to compile
+QUICK = [layer for layer in SHIFTED if "3d" not in layer.name] + BY_BLOCKS  # a 3-D kernel has many terms to compile
 
 any_layer = _fixture("any_layer", LAYERS + QUICK)
 weighted_layer = _fixture("weighted_layer", WEIGHTED + QUICK)

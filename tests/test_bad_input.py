@@ -256,15 +256,10 @@ CASES = {
     "SymmetricLinear: activation": (lambda: linear(activation="x"), ValueError, "'x' 'relu'"),
     "SymmetricLinear: explain features": (lambda: explain(linear(), X), ValueError, "(..., 3) (2, 4, 6, 6)"),
     "SymmetricLinear: from_dense": (lambda: to_linear(nn.Linear(4, 3)), ValueError, "in_features=4 out_features=3"),
-    "SymmetricLinear: on a CPU": (
-        lambda: never()(ROWS),
+    "SymmetricLinear: packed by the reference": (
+        lambda: forced("reference", never(), ROWS),
         NotImplementedError,
-        "never_unpack=True float32 cpu GPU never_unpack=False",
-    ),
-    "SymmetricLinear: in float64": (
-        lambda: explain(never(dtype=F64), ROWS.double(), "sm_90"),
-        NotImplementedError,
-        "never_unpack=True float64 sm_90 float32",
+        "never_unpack=True float32 cpu switch never_unpack=False",
     ),
     "SymmetricLinear: under vmap": (lambda: vmap(never())(ROWS), NotImplementedError, "never_unpack=True torch.func"),
     "SymmetricLinear.from_dense: class": (lambda: to_linear(DENSE), TypeError, "torch.nn.Linear Conv2d"),
@@ -368,6 +363,11 @@ CASES = {
         "'implicit_gemm' tiles (64, 32, 32, 4, 2) float32 cpu Plan.tiles",
     ),
     "path: linear": (lambda: shift(linear(), ROWS), ValueError, "'shift' forced SymmetricLinear float32 cpu remove"),
+    "path: convolution": (
+        lambda: forced("blocks", conv(), X),
+        ValueError,
+        "'blocks' forced SymmetricConv2d float32 remove",
+    ),
     "path: gram": (lambda: shift(T.gram, EYE), ValueError, "'shift' forced gram float32 cpu remove"),
     "path: C64": (lambda: shift(conv(dtype=C64), COMPLEX), ValueError, "'shift' forced SymmetricConv complex64 remove"),
     "path: F64": (

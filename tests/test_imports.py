@@ -21,7 +21,7 @@ PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 ORDER = [
     {"_compat", "_table", "symmetry", "packing", "tuned"},
     {"spec"},
-    {"reference"},
+    {"blocks", "reference"},
     {"shift"},
     {"launch"},
     {"plan"},

@@ -98,7 +98,7 @@ def test_bench(tmp_path, capsys):
     assert (result["torch"], result["threads"]) == (torch.__version__, torch.get_num_threads())
     assert result["command"] == ["python", "-m", "tritonsym", *arguments]
     for row, mode in zip(result["rows"], ("forward", "training") * 2, strict=True):
-        names = ("dense", "auto", "reference") + ("parametrize", "shift") * ("hv" in row["case"])
+        names = ("dense", "auto", "reference") + (("parametrize", "shift") if "hv" in row["case"] else ("blocks",))
         forms = ("nchw", "channels_last") if "hv" in row["case"] else ("nchw",)
         gemm = {"gemm channels_last"} if "hv" in row["case"] else set()
         assert row["seconds"].keys() == {f"{name} {form}" for name in names for form in forms} | gemm
@@ -384,7 +384,7 @@ def test_tune_leaves_packed_what_is_never_unpacked(pretended_kernels):
     job = tune.Job(layer.problem(x, "cpu", False), False, lambda: (layer, x))
     with tritonsym.backend("triton"):
         entries, is_complete = tune.run([job, job], x.device, 100)
-    assert is_complete and [entry["seconds"].keys() for entry in entries.values()] == [{"implicit_gemm"}]
+    assert is_complete and [entry["seconds"].keys() for entry in entries.values()] == [{"implicit_gemm", "blocks"}]
     copied, x = tune._copy(nn.SymmetricLinear(8, 8).requires_grad_(False), x.to("meta"), torch.device("cpu"))
     measure.make_step(copied, x, True, "reference")()  # frozen layers are tuned for training
 

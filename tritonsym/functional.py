@@ -481,13 +481,13 @@ def symmetric_linear(
         weight: `tritonsym.packing.packed_shape(n)`: rectangular full packed, see `tritonsym.packing`.
         bias: (n,) or None.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
-        never_unpack: take the Triton kernels, which never build S, nor its gradient, even where that is slower.
+        never_unpack: build neither S nor its gradient, even where that is slower: by Triton kernels or by blocks.
     Returns:
         (..., n) in the dtype of x (the autocast dtype under autocast).
     Raises:
         ValueError: the weight is not a packed rectangle (the message computes the n it would fit), or shapes disagree.
         TypeError: dtypes differ.
-        NotImplementedError: `never_unpack` where there is no kernel: on a CPU, in float64, under `torch.func`.
+        NotImplementedError: `never_unpack` where only the reference will do: under `torch.func`, for symbolic sizes.
     """
     where = "symmetric_linear"
     n = order_of(weight, where)

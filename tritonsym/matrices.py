@@ -1,11 +1,14 @@
 """How products with symmetric matrices are computed and differentiated.
 
-The reference is plain torch ops, the kernels are autograd functions over opaque ops (``torch.ops.tritonsym.*``), which
-compilers take as they are. With U = `packing.unpack`, U* its adjoint and P packed,
+The reference is plain torch ops. Blocks and kernels are autograd functions over opaque ops (``torch.ops.tritonsym.*``),
+which compilers take as they are; an op without tiles works by blocks. With U = `packing.unpack`, U* its adjoint and P
+packed,
 
     y = x U(P)              dx = dy U(P)             dP = U*(x^T dy)
     G = U*(x^T dy)          dx = dy U(dG)            d(dy) = x U(dG)
     C = alpha X X^T         dX = alpha (dC + dC^T) X
+
+with conjugates in the gradients of complex numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonsym import launch, plan, reference
+from tritonsym import blocks, launch, plan, reference
 from tritonsym._compat import is_exporting, transforms_are_active
 from tritonsym.ops import _are_plain, _has_static_sizes
 from tritonsym.packing import packed_shape
@@ -31,9 +34,10 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@torch.library.custom_op("tritonsym::packed_product", mutates_args=())
-def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
     """act(x U(packed) + bias) for x (B, n)."""
+    if not tile:
+        return reference.activate(blocks.product(x, packed, bias), activation)
     with launch.launching("implicit_gemm", tile, x, packed):
         from tritonsym.kernels import symm, tiles
 
@@ -41,18 +45,34 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: s
         return symm.product(x, packed.contiguous(), bias, activation, tiles.GemmTile(*tile), _precision())
 
 
-@packed_product.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("tritonsym::packed_gradient", mutates_args=())
-def packed_gradient(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
+def _gradient(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
     """U*(x^T dy) for x, dy (B, n)."""
+    if not tile:
+        return blocks.gradient(x, dy)
     with launch.launching("implicit_gemm", tile, x, dy):
         from tritonsym.kernels import symm, tiles
 
         return symm.gradient(x, dy, tiles.GemmTile(*tile), _precision())
+
+
+def _gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
+    """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M), of which the lower triangle counts."""
+    if not tile:
+        return blocks.gram(x, a, alpha, beta)
+    with launch.launching("implicit_gemm", tile, x):
+        from tritonsym.kernels import gram, tiles
+
+        return gram.gram(x, a, alpha, beta, tiles.GemmTile(*tile), _precision())
+
+
+packed_product = torch.library.custom_op("tritonsym::packed_product", _product, mutates_args=())
+packed_gradient = torch.library.custom_op("tritonsym::packed_gradient", _gradient, mutates_args=())
+half_gram = torch.library.custom_op("tritonsym::half_gram", _gram, mutates_args=())
+
+
+@packed_product.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @packed_gradient.register_fake
@@ -60,18 +80,18 @@ def _(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
     return x.new_empty(packed_shape(x.shape[1]))
 
 
-@torch.library.custom_op("tritonsym::half_gram", mutates_args=())
-def half_gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
-    """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M), of which the lower triangle counts."""
-    with launch.launching("implicit_gemm", tile, x):
-        from tritonsym.kernels import gram, tiles
-
-        return gram.gram(x, a, alpha, beta, tiles.GemmTile(*tile), _precision())
-
-
 @half_gram.register_fake
 def _(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+
+
+def _run(function: Any, op: Any, *args: Any) -> Any:
+    """Blocks without the dispatcher's detours, but where a compiler traces."""
+    return op(*args) if args[-1] or torch.compiler.is_compiling() else function(*args)
+
+
+def _conj(x: Tensor) -> Tensor:
+    return x.conj().resolve_conj()
 
 
 class _Product(torch.autograd.Function):
@@ -81,7 +101,7 @@ class _Product(torch.autograd.Function):
     def forward(
         x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile, gradient_tile: Tile
     ) -> Tensor:
-        return torch.ops.tritonsym.packed_product(x, packed, bias, activation, tile)
+        return _run(_product, packed_product, x, packed, bias, activation, tile)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -92,8 +112,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, packed = ctx.saved_tensors
         needs_x, needs_packed, needs_bias, *_ = ctx.needs_input_grad
-        dx = _Product.apply(dy, packed, None, None, *ctx.tiles) if needs_x else None
-        dpacked = _Gradient.apply(x, dy, *ctx.tiles) if needs_packed else None
+        dx = _Product.apply(dy, _conj(packed), None, None, *ctx.tiles) if needs_x else None
+        dpacked = _Gradient.apply(_conj(x), dy, *ctx.tiles) if needs_packed else None
         return dx, dpacked, dy.sum(0) if needs_bias else None, None, None, None
 
 
@@ -102,7 +122,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, dy: Tensor, tile: Tile, gradient_tile: Tile) -> Tensor:
-        return torch.ops.tritonsym.packed_gradient(x, dy, gradient_tile)
+        return _run(_gradient, packed_gradient, x, dy, gradient_tile)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -113,8 +133,8 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, dpacked: Tensor) -> Any:
         x, dy = ctx.saved_tensors
         needs_x, needs_dy, *_ = ctx.needs_input_grad
-        dx = _Product.apply(dy, dpacked, None, None, *ctx.tiles) if needs_x else None
-        ddy = _Product.apply(x, dpacked, None, None, *ctx.tiles) if needs_dy else None
+        dx = _Product.apply(_conj(dy), dpacked, None, None, *ctx.tiles) if needs_x else None
+        ddy = _Product.apply(_conj(x), dpacked, None, None, *ctx.tiles) if needs_dy else None
         return dx, ddy, None, None
 
 
@@ -123,7 +143,7 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
-        return torch.ops.tritonsym.half_gram(x, a, alpha, beta, tile)
+        return _run(_gram, half_gram, x, a, alpha, beta, tile)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -134,7 +154,7 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, dc: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         needs_x, needs_a, *_ = ctx.needs_input_grad
-        dx = ctx.alpha * ((dc + dc.mT) @ x) if needs_x else None
+        dx = ctx.alpha * ((dc + dc.mT) @ x.conj()) if needs_x else None
         da = ctx.beta * (dc.tril() + dc.mT.tril(-1)) if needs_a else None
         return dx, da, None, None, None
 
@@ -148,29 +168,30 @@ def _may_plan(*tensors: Tensor) -> bool:
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, never_unpack: bool) -> Tensor:
     """act(x U(packed) + bias) for x (..., n)."""
-    training = needs_gradient(x, packed, bias)
-    tiles: plan.Tiles = ()
+    training, path = needs_gradient(x, packed, bias), "reference"
     if _may_plan(x, packed):
-        tiles = plan.matrix_tiles("linear", tuple(x.shape), x.device.type, plan.dtype_name(x), never_unpack, training)
+        problem = (tuple(x.shape), x.device.type, plan.dtype_name(x), never_unpack, training)
+        path, tiles = plan.matrix_route("linear", *problem)
     elif never_unpack:
         raise plan.cannot_stay_packed("symbolic sizes, subclasses of tensors and torch.func transforms")
-    if not tiles:
+    if path == "reference":
         return reference.symmetric_linear(x, packed, bias, activation)
     dtype = computing_dtype(x)
     rows = x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     fused = None if training else activation
-    y = _Product.apply(rows, packed.to(dtype), None if bias is None else bias.to(dtype), fused, *tiles).view(x.shape)
+    bias = None if bias is None else bias.to(dtype)
+    y = _Product.apply(rows, packed.to(dtype), bias, fused, *(tiles or ((), ()))).view(x.shape)
     return y if fused else reference.activate(y, activation)
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
     """L(beta a + alpha x x^T) for x (..., m, k) and a (..., m, m) or None."""
-    tiles: plan.Tiles = ()
+    path = "reference"
     if _may_plan(x):
-        tiles = plan.matrix_tiles("gram", tuple(x.shape), x.device.type, plan.dtype_name(x))
-    if not tiles:
+        path, tiles = plan.matrix_route("gram", tuple(x.shape), x.device.type, plan.dtype_name(x))
+    if path == "reference":
         return reference.gram(x, a, alpha, beta)
     *batch, m, k = x.shape
     flat, dtype = math.prod(batch), computing_dtype(x)
     a = None if a is None else a.to(dtype).reshape(flat, m, m)
-    return _Gram.apply(x.to(dtype).reshape(flat, m, k), a, alpha, beta, *tiles).view(*batch, m, m)
+    return _Gram.apply(x.to(dtype).reshape(flat, m, k), a, alpha, beta, *(tiles or ((),))).view(*batch, m, m)

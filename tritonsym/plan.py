@@ -1,7 +1,8 @@
 """Which path computes a layer: one pure function of the problem, and the switches that override it.
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
-``shift`` (one multiply-add per position and stored weight: `tritonsym.shift` on the CPU, `tritonsym.launch` on a GPU)
+``shift`` (one multiply-add per position and stored weight: `tritonsym.shift` on the CPU, `tritonsym.launch` on a GPU),
+``blocks`` (products with symmetric matrices by blocks of the stored half, `tritonsym.blocks`; every device and dtype)
 and ``implicit_gemm`` (one Triton kernel that reads or writes through the symmetry: an implicit GEMM that expands the
 stored weights where it reads them, with all multiply-adds of the dense layer, or plain sums with one input channel per
 group; a product with a packed matrix; one triangle of a symmetric product, and its mirror image).
@@ -24,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonsym import shift, tuned
+from tritonsym import blocks, shift, tuned
 from tritonsym._compat import constant
 from tritonsym._table import aligned
 from tritonsym.spec import ConvSpec, check, schedule
 from tritonsym.tuned import Tiles
 
 BACKENDS = ("auto", "reference", "triton")
-PATHS = ("reference", "implicit_gemm", "shift")
+PATHS = ("reference", "implicit_gemm", "shift", "blocks")
 
 #: The environment variable TRITONSYM_BACKEND when this was imported.
 ENVIRONMENT = os.environ.get("TRITONSYM_BACKEND") or "auto"
@@ -69,11 +70,11 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def path(name: str, tiles: Tiles = ()) -> Iterator[None]:
-    """Within the block force one path, 'reference', 'implicit_gemm' or 'shift', for tests and benchmarks.
+    """Within the block force one path, 'reference', 'implicit_gemm', 'shift' or 'blocks', for tests and benchmarks.
 
     'implicit_gemm' (also by its former name 'expand') is also the kernel of `SymmetricLinear`, `gram` and
-    `symmetric_mm`, on a GPU or under backend('triton'); they have no 'shift'. `tiles`: also those of the path's kernels
-    (`Plan.tiles`), for the tuner.
+    `symmetric_mm`, on a GPU or under backend('triton'); they have no 'shift', and they alone have 'blocks'. `tiles`:
+    also those of the path's kernels (`Plan.tiles`), for the tuner.
 
     Raises:
         ValueError: an unknown name; by a layer, that the path cannot compute it, or that the tiles do not fit.
@@ -315,6 +316,16 @@ class LinearProblem(Problem):
         return self.dense
 
     @property
+    def of_blocks(self) -> int:
+        return self.rows * blocks.product_work(self.n)
+
+    def blocks_pay(self) -> tuple[bool, str]:
+        """Whether blocks are faster on the CPU than to unpack, and a reason."""
+        if 4 * self.rows > 3 * (self.n - PACKED_FROM):
+            return False, "Of a small matrix, or for many rows, it costs little to unpack in the call."
+        return True, "The packed matrix is read once, by blocks, and never unpacked."
+
+    @property
     def key(self) -> str:
         """Rows are rounded up, so that a strip holds all that are rounded to as many; strips end at a power of two."""
         mode = "training" if self.training else "inference"
@@ -332,6 +343,7 @@ class LinearProblem(Problem):
 
         return {
             "reference": (),
+            "blocks": (),
             "implicit_gemm": (
                 lambda *numbers: fits_product(GemmTile(*numbers), self.rows, *self.where),
                 lambda *numbers: fits_square(GemmTile(*numbers), *self.where),
@@ -386,6 +398,19 @@ class GramProblem(Problem):
         return self.batch * self.n * (self.n + 1) * self.k // 2
 
     @property
+    def of_blocks(self) -> int:
+        """Rows of blocks up to the diagonal."""
+        height = blocks.gram_height(self.n)
+        ends = [min(top + height, self.n) for top in range(0, self.n, height)]
+        return self.batch * self.k * sum((end - top) * end for top, end in zip([0, *ends], ends, strict=False))
+
+    def blocks_pay(self) -> tuple[bool, str]:
+        """Whether blocks are faster on the CPU than the whole product, and a reason."""
+        if self.n < HALF_FROM:
+            return False, f"Below n = {HALF_FROM} the whole product is fastest."
+        return True, f"{self.dense / max(self.of_blocks, 1):.2g}x fewer multiply-adds, by rows of blocks."
+
+    @property
     def key(self) -> str:
         return f"gram {self.dtype} n={self.n} k={self.k} batch={_bucket(self.batch)}"
 
@@ -397,7 +422,11 @@ class GramProblem(Problem):
     def rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
         from tritonsym.kernels.tiles import GemmTile, fits_square
 
-        return {"reference": (), "implicit_gemm": (lambda *numbers: fits_square(GemmTile(*numbers), *self.where),)}
+        return {
+            "reference": (),
+            "blocks": (),
+            "implicit_gemm": (lambda *numbers: fits_square(GemmTile(*numbers), *self.where),),
+        }
 
     def compare(self) -> tuple[bool, str]:
         """Whether the kernel is estimated to be faster than the reference on a GPU, and a reason."""
@@ -552,6 +581,10 @@ GPU = Rule(300, 33, 0)
 FOLD_POSITIONS = 512
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
 MOST_TERMS = 512
+#: Sizes of matrices from which blocks pay on the CPU: of a packed one, for rows up to 3/4 of what n has more than that;
+#: and of a product with a symmetric result (measured: `perf/results/2026-11-25-cpu-matrices.json`).
+PACKED_FROM, HALF_FROM = 640, 384
+NEVER_UNPACKED = "Never unpacked: half of the memory, at any speed."
 
 
 def _pays(problem: ConvProblem) -> tuple[bool, str]:
@@ -636,9 +669,14 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
     on_gpu = problem.target != "cpu"
     has_kernel = problem.has_kernel and _runs_kernels(problem.target)
     runs = has_kernel and (is_conv or on_gpu or backend == "triton")  # a convolution says so when it is called
-    can = {"reference": True, "shift": is_conv and problem.can_shift, "implicit_gemm": runs}
+    can = {
+        "reference": True,
+        "shift": is_conv and problem.can_shift,
+        "implicit_gemm": runs,
+        "blocks": hasattr(problem, "of_blocks"),
+    }
     if forced and not can[forced]:
-        why = "" if forced == "shift" else f" ({_no_kernel(problem)})" if not has_kernel else ""
+        why = "" if forced in ("shift", "blocks") else f" ({_no_kernel(problem)})" if not has_kernel else ""
         hint = (
             "" if is_conv else " (with triton installed, tritonsym.backend('triton') runs kernels in its interpreter)"
         )
@@ -654,7 +692,8 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         )
     never_unpack = not is_conv and getattr(problem, "never_unpack", False)
     measured = tuned.find(problem) if runs and on_gpu and backend != "reference" else None
-    if measured and (backend == "triton" or never_unpack) and measured[0] == "reference":
+    unwanted = ("reference",) * never_unpack + ("reference", "blocks") * (backend == "triton")
+    if measured and measured[0] in unwanted:
         measured = None
     if is_conv and problem.expanded == 0:
         chosen, why = "reference", "There is nothing to multiply."
@@ -662,10 +701,13 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         chosen, why = forced, "Forced by tritonsym.path."
     elif backend == "reference":
         chosen, why = "reference", "Forced by the backend 'reference'."
-    elif not has_kernel and (backend == "triton" or on_gpu or not is_conv):
+    elif not runs and never_unpack:
+        chosen, why = "blocks", NEVER_UNPACKED
+    elif not has_kernel and (backend == "triton" or on_gpu or (not can["blocks"] and not is_conv)):
         chosen, why = "reference", _no_kernel(problem)
     elif not runs and not is_conv:
-        chosen, why = "reference", "The Triton kernels need a GPU."
+        pays, why = problem.blocks_pay()
+        chosen = "blocks" if pays else "reference"
     elif measured:
         chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
     elif is_conv:
@@ -676,7 +718,7 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
     elif backend == "triton":
         chosen, why = "implicit_gemm", "Forced by the backend 'triton'."
     elif never_unpack:
-        chosen, why = "implicit_gemm", "Never unpacked: half of the memory, at any speed."
+        chosen, why = "implicit_gemm", NEVER_UNPACKED
     elif architecture(problem.target) not in {device.target for device in DEVICES.values()}:
         chosen, why = (
             "reference",
@@ -692,9 +734,15 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
             raise cannot_stay_packed(f"{problem.dtype} tensors on {problem.target} under these switches")
         return Plan(problem, chosen, 2 * problem.expanded, 2 * problem.dense, why)
     tiles: Tiles = ()
-    if has_kernel and (chosen == "implicit_gemm" or backend == "triton" or (on_gpu and backend == "auto")):
+    launches = chosen == "implicit_gemm" or (
+        chosen == "shift" and (backend == "triton" or (on_gpu and backend == "auto"))
+    )
+    if has_kernel and launches:
         tiles = forced_tiles or (measured[1] if measured and measured[0] == chosen else problem.tiles(chosen))
-    multiply_adds = (problem.work[0] if chosen == "shift" else problem.expanded) if is_conv else problem.of_kernel
+    if is_conv:
+        multiply_adds = problem.work[0] if chosen == "shift" else problem.expanded
+    else:
+        multiply_adds = problem.of_blocks if chosen == "blocks" else problem.of_kernel
     return Plan(
         problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles, is_conv and problem.fold and not tiles
     )
@@ -703,8 +751,8 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
 def cannot_stay_packed(what: str) -> NotImplementedError:
     """The error for never_unpack where only the reference, which unpacks, can compute the layer."""
     return NotImplementedError(
-        f"SymmetricLinear: never_unpack=True needs a Triton kernel, which {what} do not have; use float32, float16 or "
-        "bfloat16 on a GPU without switches to the reference, or never_unpack=False"
+        f"SymmetricLinear: never_unpack=True, but {what} take the reference, which unpacks; remove the switch or the "
+        "transform, or pass never_unpack=False"
     )
 
 
@@ -778,9 +826,10 @@ def traced_open_route(where: str, spec: str, weights: Any, bias: Any, target: st
 
 
 @constant
-def matrix_tiles(kind: str, *problem: Any) -> Tiles:
-    """Tiles of the kernels for the 'linear' or 'gram' problem of these arguments, none for the reference."""
-    return plan(linear_problem(*problem) if kind == "linear" else gram_problem(*problem)).tiles
+def matrix_route(kind: str, *problem: Any) -> tuple[str, Tiles]:
+    """Path and tiles of the kernels for the 'linear' or 'gram' problem of these arguments."""
+    found = plan(linear_problem(*problem) if kind == "linear" else gram_problem(*problem))
+    return found.path, found.tiles
 
 
 def computing_dtype(t: Tensor) -> torch.dtype:
