@@ -309,6 +309,14 @@ CASES = {
     "newton_schulz: negative steps": (lambda: T.newton_schulz(X, -1), ValueError, "steps at least 0 -1"),
     "newton_schulz: two": (lambda: T.newton_schulz(X, 2, (1, -1)), ValueError, "coefficients three (a, b, c) (1, -1)"),
     "newton_schulz: one none": (lambda: T.newton_schulz(X, 2, (1, None, 0)), TypeError, "coefficients number None"),
+    "newton_schulz: triples": (
+        lambda: T.newton_schulz(X, 5, [(1, -1, 0)] * 2),
+        ValueError,
+        "steps=5 2 triples leave steps out",
+    ),
+    "newton_schulz: a triple": (lambda: T.newton_schulz(X, None, [(1, -1, 0), (1,)]), ValueError, "(a, b, c) (1,)"),
+    "newton_schulz: in a list": (lambda: T.newton_schulz([X, FLAT[0]]), ValueError, "gradient[1] (..., m, k) (6,)"),
+    "newton_schulz: array in a list": (lambda: T.newton_schulz([ARRAY]), TypeError, "gradient[0] Tensor ndarray"),
     "newton_schulz: eps": (lambda: T.newton_schulz(X, eps=None), TypeError, "eps number None"),
     # sequences and sets
     "GlobalConv1d: channels": (lambda: tnn.GlobalConv1d(0, 1), ValueError, "in_channels at least 1 0"),

@@ -1,9 +1,9 @@
 """Products with symmetric results, the iteration on top of them, and the plans of all that a symmetric matrix is in."""
 
-import inspect
 import itertools
 import json
-import textwrap
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,12 +38,11 @@ def symmetric(*shape, dtype=torch.float32):
     return torch.where(torch.ones(shape[-2:]).tril().bool(), x, x.mT)
 
 
-def dense_newton_schulz(g, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
+def dense_newton_schulz(g, triples=((3.4445, -4.7750, 2.0315),) * 5):
     """As `torch.optim.Muon` iterates, in the dtype of g."""
-    a, b, c = coefficients
     x = g.mT if g.shape[0] > g.shape[1] else g
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
+    for a, b, c in triples:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if g.shape[0] > g.shape[1] else x
@@ -128,16 +127,33 @@ def test_newton_schulz_is_the_dense_iteration(shape, dtype):
     dense = torch.stack([dense_newton_schulz(t) for t in g.flatten(0, 1)]).view_as(g)
     truth = torch.stack([dense_newton_schulz(t.double()) for t in g.flatten(0, 1)]).view_as(g)
     assert_within_rule(got, dense, truth=truth)
-    cubic, one = (2, (1.5, -0.5, 0.0)), g[0, 1]
-    assert_within_rule(
-        T.newton_schulz(one, *cubic),
-        dense_newton_schulz(one, *cubic),
-        truth=dense_newton_schulz(one.double(), *cubic),
-    )
+    for triples in ([(1.5, -0.5, 0.0)] * 2, [(4.0, -6.0, 3.0), (2, -1.5, 0.5)], []):
+        one, coefficients = g[0, 1], triples[0] if len({*triples}) == 1 else triples
+        assert_within_rule(
+            T.newton_schulz(one, len(triples), coefficients),
+            dense_newton_schulz(one, triples),
+            truth=dense_newton_schulz(one.double(), triples),
+        )
     if dtype == torch.float32:
         torch.manual_seed(0)
         values = torch.linalg.svdvals(T.newton_schulz(torch.randn(2, 3, *shape)))
         assert ((values > 0.3) & (values < 1.3)).all()
+
+
+def test_newton_schulz_of_matrices_of_many_shapes():
+    """Small ones with zeros around, which change nothing; large ones by themselves."""
+    shapes = [(5, 7), (7, 5), (2, 3, 33, 20), (32, 32), (1, 64), (129, 300), (300, 129), (0, 4), (2, 0, 3)]
+    gradients = [torch.randn(shape, dtype=dtype) for dtype in (torch.float32, torch.float64) for shape in shapes]
+    found = T.newton_schulz(gradients, coefficients=[(4.0, -6.0, 3.0), (2, -1.5, 0.5)])
+    for g, got in zip(gradients, found, strict=True):
+        assert (got.shape, got.dtype) == (g.shape, g.dtype)
+        if g.numel():
+            triples = [(4.0, -6.0, 3.0), (2, -1.5, 0.5)]
+            expected = [dense_newton_schulz(m, triples) for m in g.reshape(-1, *g.shape[-2:])]
+            torch.testing.assert_close(got.reshape(-1, *g.shape[-2:]), torch.stack(expected))
+    assert T.newton_schulz([]) == []
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3), (4, 2))]
+    gradcheck(lambda *g: tuple(T.newton_schulz(g, 2)), leaves)
 
 
 def test_newton_schulz_of_large_values():
@@ -155,25 +171,18 @@ def test_newton_schulz_of_nothing():
     assert torch.equal(T.newton_schulz(torch.eye(2), 0), torch.eye(2) / torch.eye(2).norm())
 
 
-def documented_step():
-    """The optimiser's step that the docstring shows, as a function."""
-    _, after = inspect.getdoc(T.newton_schulz).split("::\n", 1)
-    code = after.split("\nArgs:")[0]
-    return compile(textwrap.dedent(code), "docstring", "exec")
+def test_the_examples_muon_trains_as_torchs_does():
+    path = Path(__file__).parent / "examples" / "muon.py"
+    example = runpy.run_path(str(path))
+    length = path.read_text().split("class Muon")[1].split("if __name__")[0].strip().count("\n")
+    assert length < 40, "short enough to copy"
 
-
-def test_the_documented_muon_trains_as_torchs_does():
-    step = documented_step()
-
-    def train(ours):
+    def train(optimiser):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), *(nn.Linear(24, 24) for _ in range(2)), nn.Linear(24, 1))
+        model = nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 30), nn.Linear(30, 20), nn.Linear(20, 1))
         params = [layer.weight for layer in model[2:4]]
         others = [p for p in model.parameters() if all(p is not q for q in params)]
-        optimisers = [torch.optim.Adam(others, 1e-2)]
-        lr, momentum, buffers = 0.02, 0.95, [torch.zeros_like(p) for p in params]
-        if not ours:
-            optimisers.append(torch.optim.Muon(params, lr, weight_decay=0.0, momentum=momentum))
+        optimisers = [torch.optim.Adam(others, 1e-2), optimiser(params, lr=0.02, weight_decay=0.01)]
         x = torch.randn(64, 8)
         target, losses = x.prod(1, keepdim=True).sin() + x[:, :1], []
         for _ in range(40):
@@ -181,20 +190,16 @@ def test_the_documented_muon_trains_as_torchs_does():
             losses.append(loss.item())
             model.zero_grad()
             loss.backward()
-            if ours:
-                names = {"params": params, "buffers": buffers, "grads": [p.grad for p in params]}
-                with torch.no_grad():
-                    exec(
-                        step, {"torch": torch, "newton_schulz": T.newton_schulz, "lr": lr, "momentum": momentum} | names
-                    )
             for optimiser in optimisers:
                 optimiser.step()
         return losses
 
-    got, expected = train(True), train(False)
+    got, expected = train(example["Muon"]), train(torch.optim.Muon)
     assert got[-1] < 0.2 * got[0]
     assert got[:5] == pytest.approx(expected[:5], rel=1e-2)
     assert got[-1] < 1.5 * expected[-1] + 0.01
+    model = nn.Linear(3, 3)
+    assert example["Muon"]([model.weight]).step(lambda: torch.tensor(2.0)) == 2
 
 
 # --- by blocks --------------------------------------------------------------------------------------------------------

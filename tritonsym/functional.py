@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tritonsym import matrices, ops, reference
 from tritonsym._compat import constant
@@ -558,57 +559,109 @@ def _check_number(where: str, name: str, value: object) -> None:
         raise TypeError(f"{where}: {name} must be a number, got {value!r}")
 
 
+Triple = tuple[float, float, float]
+
+
 def newton_schulz(
-    gradient: Tensor,
-    steps: int = 5,
-    coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    gradient: Tensor | Sequence[Tensor],
+    steps: int | None = None,
+    coefficients: Triple | Sequence[Triple] = (3.4445, -4.7750, 2.0315),
     *,
     eps: float = 1e-7,
-) -> Tensor:
+) -> Any:
     """Orthogonalise: nearly U V^T of the singular value decomposition G = U diag(s) V^T.
 
-    X = G / max(|G|, eps), then `steps` times X <- a X + (b A + c A A) X with A = X X^T, where G with more rows than
-    columns is transposed meanwhile. A and b A + c A A are symmetric: half of their products are computed. The iteration
-    of the Muon optimiser (Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`,
-    which computes in bfloat16: pass ``G.bfloat16()`` for the same. The default coefficients bring singular values
-    near 1, within about 0.7 to 1.2, in 5 steps. A Muon without weight decay for parameters of one shape is::
-
-        for p, b, g in zip(params, buffers, grads):
-            b.lerp_(g, 1 - momentum)
-        updates = newton_schulz(torch.stack([g.lerp(b, momentum) for g, b in zip(grads, buffers)]).bfloat16())
-        for p, u in zip(params, updates):
-            p.add_(u, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+    X = G / max(|G|, eps), then in every step X <- a X + (b A + c A A) X with A = X X^T, where G with more rows than
+    columns is transposed meanwhile, so that A is the smaller Gram matrix. A and b A + c A A are symmetric: half of
+    their products are computed. The iteration of the Muon optimiser (Keller Jordan 2024,
+    https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`, which computes in bfloat16: pass
+    ``G.bfloat16()`` for the same. The default coefficients bring singular values near 1, within about 0.7 to 1.2, in 5
+    steps; a triple for every step is what Polar Express (Amsel et al. 2025, arXiv 2505.16932) computes.
+    `tests/examples/muon.py` is an optimiser.
 
     Args:
-        gradient: G, (..., m, k), real; computed in its dtype.
-        steps: how many iterations.
-        coefficients: (a, b, c).
+        gradient: G, (..., m, k), real; computed in its dtype. Or a list of such, of any shapes: they are iterated
+            together, small ones with zeros around, which stay zeros, so that a bucket of shapes is one batch.
+        steps: how many iterations; 5, or as many as there are triples.
+        coefficients: (a, b, c) for all steps, or a list of one triple for each.
         eps: the least norm to divide by.
     Returns:
-        (..., m, k) in the dtype of G.
+        (..., m, k) in the dtype of G; a list for a list.
     Raises:
-        ValueError: G has fewer than two axes, steps < 0, or not three coefficients.
+        ValueError: G has fewer than two axes, steps < 0, not three coefficients, or not as many triples as steps.
         TypeError: G is not of real floating dtype, or another argument is not a number.
     """
     where = "newton_schulz"
-    check_tensor(where, "gradient", gradient)
-    if not gradient.is_floating_point():
-        raise TypeError(f"{where}: gradient must be real and floating, got {gradient.dtype}; convert it")
-    if gradient.ndim < 2:
-        raise ValueError(f"{where}: gradient must have shape (..., m, k), got {tuple(gradient.shape)}")
+    triples = _triples(where, steps, coefficients)
+    _check_number(where, "eps", eps)
+    if isinstance(gradient, list | tuple):
+        for i, g in enumerate(gradient):
+            _check_gradient(where, f"gradient[{i}]", g)
+        return _in_buckets(list(gradient), lambda x: _iterate(x, triples, eps))
+    _check_gradient(where, "gradient", gradient)
+    return _in_buckets([gradient], lambda x: _iterate(x, triples, eps))[0]  # type: ignore[list-item]
+
+
+def _check_gradient(where: str, name: str, value: Any) -> None:
+    check_tensor(where, name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{where}: {name} must be real and floating, got {value.dtype}; convert it")
+    if value.ndim < 2:
+        raise ValueError(f"{where}: {name} must have shape (..., m, k), got {tuple(value.shape)}")
+
+
+def _triples(where: str, steps: int | None, coefficients: Any) -> list[Triple]:
+    """One for every step."""
+    is_list = isinstance(coefficients, list | tuple) and all(isinstance(t, list | tuple) for t in coefficients)
+    triples = list(coefficients) if is_list else [coefficients]
+    for triple in triples:
+        if not isinstance(triple, tuple | list) or len(triple) != 3:
+            raise ValueError(
+                f"{where}: coefficients must be three numbers (a, b, c), or a list of such, got {triple!r}"
+            )
+        for value in triple:
+            _check_number(where, "coefficients", value)
+    if steps is None:
+        return triples if is_list else triples * 5
     (steps,) = check_counts(where, 0, steps=steps)
-    if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
-        raise ValueError(f"{where}: coefficients must be three numbers (a, b, c), got {coefficients!r}")
-    a, b, c = coefficients
-    for name, value in (("coefficients", a), ("coefficients", b), ("coefficients", c), ("eps", eps)):
-        _check_number(where, name, value)
-    x = gradient.mT if gradient.shape[-2] > gradient.shape[-1] else gradient
-    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    if is_list and len(triples) != steps:
+        raise ValueError(f"{where}: steps={steps} but {len(triples)} triples of coefficients; leave steps out")
+    return triples if is_list else triples * steps
+
+
+#: Matrices of at most so many rows (the smaller size) are padded, both sizes to multiples of `PADDED_TO`.
+PADDED_UP_TO, PADDED_TO = 128, 32
+
+
+def _in_buckets(matrices: list[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """`function` of batches (count, m, k), m <= k, that hold all matrices (..., m, k) or (..., k, m)."""
+    wide = [g.mT if g.shape[-2] > g.shape[-1] else g for g in matrices]
+    flat = [g.reshape(math.prod(g.shape[:-2]), *g.shape[-2:]) for g in wide]
+    buckets: dict[Any, list[int]] = {}
+    for i, g in enumerate(flat):
+        small = len(flat) > 1 and g.shape[1] <= PADDED_UP_TO
+        m, k = (-(-size // PADDED_TO) * PADDED_TO if small else size for size in g.shape[1:])
+        buckets.setdefault((m, k, g.dtype, g.device), []).append(i)
+    results = list(flat)
+    for (m, k, *_), members in buckets.items():
+        padded = [
+            pad(g, (0, k - g.shape[2], 0, m - g.shape[1])) if (m, k) != g.shape[1:] else g
+            for g in (flat[i] for i in members)
+        ]
+        y = function(torch.cat(padded) if len(padded) > 1 else padded[0])
+        for i, part in zip(members, y.split([flat[i].shape[0] for i in members]), strict=True):
+            results[i] = part[:, : flat[i].shape[1], : flat[i].shape[2]]
+    return [(y.mT if w is not g else y).reshape(g.shape) for y, w, g in zip(results, wide, matrices, strict=True)]
+
+
+def _iterate(x: Tensor, triples: Sequence[Triple], eps: float) -> Tensor:
+    """The steps of `newton_schulz` for x (batch, m, k), m <= k."""
     wide = torch.float32 if x.dtype == torch.float16 else None  # where the norm of usual gradients overflows
     x = (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)).to(x.dtype)
-    for _ in range(steps):
-        x = torch.baddbmm(x, symmetric_mm(gram(x), c, b), x, beta=a)
-    return (x.mT if gradient.shape[-2] > gradient.shape[-1] else x).reshape(gradient.shape)
+    for a, b, c in triples:
+        square = matrices.gram(x, None, 1.0, 0.0, mirrored=False)
+        x = torch.baddbmm(x, matrices.gram(square, square if b else None, c, b, mirrored=False), x, beta=a)
+    return x
 
 
 # --- sequences and sets -----------------------------------------------------------------------------------------------

@@ -184,13 +184,13 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | Non
     return y if fused else reference.activate(y, activation)
 
 
-def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """L(beta a + alpha x x^T) for x (..., m, k) and a (..., m, m) or None."""
+def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, mirrored: bool = True) -> Tensor:
+    """L(beta a + alpha x x^T) for x (..., m, k) and a (..., m, m) or None; symmetric up to rounding if not mirrored."""
     path = "reference"
     if _may_plan(x):
         path, tiles = plan.matrix_route("gram", tuple(x.shape), x.device.type, plan.dtype_name(x))
     if path == "reference":
-        return reference.gram(x, a, alpha, beta)
+        return reference.gram(x, a, alpha, beta, mirrored)
     *batch, m, k = x.shape
     flat, dtype = math.prod(batch), computing_dtype(x)
     a = None if a is None else a.to(dtype).reshape(flat, m, m)

@@ -296,14 +296,16 @@ def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation:
     return activate(F.linear(x, unpack(packed), bias), activation)
 
 
-def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
+def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, mirrored: bool = True) -> Tensor:
     """The lower triangle of beta a + alpha x x^T, mirrored.  x (..., m, k), a (..., m, m) or None."""
     if a is None:
         c = x @ x.mT
-        return mirror(c if alpha == 1 else alpha * c)
-    rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    c = torch.baddbmm(a.reshape(rows.shape[0], *a.shape[-2:]), rows, rows.mT, beta=beta, alpha=alpha)
-    return mirror(c.reshape(a.shape))
+        c = c if alpha == 1 else alpha * c
+    else:
+        rows = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+        c = torch.baddbmm(a.reshape(rows.shape[0], *a.shape[-2:]), rows, rows.mT, beta=beta, alpha=alpha)
+        c = c.reshape(a.shape)
+    return mirror(c) if mirrored else c
 
 
 def global_conv1d(
