@@ -176,6 +176,9 @@ CPU: list[Case] = [
     *_all(("radial7",), [(4, 128, (28, 28))]),
     *_all(("k9-h",), [(8, 128, (512,))]),
     *_all(("hv",), [(1, 64, (256, 256))]),
+    *_all(("linear",), [(b, 1 << n, ()) for n in range(9, 14) for b in (1, 4, 16, 64)]),
+    *_all(tuple(FUNCTIONS), [(1 << n, 1 << n, ()) for n in (9, 10, 11)]),
+    *_all(("gram",), [(4096, 4096, ())]),
 ]
 
 _PLANAR = ("h", "hv", "c4", "d4", "tied-hv", "tied-d4", "pool-hv", "mixed")

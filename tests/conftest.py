@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def torch_class(self) -> type[nn.Module]:
-        if self.build is tnn.SymmetricLinear:
+        if self.build in (tnn.SymmetricLinear, tnn.SkewLinear):
             return nn.Linear
         return next(c for c in self.build.__mro__ if c.__module__ == "torch.nn.modules.conv")
 
@@ -110,6 +110,7 @@ CONVOLUTIONS = [
 WEIGHTED = [
     *CONVOLUTIONS,
     Layer("SymmetricLinear", tnn.SymmetricLinear, (7,), {"in_features": 7, "out_features": 7, "activation": "sigmoid"}),
+    Layer("SkewLinear", tnn.SkewLinear, (6,), {"in_features": 6, "out_features": 6, "activation": "tanh"}),
     Layer("GlobalConv1d", tnn.GlobalConv1d, (4, 7), {"in_channels": 4, "out_channels": 8, "activation": "relu"}),
 ]
 LAYERS = [
@@ -131,7 +132,7 @@ def _fixture(name: str, layers: Iterable[Layer]) -> Any:
 BY_BLOCKS = [
     dataclasses.replace(layer, name=f"{layer.name} by blocks", path="blocks")
     for layer in WEIGHTED
-    if layer.build is tnn.SymmetricLinear
+    if layer.build in (tnn.SymmetricLinear, tnn.SkewLinear)
 ]
 SHIFTED = [dataclasses.replace(layer, name=f"{layer.name} by shifts", path="shift") for layer in CONVOLUTIONS]
 QUICK = [layer for layer in SHIFTED if "3d" not in layer.name] + BY_BLOCKS  # a 3-D kernel has many terms to compile

@@ -277,6 +277,17 @@ CASES = {
     "symmetric_linear: from the left": (lambda: matmul(torch.ones(6), ROWS), ValueError, "6 n = 3 (3, 2)"),
     "symmetric_linear: dtype": (lambda: matmul(PACKED, ROWS.to(F64)), TypeError, "torch.float64 torch.float32 convert"),
     "symmetric_linear: devices": (lambda: matmul(PACKED, ROWS.to("meta")), ValueError, "meta cpu move"),
+    "symmetric_linear: batch": (
+        lambda: f_linear(ROWS, PACKED[None]),
+        ValueError,
+        "one packed matrix (1, 3, 2) symmetric_matmul",
+    ),
+    "symmetric_matmul: batches": (
+        lambda: matmul(PACKED.expand(4, 3, 2), ROWS.expand(3, *ROWS.shape)),
+        ValueError,
+        "(..., m, 3) broadcast (4, 3, 2)",
+    ),
+    "quadratic_form: length": (lambda: T.quadratic_form(PACKED, torch.ones(4)), ValueError, "(..., 3) (4,)"),
     "symmetric_matmul: rank": (lambda: matmul(PACKED, torch.ones(3), True), ValueError, "(..., n, m) (3,)"),
     "symmetric_matmul: array": (lambda: matmul(PACKED, ARRAY, True), TypeError, "x torch.Tensor ndarray"),
     "pack: not square": (lambda: pack(torch.ones(2, 3)), ValueError, "square (2, 3)"),

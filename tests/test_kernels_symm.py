@@ -198,8 +198,8 @@ with tritonsym.backend("triton"):
     assert layer.weight.grad.dtype == torch.float32
     tile, x = [16, 16, 16, 4, 2], x.detach()
     ops = torch.ops.tritonsym
-    torch.library.opcheck(ops.packed_product, (x, layer.weight.detach(), layer.bias.detach(), "relu", tile))
-    torch.library.opcheck(ops.packed_gradient, (x, x, tile))
+    torch.library.opcheck(ops.packed_product, (x, layer.weight.detach(), layer.bias.detach(), "relu", False, tile))
+    torch.library.opcheck(ops.packed_gradient, (x, x, False, tile))
     torch.library.opcheck(ops.half_gram, (x[None], None, 1.0, 0.0, tile))
     torch.library.opcheck(ops.half_gram, (x[None, :, :4], x[None, :, :4], 1.0, 2.0, tile))
 print("right")

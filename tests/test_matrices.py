@@ -276,6 +276,46 @@ def test_symmetric_results_by_blocks(monkeypatch, dtype, height):
             assert_within_rule(got, dense, truth=truth)
 
 
+@pytest.mark.parametrize("path", ["blocks", "reference"])
+def test_the_family(monkeypatch, path):
+    """Skew-symmetric, batched, and as a quadratic form, against dense products of what was packed."""
+    monkeypatch.setattr(blocks, "EDGE", 3)
+    monkeypatch.setattr(blocks, "STRIP", 2)
+    for n, dtype in itertools.product((1, 2, 5, 8, 13), (torch.float64, torch.complex128)):
+        a, x = torch.randn(2, 1, n, n, dtype=dtype), torch.randn(3, 4, n, dtype=dtype, requires_grad=True)
+        dy, both = torch.randn(3, 4, n, dtype=dtype), torch.randn(2, 3, 4, n, dtype=dtype)
+        for skew, s in ((False, a + a.mT), (True, a - a.mT)):
+            s.requires_grad_()
+            many = tritonsym.pack(s, skew=skew)
+            one, dense, bias = many[0, 0], s[0, 0], torch.randn(n, dtype=dtype)
+            with tritonsym.path(path):
+                pairs = [
+                    (T.symmetric_linear(x, one, bias, skew=skew), nn.functional.linear(x, dense, bias), dy),
+                    (T.symmetric_matmul(one, x, skew=skew), x @ dense, dy),
+                    (T.symmetric_matmul(one, x.mT, True, skew=skew), dense @ x.mT, dy.mT),
+                    (T.symmetric_matmul(many, x, skew=skew), x @ s, both),
+                    (T.symmetric_matmul(many, x.mT, True, skew=skew), s @ x.mT, both.mT),
+                ]
+                if not skew:
+                    pairs += [
+                        (T.quadratic_form(one, x), (x @ dense * x).sum(-1), dy[..., 0]),
+                        (T.quadratic_form(many, x), (x @ s * x).sum(-1), both[..., 0]),
+                        (T.quadratic_form(one, x[0, 0]), (x @ dense * x).sum(-1)[0, 0], dy[0, 0, 0]),
+                    ]
+            for got, expected, upstream in pairs:
+                torch.testing.assert_close(got, expected)
+                found, truth = (torch.autograd.grad(y, [x, s], upstream, retain_graph=True) for y in (got, expected))
+                triangle = (truth[1] - truth[1].mT if skew else truth[1] + truth[1].mT).tril(-1)
+                diagonal = torch.zeros_like(triangle) if skew else truth[1].diagonal(dim1=-2, dim2=-1).diag_embed()
+                torch.testing.assert_close(found[0], truth[0])
+                torch.testing.assert_close(found[1], triangle + diagonal)  # `pack` reads the lower triangle
+    with tritonsym.path(path):
+        assert T.symmetric_matmul(torch.ones(0, 3, 2), torch.ones(0, 2, 3)).shape == (0, 2, 3)
+        gradgradcheck(T.quadratic_form, [torch.randn(s, requires_grad=True).double() for s in ((3, 2), (2, 3))])
+        inputs = [torch.randn(s, requires_grad=True).double() for s in ((3, 2), (2, 4))]
+        gradgradcheck(lambda p, x: T.symmetric_matmul(p, x, skew=True), inputs)
+
+
 def test_a_packed_weight_with_infinities_and_the_other_triangle():
     """What stands in the rectangle beside a block on the diagonal belongs to the other triangle."""
     s = torch.eye(300)
@@ -334,8 +374,8 @@ def test_compilers_take_blocks_as_they_are():
         leaves = [x, *layer.parameters()]
         torch.testing.assert_close(*(torch.autograd.grad(f(x), leaves) for f in (compiled, loss)))
     ops, x, (weight, bias) = torch.ops.tritonsym, x.detach(), (p.detach() for p in layer.parameters())
-    torch.library.opcheck(ops.packed_product, (x, weight, bias, "relu", []))
-    torch.library.opcheck(ops.packed_gradient, (x, x, []))
+    torch.library.opcheck(ops.packed_product, (x, weight, bias, "relu", False, []))
+    torch.library.opcheck(ops.packed_gradient, (x, x, True, []))
     torch.library.opcheck(ops.half_gram, (x[None], None, 1.0, 0.0, []))
 
 

@@ -274,6 +274,8 @@ def test_conversions_and_freezing(weighted_layer):
 def stored_elements(layer, module):
     """Counted by hand from the definition of each layer."""
     o = layer.options
+    if isinstance(module, tnn.SkewLinear):
+        return 6 * 5 // 2 + 6
     if isinstance(module, tnn.SymmetricLinear):
         return 7 * 8 // 2 + 7
     if isinstance(module, tnn.GlobalConv1d):
@@ -390,6 +392,8 @@ def test_training_keeps_matrices_symmetric():
     for n in (1, 4, 7):
         s = train(tnn.SymmetricLinear(n, n), torch.randn(5, n))
         assert torch.equal(s, s.T)
+        s = train(tnn.SkewLinear(n, n), torch.randn(5, n))
+        assert torch.equal(s, -s.T)
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------

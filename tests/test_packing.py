@@ -126,6 +126,41 @@ def test_gradients(n):
     torch.testing.assert_close(gradient, pack(off_diagonal), rtol=0, atol=0)
 
 
+def test_batches_are_packed_one_by_one():
+    full = torch.randn(2, 0, 5, 5), torch.randn(2, 3, 4, 4)
+    for s in full:
+        s = s + s.mT
+        packed = pack(s)
+        assert packed.shape == (*s.shape[:2], *packed_shape(s.shape[-1]))
+        assert_same_bits(unpack(packed), s)
+        for to, back in ((pack_tril, unpack_tril), (pack_triu, unpack_triu)):
+            vectors = torch.stack([back(p) for p in packed.flatten(0, 1)]) if s.numel() else back(packed)
+            assert_same_bits(back(packed).flatten(0, 1), vectors.flatten(0, -2))
+            assert_same_bits(to(back(packed)), packed)
+
+
+@pytest.mark.parametrize("n", range(1, 14))
+def test_skew_symmetric_matrices(n):
+    """n(n-1)/2 values, one entry at a time; minus signs are exact."""
+    full = random_symmetric(n).tril(-1)
+    full = full - full.mT
+    packed = pack(full, "lower", skew=True)
+    i, j = torch.tril_indices(n, n, -1)
+    assert packed.numel() == n * (n - 1) // 2
+    assert_same_bits(unpack_tril(packed), full[i, j])
+    assert_same_bits(pack_tril(full[i, j]), packed)
+    got = unpack(packed, skew=True)
+    assert torch.equal(got[i, j].isnan(), got[j, i].isnan())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in ((got, full), (got, -got.mT)))
+    matrix = torch.randn(n, n)
+    assert torch.equal(unpack(pack(matrix, "average", skew=True), skew=True), (matrix - matrix.mT) / 2)
+    assert torch.equal(unpack(pack(matrix, "upper", skew=True), skew=True), matrix.triu(1) - matrix.triu(1).mT)
+    assert torch.equal(pack(matrix - matrix.mT, skew=True), pack(matrix - matrix.mT, "lower", skew=True))
+    with pytest.raises(ValueError, match=r"not skew-symmetric: \|S \+ S\^T\| reaches"):
+        pack(torch.eye(n), skew=True)
+    gradcheck(lambda p: unpack(p, skew=True), torch.randn(packed.shape, dtype=torch.float64, requires_grad=True))
+
+
 @pytest.mark.parametrize("n", [1, 4, 5])
 def test_symmetrize(n):
     torch.manual_seed(n)

@@ -103,6 +103,7 @@ def cases() -> Iterator[Case]:
     for ndim, symmetry, reduce in [(1, "h", "min"), (2, "d4", "max"), (2, "c4", "sum"), (3, "hvz", "mean")]:
         yield _conv("OrbitPoolConv", ndim, symmetry, reduce=reduce)
     yield Case("SymmetricLinear", "", partial(tnn.SymmetricLinear, 9, 9), (4, 9))
+    yield Case("SkewLinear", "", partial(tnn.SkewLinear, 9, 9), (4, 9))
     yield Case("GlobalConv1d", "", partial(tnn.GlobalConv1d, 4, 6), (2, 4, 9))
     yield Case("TopKPool1d", "", lambda **_: tnn.TopKPool1d(2), (2, 4, 9), is_ordered=True)
     for over, reduce in [("swap", "max"), ("cyclic", "mean"), ("permutations", "logsumexp")]:

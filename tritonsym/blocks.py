@@ -51,28 +51,48 @@ def _batched(x: Tensor, start: int, blocks: Tensor) -> Tensor:
     return x[:, start : start + count * edge].unflatten(1, (count, edge)).transpose(0, 1)
 
 
-def product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x S + bias for x (B, n); sums over blocks are kept in float32 at least."""
+def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, skew: bool = False) -> Tensor:
+    """x S + bias for x (B, n); sums over blocks are kept in float32 at least.
+
+    A skew-symmetric S has its lower triangle one row further down than the rectangle, and the upper one negated.
+    """
     below, diagonal = _parts(packed)
     y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if bias is not None:
         y += bias
-    for blocks, start in diagonal:
-        lower, x_blocks, y_blocks = blocks.clone().tril_(), _batched(x, start, blocks), _batched(y, start, blocks)
-        y_blocks += torch.bmm(x_blocks, lower)
-        lower.diagonal(dim1=1, dim2=2).zero_()
-        y_blocks += torch.bmm(x_blocks, lower.mT)
+    end, sign = x.shape[1] - skew, -1 if skew else 1
+    (x_r, x_c), (y_r, y_c) = ((t[:, skew:], t[:, :end]) for t in (x, y))
+    for blocks, at in diagonal:
+        lower = blocks.clone().tril_()
+        _batched(y_c, at, blocks).add_(torch.bmm(_batched(x_r, at, blocks), lower))
+        if not skew:
+            lower.diagonal(dim1=1, dim2=2).zero_()
+        _batched(y_r, at, blocks).add_(torch.bmm(_batched(x_c, at, blocks), lower.mT), alpha=sign)
     for block, r, c in below:
         rows, columns = slice(r, r + block.shape[0]), slice(c, c + block.shape[1])
-        for left, right, out in (
-            (x[:, rows], block, y[:, columns]),
-            (x[:, columns], block.mT, y[:, rows]),
+        for left, right, out, alpha in (
+            (x_r[:, rows], block, y_c[:, columns], 1),
+            (x_c[:, columns], block.mT, y_r[:, rows], sign),
         ):
             if y.dtype == x.dtype:
-                torch.addmm(out, left, right, out=out)
+                torch.addmm(out, left, right, alpha=alpha, out=out)
             else:
-                out += left @ right
+                out.add_(left @ right, alpha=alpha)
     return y.to(x.dtype)
+
+
+def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
+    """x S x^T for every row of x (B, n): half of the multiply-adds of a product; in float32 at least."""
+    below, diagonal = _parts(packed)
+    q = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for blocks, at in diagonal:
+        x_blocks, lower = _batched(x, at, blocks), blocks.clone().tril_(-1)
+        y = torch.bmm(x_blocks, lower.mul_(2)) + x_blocks * blocks.diagonal(dim1=1, dim2=2)[:, None]
+        q += (x_blocks * y).sum((0, 2), dtype=q.dtype)
+    for block, r, c in below:
+        y = x[:, r : r + block.shape[0]] @ block
+        q += 2 * (x[:, c : c + block.shape[1]] * y).sum(1, dtype=q.dtype)
+    return q.to(x.dtype)
 
 
 def product_work(n: int) -> int:
@@ -81,16 +101,19 @@ def product_work(n: int) -> int:
     return n * n + squares
 
 
-def gradient(x: Tensor, dy: Tensor) -> Tensor:
+def gradient(x: Tensor, dy: Tensor, skew: bool = False) -> Tensor:
     """The gradient of the packed S for y = x S, from x and dy (B, n)."""
-    d = x.new_empty(packed_shape(x.shape[1]))
-    left, right = torch.cat([x, dy]), torch.cat([dy, x])
+    end = x.shape[1] - skew
+    d = x.new_empty(packed_shape(end))
+    left = torch.cat([x[:, skew:], dy[:, skew:]])
+    right = torch.cat([dy[:, :end], -x[:, :end] if skew else x])
     below, diagonal = _parts(d)
     for block, r, c in below:
         torch.mm(left[:, r : r + block.shape[0]].mT, right[:, c : c + block.shape[1]], out=block)
     for blocks, start in diagonal:
         full = torch.bmm(_batched(left, start, blocks).mT, _batched(right, start, blocks))
-        full.diagonal(dim1=1, dim2=2).mul_(0.5)
+        if not skew:
+            full.diagonal(dim1=1, dim2=2).mul_(0.5)
         is_lower = torch.ones(full.shape[1:], dtype=torch.bool, device=x.device).tril_()
         blocks.copy_(torch.where(is_lower, full, blocks))
     return d

@@ -42,6 +42,7 @@ __all__ = [
     "orbit_pool_conv1d",
     "orbit_pool_conv2d",
     "orbit_pool_conv3d",
+    "quadratic_form",
     "symmetric_conv1d",
     "symmetric_conv2d",
     "symmetric_conv3d",
@@ -474,8 +475,9 @@ def symmetric_linear(
     *,
     activation: Activation | None = None,
     never_unpack: bool = False,
+    skew: bool = False,
 ) -> Tensor:
-    """y = act(x S + b) with the symmetric matrix S stored packed.
+    """y = act(x S^T + b), as `torch.nn.functional.linear`, with the symmetric matrix S = S^T stored packed.
 
     Args:
         x: (..., n).
@@ -483,6 +485,7 @@ def symmetric_linear(
         bias: (n,) or None.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
         never_unpack: build neither S nor its gradient, even where that is slower: by Triton kernels or by blocks.
+        skew: S = -S^T, stored as `tritonsym.packing.packed_shape(n - 1)`.
     Returns:
         (..., n) in the dtype of x (the autocast dtype under autocast).
     Raises:
@@ -491,27 +494,72 @@ def symmetric_linear(
         NotImplementedError: `never_unpack` where only the reference will do: under `torch.func`, for symbolic sizes.
     """
     where = "symmetric_linear"
-    n = order_of(weight, where)
+    n = order_of(weight, where) + skew
+    if weight.ndim > 2:
+        raise ValueError(f"{where}: weight must be one packed matrix, got {tuple(weight.shape)}; see symmetric_matmul")
     check_tensor(where, "x", x)
     if x.ndim == 0 or x.shape[-1] != n:
         raise ValueError(f"{where}: x must have shape (..., {n}) for a packed {n} x {n} weight, got {tuple(x.shape)}")
     check_bias(where, bias, n)
     check_activation(where, activation)
     ops.check_beside(where, x, weight=weight, bias=bias)
-    return matrices.linear(x, weight, bias, activation, never_unpack)
+    return matrices.linear(-x if skew else x, weight, bias, activation, never_unpack, skew)
 
 
-def symmetric_matmul(packed: Tensor, x: Tensor, left: bool = False, *, never_unpack: bool = False) -> Tensor:
+def symmetric_matmul(
+    packed: Tensor, x: Tensor, left: bool = False, *, never_unpack: bool = False, skew: bool = False
+) -> Tensor:
     """x S, or S x with `left`, for a symmetric matrix S stored packed.  x: (..., n), with `left` (..., n, m).
 
-    `never_unpack` and errors as in `symmetric_linear`.
+    For a batch of packed matrices, with axes in front, x is (..., m, n), with `left` (..., n, m), and the axes in front
+    broadcast as in `torch.matmul`. `never_unpack`, `skew` and errors as in `symmetric_linear`.
     """
-    check_tensor("symmetric_matmul", "x", x)
-    if not left:
-        return symmetric_linear(x, packed, never_unpack=never_unpack)
-    if x.ndim < 2:
-        raise ValueError(f"symmetric_matmul: with left=True x must have shape (..., n, m), got {tuple(x.shape)}")
-    return symmetric_linear(x.mT, packed, never_unpack=never_unpack).mT
+    where = "symmetric_matmul"
+    check_tensor(where, "x", x)
+    if left:
+        if x.ndim < 2:
+            raise ValueError(f"{where}: with left=True x must have shape (..., n, m), got {tuple(x.shape)}")
+        x = -x.mT if skew else x.mT
+        return symmetric_matmul(packed, x, never_unpack=never_unpack, skew=skew).mT
+    check_tensor(where, "packed", packed)
+    if packed.ndim <= 2:
+        return symmetric_linear(-x if skew else x, packed, never_unpack=never_unpack, skew=skew)
+    _check_batch(where, packed, x, order_of(packed, where) + skew)
+    return matrices.matmul(x, packed, never_unpack, skew)
+
+
+def _check_batch(where: str, packed: Tensor, x: Tensor, n: int) -> None:
+    """A batch of packed n x n matrices beside the rows of x (..., m, n)."""
+    pairs = zip(reversed(packed.shape[:-2]), reversed(x.shape[:-2]), strict=False)
+    if x.ndim < 2 or x.shape[-1] != n or any(a != b and 1 not in (a, b) for a, b in pairs):
+        raise ValueError(
+            f"{where}: x must have shape (..., m, {n}) with axes in front that broadcast with those of packed "
+            f"{tuple(packed.shape)}, got {tuple(x.shape)}"
+        )
+    ops.check_beside(where, x, packed=packed)
+
+
+def quadratic_form(packed: Tensor, x: Tensor) -> Tensor:
+    """x S x^T for every row of x, with a symmetric matrix S stored packed: half of the multiply-adds by blocks.
+
+    Args:
+        packed: `tritonsym.packing.packed_shape(n)`, or a batch of such, with axes in front.
+        x: (..., n), for a batch of matrices (..., m, n). Complex numbers are not conjugated.
+    Returns:
+        (...), without the last axis of x, in its dtype (the autocast dtype under autocast).
+    Raises:
+        ValueError: `packed` is no rectangle, or shapes disagree.
+        TypeError: dtypes differ.
+    """
+    where = "quadratic_form"
+    n = order_of(packed, where)
+    check_tensor(where, "x", x)
+    if packed.ndim > 2:
+        _check_batch(where, packed, x, n)
+    elif x.ndim == 0 or x.shape[-1] != n:
+        raise ValueError(f"{where}: x must have shape (..., {n}) for a packed {n} x {n} matrix, got {tuple(x.shape)}")
+    ops.check_beside(where, x, packed=packed)
+    return matrices.quadratic_form(x, packed)
 
 
 def gram(x: Tensor) -> Tensor:

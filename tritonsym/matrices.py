@@ -4,9 +4,10 @@ The reference is plain torch ops. Blocks and kernels are autograd functions over
 which compilers take as they are; an op without tiles works by blocks. With U = `packing.unpack`, U* its adjoint and P
 packed,
 
-    y = x U(P)              dx = dy U(P)             dP = U*(x^T dy)
-    G = U*(x^T dy)          dx = dy U(dG)            d(dy) = x U(dG)
+    y = x U(P)              dx = dy U(P)^T           dP = U*(x^T dy)
+    G = U*(x^T dy)          dx = dy U(dG)^T          d(dy) = x U(dG)
     C = alpha X X^T         dX = alpha (dC + dC^T) X
+    q = x U(P) x^T          dx = 2 dq x U(P)         dP = U*(x^T dq x)
 
 with conjugates in the gradients of complex numbers.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from tritonsym import blocks, launch, plan, reference
 from tritonsym._compat import is_exporting, transforms_are_active
 from tritonsym.ops import _are_plain, _has_static_sizes
-from tritonsym.packing import packed_shape
+from tritonsym.packing import packed_shape, unpack
 from tritonsym.plan import computing_dtype, needs_gradient
 
 Tile = Sequence[int]
@@ -34,10 +35,10 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, skew: bool, tile: Tile) -> Tensor:
     """act(x U(packed) + bias) for x (B, n)."""
     if not tile:
-        return reference.activate(blocks.product(x, packed, bias), activation)
+        return reference.activate(blocks.product(x, packed, bias, skew), activation)
     with launch.launching("implicit_gemm", tile, x, packed):
         from tritonsym.kernels import symm, tiles
 
@@ -45,10 +46,10 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | N
         return symm.product(x, packed.contiguous(), bias, activation, tiles.GemmTile(*tile), _precision())
 
 
-def _gradient(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
+def _gradient(x: Tensor, dy: Tensor, skew: bool, tile: Tile) -> Tensor:
     """U*(x^T dy) for x, dy (B, n)."""
     if not tile:
-        return blocks.gradient(x, dy)
+        return blocks.gradient(x, dy, skew)
     with launch.launching("implicit_gemm", tile, x, dy):
         from tritonsym.kernels import symm, tiles
 
@@ -71,13 +72,13 @@ half_gram = torch.library.custom_op("tritonsym::half_gram", _gram, mutates_args=
 
 
 @packed_product.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile) -> Tensor:
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, skew: bool, tile: Tile) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @packed_gradient.register_fake
-def _(x: Tensor, dy: Tensor, tile: Tile) -> Tensor:
-    return x.new_empty(packed_shape(x.shape[1]))
+def _(x: Tensor, dy: Tensor, skew: bool, tile: Tile) -> Tensor:
+    return x.new_empty(packed_shape(x.shape[1] - skew))
 
 
 @half_gram.register_fake
@@ -99,43 +100,73 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: Tile, gradient_tile: Tile
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        skew: bool,
+        tile: Tile,
+        gradient_tile: Tile,
     ) -> Tensor:
-        return _run(_product, packed_product, x, packed, bias, activation, tile)
+        return _run(_product, packed_product, x, packed, bias, activation, skew, tile)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, packed, _, _, *ctx.tiles = inputs
+        x, packed, _, _, *ctx.options = inputs
         ctx.save_for_backward(x, packed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, packed = ctx.saved_tensors
         needs_x, needs_packed, needs_bias, *_ = ctx.needs_input_grad
-        dx = _Product.apply(dy, _conj(packed), None, None, *ctx.tiles) if needs_x else None
-        dpacked = _Gradient.apply(_conj(x), dy, *ctx.tiles) if needs_packed else None
-        return dx, dpacked, dy.sum(0) if needs_bias else None, None, None, None
+        dx = _transposed(dy, _conj(packed), *ctx.options) if needs_x else None
+        dpacked = _Gradient.apply(_conj(x), dy, *ctx.options) if needs_packed else None
+        return dx, dpacked, dy.sum(0) if needs_bias else None, None, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
     """U*(x^T dy)."""
 
     @staticmethod
-    def forward(x: Tensor, dy: Tensor, tile: Tile, gradient_tile: Tile) -> Tensor:
-        return _run(_gradient, packed_gradient, x, dy, gradient_tile)
+    def forward(x: Tensor, dy: Tensor, skew: bool, tile: Tile, gradient_tile: Tile) -> Tensor:
+        return _run(_gradient, packed_gradient, x, dy, skew, gradient_tile)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, dy, *ctx.tiles = inputs
+        x, dy, *ctx.options = inputs
         ctx.save_for_backward(x, dy)
 
     @staticmethod
     def backward(ctx: Any, dpacked: Tensor) -> Any:
         x, dy = ctx.saved_tensors
         needs_x, needs_dy, *_ = ctx.needs_input_grad
-        dx = _Product.apply(_conj(dy), dpacked, None, None, *ctx.tiles) if needs_x else None
-        ddy = _Product.apply(_conj(x), dpacked, None, None, *ctx.tiles) if needs_dy else None
-        return dx, ddy, None, None
+        dx = _transposed(_conj(dy), dpacked, *ctx.options) if needs_x else None
+        ddy = _Product.apply(_conj(x), dpacked, None, None, *ctx.options) if needs_dy else None
+        return dx, ddy, None, None, None
+
+
+def _transposed(x: Tensor, packed: Tensor, skew: bool, *tiles: Tile) -> Tensor:
+    """x U(packed)^T."""
+    return _Product.apply(-x if skew else x, packed, None, None, skew, *tiles)
+
+
+class _QuadraticForm(torch.autograd.Function):
+    """x U(packed) x^T for every row of x, by blocks."""
+
+    @staticmethod
+    def forward(x: Tensor, packed: Tensor) -> Tensor:
+        return blocks.quadratic_form(x, packed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor) -> Any:
+        x, packed = map(_conj, ctx.saved_tensors)
+        needs_x, needs_packed = ctx.needs_input_grad
+        dx = 2 * dq[:, None] * _Product.apply(x, packed, None, None, False, (), ()) if needs_x else None
+        return dx, _Gradient.apply(x, dq[:, None] * x, False, (), ()) if needs_packed else None
 
 
 class _Gram(torch.autograd.Function):
@@ -166,22 +197,58 @@ def _may_plan(*tensors: Tensor) -> bool:
     return _are_plain(*tensors) and not torch.jit.is_tracing() and not transforms_are_active()
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, never_unpack: bool) -> Tensor:
-    """act(x U(packed) + bias) for x (..., n)."""
-    training, path = needs_gradient(x, packed, bias), "reference"
+def _route(x: Tensor, packed: Tensor, never_unpack: bool, skew: bool, training: bool) -> tuple[str, plan.Tiles]:
+    """For x (..., n) and one packed matrix."""
     if _may_plan(x, packed):
-        problem = (tuple(x.shape), x.device.type, plan.dtype_name(x), never_unpack, training)
-        path, tiles = plan.matrix_route("linear", *problem)
-    elif never_unpack:
+        problem = (tuple(x.shape), x.device.type, plan.dtype_name(x), never_unpack, training, skew)
+        return plan.matrix_route("linear", *problem)
+    if never_unpack:
         raise plan.cannot_stay_packed("symbolic sizes, subclasses of tensors and torch.func transforms")
+    return "reference", ()
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    never_unpack: bool,
+    skew: bool = False,
+) -> Tensor:
+    """act(x U(packed) + bias) for x (..., n)."""
+    training = needs_gradient(x, packed, bias)
+    path, tiles = _route(x, packed, never_unpack, skew, training)
     if path == "reference":
-        return reference.symmetric_linear(x, packed, bias, activation)
+        return reference.symmetric_linear(x, packed, bias, activation, skew)
     dtype = computing_dtype(x)
     rows = x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     fused = None if training else activation
     bias = None if bias is None else bias.to(dtype)
-    y = _Product.apply(rows, packed.to(dtype), bias, fused, *(tiles or ((), ()))).view(x.shape)
+    y = _Product.apply(rows, packed.to(dtype), bias, fused, skew, *(tiles or ((), ()))).view(x.shape)
     return y if fused else reference.activate(y, activation)
+
+
+def matmul(x: Tensor, packed: Tensor, never_unpack: bool, skew: bool) -> Tensor:
+    """x U(packed) for batches x (..., m, n) and packed (..., rows, columns), whose axes in front broadcast."""
+    batch = torch.broadcast_shapes(x.shape[:-2], packed.shape[:-2])
+    some = x.new_empty(0).expand(0) if not math.prod(batch) else x[(0,) * (x.ndim - 2)]
+    if not math.prod(batch) or _route(some, packed, never_unpack, skew, needs_gradient(x, packed))[0] == "reference":
+        return x @ unpack(packed, skew=skew)
+    matrices = packed.expand(*batch, *packed.shape[-2:]).flatten(0, -3)
+    rows = x.expand(*batch, *x.shape[-2:]).flatten(0, -3)
+    y = [linear(a, p, None, None, never_unpack, skew) for a, p in zip(rows, matrices, strict=True)]
+    return torch.stack(y).view(*batch, *x.shape[-2:])
+
+
+def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
+    """x U(packed) x^T for every row of x (..., n), or (..., m, n) for a batch of packed matrices."""
+    if packed.ndim == 2 and not torch.compiler.is_compiling():
+        if _route(x, packed, False, False, needs_gradient(x, packed))[0] == "blocks":
+            dtype = computing_dtype(x)
+            rows = x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+            return _QuadraticForm.apply(rows, packed.to(dtype)).view(x.shape[:-1])
+    y = linear(x, packed, None, None, False) if packed.ndim == 2 else matmul(x, packed, False, False)
+    return (x * y).sum(-1)
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, mirrored: bool = True) -> Tensor:

@@ -8,6 +8,9 @@ algorithm", ACM TOMS 37(2)), lower triangle, row-major. With K = ceil(n/2) colum
     P[j - K, i - K + odd]         otherwise     (bottom right triangle, transposed into the free corner)
 
 so the leading dimension is constant, the block S[K:, :K] is a plain view, and every conversion copies bits.
+
+A skew-symmetric matrix, S = -S^T, is stored as the rectangle of n - 1: of T with T[i - 1, j] = S[i, j] for i > j, which
+are n(n-1)/2 values. Batches of matrices have axes in front.
 """
 
 from __future__ import annotations
@@ -38,24 +41,24 @@ def check_inexact(where: str, name: str, value: Tensor) -> None:
 
 
 def order_of(packed: Tensor, where: str = "unpack") -> int:
-    """The n for which `packed` has the shape `packed_shape(n)`.
+    """The n for which the last two axes of `packed` have the shape `packed_shape(n)`.
 
     Raises:
         ValueError: no n fits; the message computes the n that the number of values would fit.
     """
     check_tensor(where, "packed", packed)
-    n = _triangle_order(index(packed.numel()))
-    if packed.ndim == 2 and n is not None and tuple(packed.shape) == packed_shape(n):
+    n = _triangle_order(index(math.prod(packed.shape[-2:])))
+    if packed.ndim >= 2 and n is not None and tuple(packed.shape[-2:]) == packed_shape(n):
         return n
-    if packed.ndim == 2 and packed.shape[0] == packed.shape[1]:
+    if packed.ndim >= 2 and packed.shape[-2] == packed.shape[-1]:
         fix = "pack a full matrix first: tritonsym.pack(S)"
     elif n is not None and n > 0:
         rows, columns = packed_shape(n)
-        fix = f"{packed.numel()} values fit n = {n}, which is stored as ({rows}, {columns})"
+        fix = f"{math.prod(packed.shape[-2:])} values fit n = {n}, which is stored as ({rows}, {columns})"
         if packed.ndim == 1:
             fix += "; convert a triangle vector with pack_tril or pack_triu"
     else:
-        below = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
+        below = (math.isqrt(8 * math.prod(packed.shape[-2:]) + 1) - 1) // 2
         fix = f"nearest: n = {below} as {packed_shape(below)}, n = {below + 1} as {packed_shape(below + 1)}"
     raise ValueError(
         f"{where}: packed has shape {tuple(packed.shape)}, which is not (2*(n//2)+1, (n+1)//2) for any n; {fix}"
@@ -68,46 +71,55 @@ def _triangle_order(length: int) -> int | None:
 
 
 def pack(
-    matrix: Tensor, symmetrize: Literal["average", "lower", "upper"] | None = None, *, tolerance: float = 0.0
+    matrix: Tensor,
+    symmetrize: Literal["average", "lower", "upper"] | None = None,
+    *,
+    tolerance: float = 0.0,
+    skew: bool = False,
 ) -> Tensor:
-    """Store a symmetric matrix (n, n) as the rectangle `packed_shape(n)`; the bits of the lower triangle are kept.
+    """Store symmetric matrices (..., n, n) as rectangles `packed_shape(n)`; the bits of the lower triangle are kept.
 
     Args:
-        matrix: (n, n), symmetric within `tolerance` (largest |S - S^T|) unless `symmetrize` says what to do.
+        matrix: (..., n, n), symmetric within `tolerance` (largest |S - S^T|) unless `symmetrize` says what to do.
         symmetrize: 'average' stores (S + S^T) / 2, the nearest symmetric matrix in the Frobenius norm; 'lower' and
             'upper' take that triangle and ignore the other.
+        skew: S = -S^T instead, as rectangles `packed_shape(n - 1)`; all of the above with a minus sign.
 
     Raises:
-        ValueError: not square, or not symmetric within `tolerance` while `symmetrize` is None.
+        ValueError: not square, or not symmetric within `tolerance` while `symmetrize` is None; no rows and `skew`.
         TypeError: no tensor, or integers to average.
     """
     check_tensor("pack", "matrix", matrix)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or (skew and not matrix.shape[-1]):
         raise ValueError(f"pack: expected a square matrix (n, n), got shape {tuple(matrix.shape)}")
+    mirrored = -matrix.mT if skew else matrix.mT
     if symmetrize == "average":
         check_inexact("pack", "matrix", matrix)
-        mean = (matrix + matrix.mT) / 2
-        matrix = torch.where(mean.isfinite(), mean, matrix / 2 + matrix.mT / 2)  # the sum may overflow
+        mean = (matrix + mirrored) / 2
+        matrix = torch.where(mean.isfinite(), mean, matrix / 2 + mirrored / 2)  # the sum may overflow
     elif symmetrize == "upper":
-        matrix = matrix.mT
+        matrix = mirrored
     elif symmetrize is None:
-        differs = (matrix != matrix.mT) & ~(matrix.isnan() & matrix.mT.isnan())
+        differs = (matrix != mirrored) & ~(matrix.isnan() & mirrored.isnan())
         wide = matrix if matrix.is_floating_point() or matrix.is_complex() else matrix.double()  # signed
-        difference = (wide - wide.mT)[differs].abs().amax().item() if differs.any() else 0.0
+        difference = (wide - (-wide.mT if skew else wide.mT))[differs].abs().amax().item() if differs.any() else 0.0
         if not difference <= tolerance:
+            word, sign = ("skew-symmetric", "+") if skew else ("symmetric", "-")
             raise ValueError(
-                f"pack: the matrix is not symmetric: |S - S^T| reaches {difference:.3g}, tolerance {tolerance:.3g}; "
+                f"pack: the matrix is not {word}: |S {sign} S^T| reaches {difference:.3g}, tolerance {tolerance:.3g}; "
                 "pass symmetrize='average', 'lower' or 'upper', or a larger tolerance"
             )
     elif symmetrize != "lower":
         raise ValueError(f"pack: symmetrize must be 'average', 'lower', 'upper' or None, got {symmetrize!r}")
-    n = matrix.shape[0]
+    if skew:
+        matrix = matrix[..., 1:, :-1]
+    n = matrix.shape[-1]
     columns, odd = (n + 1) // 2, n % 2
-    left = matrix[:, :columns].tril()
-    corner = matrix[columns:, columns:].tril().mT  # upper triangular, N x N
+    left = matrix[..., :columns].tril()
+    corner = matrix[..., columns:, columns:].tril().mT  # upper triangular, N x N
     # the two triangles share the rectangle's top rows and never overlap
     left = torch.nn.functional.pad(left, (0, 0, 1 - odd, 0))
-    corner = torch.nn.functional.pad(corner, (odd, 0, 0, left.shape[0] - corner.shape[0]))
+    corner = torch.nn.functional.pad(corner, (odd, 0, 0, left.shape[-2] - corner.shape[-2]))
     held = _left_mask(n, matrix.device)
     return torch.where(held, left, corner)
 
@@ -119,17 +131,21 @@ def _left_mask(n: int, device: torch.device) -> Tensor:
     return i >= torch.arange(columns, device=device)
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The full matrix (n, n), equal to its transpose to the bit. Differentiable.
+def unpack(packed: Tensor, *, skew: bool = False) -> Tensor:
+    """The full matrices (..., n, n), equal to their transposes (`skew`: to minus these) to the bit. Differentiable.
 
     The gradient of a stored off-diagonal value is the sum of the gradients of its two places.
     """
     n = order_of(packed)
     columns, odd = (n + 1) // 2, n % 2
-    left, corner = packed[1 - odd :], packed[: n // 2, odd:]
-    top, block = left[:columns], left[columns:]
+    left, corner = packed[..., 1 - odd :, :], packed[..., : n // 2, odd:]
+    top, block = left[..., :columns, :], left[..., columns:, :]
     top, bottom = mirror(top), mirror(corner.mT)
-    return torch.cat([torch.cat([top, block.mT], 1), torch.cat([block, bottom], 1)], 0)
+    full = torch.cat([torch.cat([top, block.mT], -1), torch.cat([block, bottom], -1)], -2)
+    if not skew:
+        return full
+    lower = torch.nn.functional.pad(full.tril(), (0, 1, 1, 0))
+    return lower - lower.mT
 
 
 def mirror(matrix: Tensor) -> Tensor:
@@ -154,21 +170,24 @@ def _triu_index(n: int, device: torch.device) -> Tensor:
 
 def _from_vector(vector: Tensor, index: Callable[[int, torch.device], Tensor], where: str) -> Tensor:
     check_tensor(where, "vector", vector)
-    n = _triangle_order(vector.numel()) if vector.ndim == 1 else None
+    length = vector.shape[-1] if vector.ndim else 0
+    n = _triangle_order(length) if vector.ndim else None
     if n is None:
-        below = (math.isqrt(8 * vector.numel() + 1) - 1) // 2
+        below = (math.isqrt(8 * length + 1) - 1) // 2
         raise ValueError(
-            f"{where}: expected a vector of n(n+1)/2 values, got shape {tuple(vector.shape)}; nearest lengths: "
-            f"{below * (below + 1) // 2} (n = {below}) and {(below + 1) * (below + 2) // 2} (n = {below + 1})"
+            f"{where}: expected a vector of n(n+1)/2 values, or a batch of such, got shape "
+            f"{tuple(vector.shape)}; nearest lengths: {below * (below + 1) // 2} (n = {below}) and "
+            f"{(below + 1) * (below + 2) // 2} (n = {below + 1})"
         )
     place = index(n, vector.device)
     order = torch.empty_like(place)
     order[place] = torch.arange(place.numel(), device=vector.device)
-    return vector[order].view(packed_shape(n))
+    return vector[..., order].view(*vector.shape[:-1], *packed_shape(n))
 
 
 def pack_tril(vector: Tensor) -> Tensor:
-    """Packed rectangle from a row-wise lower triangle vector, ``S[torch.tril_indices(n, n)]``."""
+    """Packed rectangle from a row-wise lower triangle vector, ``S[torch.tril_indices(n, n)]``; a skew-symmetric one
+    from ``S[torch.tril_indices(n, n, -1)]``. Batches (..., length) give batches, in all of these conversions."""
     return _from_vector(vector, _tril_index, "pack_tril")
 
 
@@ -180,10 +199,10 @@ def pack_triu(vector: Tensor) -> Tensor:
 def unpack_tril(packed: Tensor) -> Tensor:
     """Inverse of `pack_tril`, to the bit."""
     n = order_of(packed, "unpack_tril")
-    return packed.reshape(-1)[_tril_index(n, packed.device)]
+    return packed.flatten(-2)[..., _tril_index(n, packed.device)]
 
 
 def unpack_triu(packed: Tensor) -> Tensor:
     """Inverse of `pack_triu`, to the bit."""
     n = order_of(packed, "unpack_triu")
-    return packed.reshape(-1)[_triu_index(n, packed.device)]
+    return packed.flatten(-2)[..., _triu_index(n, packed.device)]

@@ -305,6 +305,11 @@ class LinearProblem(Problem):
     rows: int
     training: bool = False
     never_unpack: bool = False  # if the reference will not do
+    skew: bool = False  # S = -S^T
+
+    @property
+    def has_kernel(self) -> bool:
+        return super().has_kernel and not self.skew
 
     @property
     def dense(self) -> int:
@@ -317,7 +322,7 @@ class LinearProblem(Problem):
 
     @property
     def of_blocks(self) -> int:
-        return self.rows * blocks.product_work(self.n)
+        return self.rows * blocks.product_work(self.n - self.skew)
 
     def blocks_pay(self) -> tuple[bool, str]:
         """Whether blocks are faster on the CPU than to unpack, and a reason."""
@@ -447,10 +452,16 @@ def _bucket(number: int) -> int:
 
 
 def linear_problem(
-    shape: Sequence[int], target: str, dtype: str, never_unpack: bool = False, training: bool = False
+    shape: Sequence[int],
+    target: str,
+    dtype: str,
+    never_unpack: bool = False,
+    training: bool = False,
+    skew: bool = False,
 ) -> LinearProblem:
     """The problem of x S with x of this shape."""
-    return LinearProblem("SymmetricLinear", target, dtype, shape[-1], math.prod(shape[:-1]), training, never_unpack)
+    layer, (*batch, n) = "SkewLinear" if skew else "SymmetricLinear", shape
+    return LinearProblem(layer, target, dtype, n, math.prod(batch), training, never_unpack, skew)
 
 
 def gram_problem(shape: Sequence[int], target: str, dtype: str) -> GramProblem:

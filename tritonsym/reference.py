@@ -291,9 +291,12 @@ def pool(y: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     return pooled if bias is None else pooled + bias.to(pooled.dtype)[(...,) + (None,) * (y.ndim - 2)]
 
 
-def symmetric_linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+def symmetric_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None, skew: bool = False
+) -> Tensor:
     """y = act(x S + b)."""
-    return activate(F.linear(x, unpack(packed), bias), activation)
+    matrix = unpack(packed, skew=skew)
+    return activate(F.linear(x, matrix.mT if skew else matrix, bias), activation)
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, mirrored: bool = True) -> Tensor:

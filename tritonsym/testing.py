@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from tritonsym import functional, plan, reference
 from tritonsym.nn.conv import _OrbitConv, _OrbitPoolConv, _SharedConv
-from tritonsym.nn.linear import SymmetricLinear
+from tritonsym.nn.linear import SkewLinear, SymmetricLinear
 from tritonsym.nn.pool import GlobalConv1d, TopKPool1d
 from tritonsym.nn.symmetrize import Symmetrize
 from tritonsym.symmetry import AXES, Element, Symmetry
@@ -381,7 +381,7 @@ def _pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What has to be equal to the bit: name, one value, the other."""
     if isinstance(layer, SymmetricLinear):
         matrix = layer.expanded_weight()
-        yield "expanded_weight() transposed", matrix, matrix.mT
+        yield "expanded_weight() transposed", matrix, -matrix.mT if isinstance(layer, SkewLinear) else matrix.mT
     elif isinstance(layer, GlobalConv1d):
         kernel = layer.expanded_weight(2)
         yield "expanded_weight() in the center", kernel[..., 2], layer.center

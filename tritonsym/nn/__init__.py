@@ -14,7 +14,7 @@ from tritonsym.nn.conv import (
     TiedConv2d,
     TiedConv3d,
 )
-from tritonsym.nn.linear import SymmetricLinear
+from tritonsym.nn.linear import SkewLinear, SymmetricLinear
 from tritonsym.nn.pool import GlobalConv1d, TopKPool1d
 from tritonsym.nn.symmetrize import Symmetrize
 
@@ -23,6 +23,7 @@ __all__ = [
     "OrbitPoolConv1d",
     "OrbitPoolConv2d",
     "OrbitPoolConv3d",
+    "SkewLinear",
     "SymmetricConv1d",
     "SymmetricConv2d",
     "SymmetricConv3d",

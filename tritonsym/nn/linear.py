@@ -1,10 +1,10 @@
-"""A linear layer whose weight is exactly symmetric."""
+"""Linear layers whose weight is exactly symmetric or skew-symmetric."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class SymmetricLinear(Checkpoints):
     """
 
     bias: nn.Parameter | None
+    _skew: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -46,19 +47,21 @@ class SymmetricLinear(Checkpoints):
     ) -> None:
         super().__init__()
         in_features, out_features = functional.check_counts(
-            "SymmetricLinear", 1, in_features=in_features, out_features=out_features
+            type(self).__name__, 1, in_features=in_features, out_features=out_features
         )
         if in_features != out_features:
             raise ValueError(
-                f"SymmetricLinear: a symmetric weight is square, but in_features={in_features} and "
+                f"{type(self).__name__}: a symmetric weight is square, but in_features={in_features} and "
                 f"out_features={out_features}; make them equal or use torch.nn.Linear"
             )
-        functional.check_activation("SymmetricLinear", activation)
+        functional.check_activation(type(self).__name__, activation)
         self.in_features = in_features
         self.out_features = out_features
         self.activation = activation
         self.never_unpack = never_unpack
-        self.weight = nn.Parameter(torch.empty(packing.packed_shape(in_features), device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(packing.packed_shape(in_features - self._skew), device=device, dtype=dtype)
+        )
         self.bias = nn.Parameter(torch.empty(in_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
@@ -71,13 +74,18 @@ class SymmetricLinear(Checkpoints):
     def forward(self, input: Tensor) -> Tensor:
         if self._modules or self._forward_pre_hooks:
             check_normalized(self)
-        if tuple(self.weight.shape) != (expected := packing.packed_shape(self.in_features)):
+        if tuple(self.weight.shape) != (expected := packing.packed_shape(self.in_features - self._skew)):
             raise ValueError(
-                f"SymmetricLinear: weight has shape {tuple(self.weight.shape)}, expected {expected}: the packed "
-                "rectangle; pack a full matrix by tritonsym.pack(S)"
+                f"{type(self).__name__}: weight has shape {tuple(self.weight.shape)}, expected {expected}: the packed "
+                f"rectangle; pack a full matrix by tritonsym.pack(S{', skew=True' if self._skew else ''})"
             )
         return functional.symmetric_linear(
-            input, self.weight, self.bias, activation=self.activation, never_unpack=self.never_unpack
+            input,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            never_unpack=self.never_unpack,
+            skew=self._skew,
         )
 
     def _dense_shapes(self) -> Mapping[str, Sequence[int]]:
@@ -90,7 +98,7 @@ class SymmetricLinear(Checkpoints):
 
     def expanded_weight(self) -> Tensor:
         """S, (n, n), differentiable."""
-        return packing.unpack(self.weight)
+        return packing.unpack(self.weight, skew=self._skew)
 
     def expanded_bias(self) -> Tensor | None:
         return self.bias
@@ -99,8 +107,8 @@ class SymmetricLinear(Checkpoints):
         """What a call on x plans on. x S takes n^2 multiply-adds per row whatever is stored."""
         n = self.in_features
         if x.ndim == 0 or x.shape[-1] != n:
-            raise ValueError(f"SymmetricLinear: expected an input (..., {n}), got {tuple(x.shape)}")
-        return plan.linear_problem(x.shape, target, plan.dtype_name(x), self.never_unpack, training)
+            raise ValueError(f"{type(self).__name__}: expected an input (..., {n}), got {tuple(x.shape)}")
+        return plan.linear_problem(x.shape, target, plan.dtype_name(x), self.never_unpack, training, self._skew)
 
     def to_dense(self) -> nn.Module:
         """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""
@@ -127,9 +135,9 @@ class SymmetricLinear(Checkpoints):
             TypeError: not a `torch.nn.Linear`.
             ValueError: in_features != out_features, or an unknown `init`.
         """
-        functional.check_choice("SymmetricLinear.from_dense", "init", init, INITS)
+        functional.check_choice(f"{cls.__name__}.from_dense", "init", init, INITS)
         if not isinstance(layer, nn.Linear):
-            raise TypeError(f"SymmetricLinear.from_dense: expected torch.nn.Linear, got {type(layer).__name__}")
+            raise TypeError(f"{cls.__name__}.from_dense: expected torch.nn.Linear, got {type(layer).__name__}")
         weight, bias = layer.weight, layer.bias
         options: dict[str, Any] = {"activation": activation, "never_unpack": never_unpack}
         self = cls(layer.in_features, layer.out_features, bias is not None, weight.device, weight.dtype, **options)
@@ -147,13 +155,13 @@ class SymmetricLinear(Checkpoints):
     def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
         if bias is not None:
             self.bias.copy_(bias)  # type: ignore[union-attr]
-        self.weight.copy_(packing.pack(weight, "lower" if init == "keep" else "average"))
+        self.weight.copy_(packing.pack(weight, "lower" if init == "keep" else "average", skew=self._skew))
         if init == "rescale":
             wide = torch.promote_types(weight.dtype, torch.float64)
             before, after = (
                 torch.linalg.vector_norm(w.contiguous().to(wide)) for w in (weight, self.expanded_weight())
             )
-            is_left = after > torch.finfo(weight.dtype).eps * before  # else the matrix was antisymmetric
+            is_left = after > torch.finfo(weight.dtype).eps * before  # else nothing of the matrix is
             self.weight.mul_(torch.where(is_left, before / after, 1.0))
 
     @classmethod
@@ -171,9 +179,10 @@ class SymmetricLinear(Checkpoints):
             ValueError: `packed` has no shape of `packed_shape`, or the bias is not (n,).
             TypeError: `packed` holds integers.
         """
-        n = packing.order_of(packed, "SymmetricLinear.from_packed")
-        packing.check_inexact("SymmetricLinear.from_packed", "packed", packed)
-        functional.check_bias("SymmetricLinear.from_packed", bias, n)
+        where = f"{cls.__name__}.from_packed"
+        n = packing.order_of(packed, where) + cls._skew
+        packing.check_inexact(where, "packed", packed)
+        functional.check_bias(where, bias, n)
         options: dict[str, Any] = {"activation": activation, "never_unpack": never_unpack}
         self = cls(n, n, bias is not None, packed.device, packed.dtype, **options)
         with torch.no_grad():
@@ -181,3 +190,13 @@ class SymmetricLinear(Checkpoints):
             if bias is not None:
                 self.bias.copy_(bias)  # type: ignore[union-attr]
         return self
+
+
+class SkewLinear(SymmetricLinear):
+    """y = act(x W^T + b) with an exactly skew-symmetric W (W = -W^T to the bit) of which n(n-1)/2 values are stored.
+
+    `weight` is W as `tritonsym.pack` packs it with ``skew=True``, shape `tritonsym.packing.packed_shape(n - 1)`. The
+    rest is as in `SymmetricLinear`; `from_dense` projects to (W - W^T) / 2. No Triton kernel: blocks or the reference.
+    """
+
+    _skew = True
