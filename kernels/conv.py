@@ -11,18 +11,25 @@ order and splits the positions over programs, whose partial results are added af
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonsym.kernels.address import Grid, positions, read_tap, wide
+from tritonsym.kernels.address import Grid, positions, read_tap, strides, strides_of, wide
 from tritonsym.kernels.epilogue import activate
+from tritonsym.kernels.prepared import Launch
 from tritonsym.kernels.tiles import GemmTile, most_splits
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "M", "SOURCE_C", "TARGET_C", "R", "C", "TD", "TH", "TW", "SD", "SH", "SW",
+        "source_n", "source_c", "source_d", "source_h", "source_w",
+        "target_n", "target_c", "target_d", "target_h", "target_w",
+    ]
+)  # fmt: skip
 def _implicit_gemm_kernel(
     source_ptr,  # [N, groups * SOURCE_C, SD, SH, SW], any strides
     rows_ptr,  # [groups, R, C]
@@ -33,7 +40,10 @@ def _implicit_gemm_kernel(
     TD, TH, TW, SD, SH, SW, SOURCE_C, TARGET_C, R, C,
     source_n, source_c, source_d, source_h, source_w,
     target_n, target_c, target_d, target_h, target_w,
+    SOURCE_ALIGN: tl.constexpr, SOURCE_UNIT: tl.constexpr, TARGET_ALIGN: tl.constexpr, TARGET_UNIT: tl.constexpr,
+    CHANNELS: tl.constexpr,  # SOURCE_C, TARGET_C and C count so many each
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
+    AXES: tl.constexpr,
     GRADIENT: tl.constexpr,  # the source channels are filters, the target channels those of the weight
     SIGNED: tl.constexpr,  # some sign is negative
     ACTIVATION: tl.constexpr,
@@ -46,10 +56,19 @@ def _implicit_gemm_kernel(
     at(p, k) = (MUL p + STEP k + SHIFT) / DIV; the source is 0 where DIV does not divide it and outside the image.
     W[k, i, j] = sign[j, k] rows[row[j, k], i], and with GRADIENT sign[i, k] rows[row[i, k], j].
     """
+    source_n, source_c, source_d, source_h, source_w = strides(
+        source_n, source_c, source_d, source_h, source_w, SOURCE_ALIGN, SOURCE_UNIT
+    )
+    target_n, target_c, target_d, target_h, target_w = strides(
+        target_n, target_c, target_d, target_h, target_w, TARGET_ALIGN, TARGET_UNIT
+    )
+    SOURCE_C *= CHANNELS
+    TARGET_C *= CHANNELS
+    C *= CHANNELS
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     tiles_n = tl.cdiv(TARGET_C, BLOCK_N)
     group = tl.program_id(1).to(tl.int64)
-    n, d, h, w, live = positions(tl.program_id(0) // tiles_n, M, TD, TH, TW, BLOCK_M, WIDE)  # [M]
+    n, d, h, w, live = positions(tl.program_id(0) // tiles_n, M, TD, TH, TW, BLOCK_M, WIDE, AXES)  # [M]
     j = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     has = j < TARGET_C
     if WIDE:
@@ -65,7 +84,7 @@ def _implicit_gemm_kernel(
         if WIDE:
             i = i.to(tl.int64)
         place, inside = read_tap(
-            d, h, w, k, live, SD, SH, SW, source_d, source_h, source_w, KERNEL, MUL, STEP, SHIFT, DIV
+            d, h, w, k, live, SD, SH, SW, source_d, source_h, source_w, KERNEL, MUL, STEP, SHIFT, DIV, AXES
         )  # [M]
         x = tl.load(
             source[None, :] + ((i * source_c)[:, None] + place[None, :]),
@@ -101,7 +120,12 @@ def _implicit_gemm_kernel(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "M", "BATCH", "STEPS", "SPLITS", "PART", "PD", "PH", "PW", "SD", "SH", "SW", "O", "C", "R", "GROUPS",
+        "dy_n", "dy_c", "dy_d", "dy_h", "dy_w", "x_n", "x_c", "x_d", "x_h", "x_w",
+    ]
+)  # fmt: skip
 def _wgrad_kernel(
     dy_ptr,  # [N, groups * O, YD, YH, YW], any strides
     x_ptr,  # [N, groups * C, XD, XH, XW], any strides
@@ -114,7 +138,10 @@ def _wgrad_kernel(
     PART,  # images of one part of the batch
     PD, PH, PW, SD, SH, SW, O, C, R, GROUPS,
     dy_n, dy_c, dy_d, dy_h, dy_w, x_n, x_c, x_d, x_h, x_w,
+    DY_ALIGN: tl.constexpr, DY_UNIT: tl.constexpr, X_ALIGN: tl.constexpr, X_UNIT: tl.constexpr,
+    FILTERS: tl.constexpr, CHANNELS: tl.constexpr,  # O and C count so many each
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
+    AXES: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # x is read at p and dy at at(p, k), not the other way round
     IMAGES: tl.constexpr,
     SIGNED: tl.constexpr,  # some sign is negative
@@ -129,6 +156,10 @@ def _wgrad_kernel(
     at(p, k) as in `_implicit_gemm_kernel`. The innermost loop is over n: places are worked out once for all images of
     the batch.
     """
+    dy_n, dy_c, dy_d, dy_h, dy_w = strides(dy_n, dy_c, dy_d, dy_h, dy_w, DY_ALIGN, DY_UNIT)
+    x_n, x_c, x_d, x_h, x_w = strides(x_n, x_c, x_d, x_h, x_w, X_ALIGN, X_UNIT)
+    O *= FILTERS
+    C *= CHANNELS
     tiles_c = tl.cdiv(C, BLOCK_N)
     tile = tl.program_id(0) // tiles_c
     c = tl.program_id(0) % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
@@ -151,17 +182,19 @@ def _wgrad_kernel(
     x_ptr += group * C * x_c
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(low, high):
-        _, d, h, w, live = positions(step, M, PD, PH, PW, BLOCK_K, WIDE)  # [K]
+        _, d, h, w, live = positions(step, M, PD, PH, PW, BLOCK_K, WIDE, AXES)  # [K]
         for image in range(IMAGES):
             o = tl.multiple_of(tl.load(images_ptr + 2 + 3 * image), ALIGN)
             k = tl.load(images_ptr + 3 + 3 * image)
             sign = tl.load(images_ptr + 4 + 3 * image)
             if TRANSPOSED:
                 x_at = d * x_d + h * x_h + w * x_w
-                dy_at, there = read_tap(d, h, w, k, live, SD, SH, SW, dy_d, dy_h, dy_w, KERNEL, MUL, STEP, SHIFT, DIV)
+                dy_at, there = read_tap(
+                    d, h, w, k, live, SD, SH, SW, dy_d, dy_h, dy_w, KERNEL, MUL, STEP, SHIFT, DIV, AXES
+                )
             else:
                 dy_at = d * dy_d + h * dy_h + w * dy_w
-                x_at, there = read_tap(d, h, w, k, live, SD, SH, SW, x_d, x_h, x_w, KERNEL, MUL, STEP, SHIFT, DIV)
+                x_at, there = read_tap(d, h, w, k, live, SD, SH, SW, x_d, x_h, x_w, KERNEL, MUL, STEP, SHIFT, DIV, AXES)
             dy_at = ((o + r) * dy_c)[:, None] + dy_at[None, :]  # [M, K]
             dy_there = r_has[:, None] & there[None, :]
             x_at = (c * x_c)[:, None] + x_at[None, :]  # [N, K]
@@ -181,46 +214,52 @@ def _wgrad_kernel(
 
 def fprop(
     x: Tensor,
-    rows: Tensor,
-    table: Tensor,
+    rows: Sequence[int],
     y: Tensor,
     grid: Grid,
     tile: GemmTile,
     *,
     signed: bool,
     precision: str,
-    bias: Tensor | None = None,
     activation: str | None = None,
     gradient: bool = False,
-) -> None:
-    """Fill y (N, groups * O, D, H, W) from x (N, groups * C, D, H, W) and rows (groups, R, C), contiguous."""
-    if y.numel() == 0:
-        return
-    groups, stored, channels = rows.shape
+) -> Launch:
+    """Fills y (N, groups * O, D, H, W) from x (N, groups * C, D, H, W) and rows of this shape (groups, R, C).
+
+    Called with x, the rows, contiguous, their table, a bias or None, and y.
+    """
+    groups, stored, channels = rows
     batch, target_c, *sizes = y.shape
-    target_c //= groups
+    source_c, target_c = x.shape[1] // groups, target_c // groups
     count = batch * math.prod(sizes)
     programs = triton.cdiv(count, tile.block_m) * triton.cdiv(target_c, tile.block_n)
-    _implicit_gemm_kernel[(programs, groups)](
-        x, rows, table, bias, y,
-        count, *sizes, *x.shape[2:], x.shape[1] // groups, target_c, stored, channels, *x.stride(), *y.stride(),
-        GRADIENT=gradient, SIGNED=signed, ACTIVATION=activation or "", PRECISION=precision, WIDE=wide(x, y),
-        **grid.constants, **tile.constants, **tile.options,
+    (of_x, x_fixed), (of_y, y_fixed) = strides_of(x, "SOURCE"), strides_of(y, "TARGET")
+    unit = math.gcd(16, source_c, target_c)
+    more = {"GRADIENT": gradient, "SIGNED": signed, "ACTIVATION": activation or "", "PRECISION": precision}
+    return Launch(
+        _implicit_gemm_kernel,
+        (programs, groups) if y.numel() else (),
+        (count, *sizes, *x.shape[2:], source_c // unit, target_c // unit, stored, channels // unit, *of_x, *of_y),
+        {
+            **x_fixed, **y_fixed, **grid.constants, **tile.constants, **more,
+            "CHANNELS": unit, "WIDE": wide(x, y),
+        },
+        tile.options,
     )  # fmt: skip
 
 
 def dgrad(
-    dy: Tensor, rows: Tensor, table: Tensor, dx: Tensor, grid: Grid, tile: GemmTile, *, signed: bool, precision: str
-) -> None:
-    """Fill dx from dy and rows; `grid` says where dx reads dy."""
-    fprop(dy, rows, table, dx, grid, tile, signed=signed, precision=precision, gradient=True)
+    dy: Tensor, rows: Sequence[int], dx: Tensor, grid: Grid, tile: GemmTile, *, signed: bool, precision: str
+) -> Launch:
+    """Fills dx from dy and the rows; `grid` says where dx reads dy."""
+    return fprop(dy, rows, dx, grid, tile, signed=signed, precision=precision, gradient=True)
 
 
 def wgrad(
     dy: Tensor,
     x: Tensor,
-    images: Tensor,
-    drows: Tensor,
+    images: Sequence[Sequence[int]],
+    rows: Sequence[int],
     grid: Grid,
     tile: GemmTile,
     *,
@@ -229,26 +268,36 @@ def wgrad(
     align: int,
     precision: str,
     most_bytes: int,
-) -> None:
-    """Fill drows (groups, R, C) with the sum of partial gradients, of parts of the batch and of the positions.
+) -> tuple[Launch, tuple[int, ...]]:
+    """Fills partial gradients, of parts of the batch and of the positions, of rows of the shape (groups, R, C), and
+    the shape of all: their sum along the first axis is the gradient.
 
-    `images` comes from a table of the row tiles of `tile.block_m`; rows that no image uses are 0. `align` divides the
+    Called with dy, x, the table `images` of the row tiles of `tile.block_m`, and zeros in float32. `align` divides the
     rows of every tile and the first filter of every image.
     """
-    groups, stored, channels = drows.shape
+    groups, stored, channels = rows
     read, mapped = (x, dy) if transposed else (dy, x)
     batch, count = read.shape[0], math.prod(read.shape[2:])
     blocks = triton.cdiv(count, tile.block_k)
-    programs = images.shape[0] * triton.cdiv(channels, tile.block_n)
-    splits = most_splits(programs * groups, batch * blocks, drows.numel(), most_bytes)
+    programs = len(images) * triton.cdiv(channels, tile.block_n)
+    splits = most_splits(programs * groups, batch * blocks, math.prod(rows), most_bytes)
     batches = max(1, min(splits, batch // 16))
     splits = max(1, min(splits // batches, blocks))
-    workspace = drows.new_zeros(batches, splits, *drows.shape, dtype=torch.float32)
-    _wgrad_kernel[(programs, groups * splits * batches)](
-        dy, x, images, workspace,
-        count, batch, triton.cdiv(blocks, splits), splits, triton.cdiv(batch, batches),
-        *read.shape[2:], *mapped.shape[2:], dy.shape[1] // groups, channels, stored, groups, *dy.stride(), *x.stride(),
-        TRANSPOSED=transposed, IMAGES=(images.shape[1] - 2) // 3, SIGNED=signed, ALIGN=align, PRECISION=precision,
-        WIDE=wide(dy, x), **grid.constants, **tile.constants, **tile.options,
+    (of_dy, dy_fixed), (of_x, x_fixed) = strides_of(dy, "DY"), strides_of(x, "X")
+    filters, unit = math.gcd(16, dy.shape[1] // groups), math.gcd(16, channels)
+    more = {"TRANSPOSED": transposed, "IMAGES": (len(images[0]) - 2) // 3, "SIGNED": signed, "ALIGN": align}
+    launch = Launch(
+        _wgrad_kernel,
+        (programs, groups * splits * batches),
+        (
+            count, batch, triton.cdiv(blocks, splits), splits, triton.cdiv(batch, batches),
+            *read.shape[2:], *mapped.shape[2:], dy.shape[1] // groups // filters, channels // unit, stored, groups,
+            *of_dy, *of_x,
+        ),
+        {
+            **dy_fixed, **x_fixed, **grid.constants, **tile.constants, **more,
+            "PRECISION": precision, "FILTERS": filters, "CHANNELS": unit, "WIDE": wide(dy, x),
+        },
+        tile.options,
     )  # fmt: skip
-    drows.copy_(workspace.flatten(0, 1).sum(0))
+    return launch, (batches * splits, *rows)

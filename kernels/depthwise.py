@@ -12,18 +12,25 @@ whether x is channels-last or channels-first.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonsym.kernels.address import Grid, positions, read_tap, wide
+from tritonsym.kernels.address import Grid, positions, read_tap, strides, strides_of, wide
 from tritonsym.kernels.epilogue import activate
+from tritonsym.kernels.prepared import Launch
 from tritonsym.kernels.tiles import Tile, most_splits
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "M", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW",
+        "source_n", "source_c", "source_d", "source_h", "source_w",
+        "target_n", "target_c", "target_d", "target_h", "target_w",
+    ]
+)  # fmt: skip
 def _depthwise_kernel(
     source_ptr,  # [N, GROUPS * SOURCE_F, SD, SH, SW], any strides
     rows_ptr,  # [R, GROUPS]
@@ -34,9 +41,12 @@ def _depthwise_kernel(
     TD, TH, TW, SD, SH, SW, GROUPS,
     source_n, source_c, source_d, source_h, source_w,
     target_n, target_c, target_d, target_h, target_w,
+    SOURCE_ALIGN: tl.constexpr, SOURCE_UNIT: tl.constexpr, TARGET_ALIGN: tl.constexpr, TARGET_UNIT: tl.constexpr,
+    CHANNELS: tl.constexpr,  # GROUPS counts so many each
     SOURCE_F: tl.constexpr,
     TARGET_F: tl.constexpr,
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
+    AXES: tl.constexpr,
     SIGNED: tl.constexpr,  # some sign is negative
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within an image need 64 bits
@@ -47,10 +57,17 @@ def _depthwise_kernel(
     W[g, o, k] = sign[o, k] rows[g, row[o, k]]; at(p, k) as in `kernels.conv`. The source or the target has one channel
     per group: i or j is 0.
     """
+    source_n, source_c, source_d, source_h, source_w = strides(
+        source_n, source_c, source_d, source_h, source_w, SOURCE_ALIGN, SOURCE_UNIT
+    )
+    target_n, target_c, target_d, target_h, target_w = strides(
+        target_n, target_c, target_d, target_h, target_w, TARGET_ALIGN, TARGET_UNIT
+    )
+    GROUPS *= CHANNELS
     j = tl.program_id(0) % TARGET_F if TARGET_F > 1 else 0
     block = tl.program_id(0) // TARGET_F
     tiles_u = tl.cdiv(GROUPS, BLOCK_U)
-    n, d, h, w, live = positions(block // tiles_u, M, TD, TH, TW, BLOCK_P, WIDE)  # [P]
+    n, d, h, w, live = positions(block // tiles_u, M, TD, TH, TW, BLOCK_P, WIDE, AXES)  # [P]
     g = block % tiles_u * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
     has = g < GROUPS
     if WIDE:
@@ -61,7 +78,7 @@ def _depthwise_kernel(
         channel = (g * SOURCE_F + i) * source_c  # [U]
         for k in range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
             place, inside = read_tap(
-                d, h, w, k, live, SD, SH, SW, source_d, source_h, source_w, KERNEL, MUL, STEP, SHIFT, DIV
+                d, h, w, k, live, SD, SH, SW, source_d, source_h, source_w, KERNEL, MUL, STEP, SHIFT, DIV, AXES
             )
             x = tl.load(
                 source[None, :] + (channel[:, None] + place[None, :]), mask=has[:, None] & inside[None, :], other=0.0
@@ -84,7 +101,12 @@ def _depthwise_kernel(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "M", "STEPS", "PD", "PH", "PW", "SD", "SH", "SW", "GROUPS", "R",
+        "dy_n", "dy_c", "dy_d", "dy_h", "dy_w", "x_n", "x_c", "x_d", "x_h", "x_w",
+    ]
+)  # fmt: skip
 def _depthwise_wgrad_kernel(
     dy_ptr,  # [N, GROUPS * F, YD, YH, YW], any strides
     x_ptr,  # [N, GROUPS, XD, XH, XW], any strides
@@ -95,8 +117,11 @@ def _depthwise_wgrad_kernel(
     PD, PH, PW, SD, SH, SW, GROUPS, R,
     dy_n, dy_c, dy_d, dy_h, dy_w,
     x_n, x_c, x_d, x_h, x_w,
+    DY_ALIGN: tl.constexpr, DY_UNIT: tl.constexpr, X_ALIGN: tl.constexpr, X_UNIT: tl.constexpr,
+    CHANNELS: tl.constexpr,  # GROUPS counts so many each
     F: tl.constexpr,
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
+    AXES: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # x is read at p and dy at at(p, k), not the other way round
     IMAGES: tl.constexpr,
     WIDE: tl.constexpr,
@@ -104,6 +129,9 @@ def _depthwise_wgrad_kernel(
 ):  # fmt: skip
     """workspace[split, g, r] = sum of sign dy[n, g, o, p] x[n, g, at(p, k)] over images (o, k, sign) of row r and over
     the positions (n, p) of the split."""
+    dy_n, dy_c, dy_d, dy_h, dy_w = strides(dy_n, dy_c, dy_d, dy_h, dy_w, DY_ALIGN, DY_UNIT)
+    x_n, x_c, x_d, x_h, x_w = strides(x_n, x_c, x_d, x_h, x_w, X_ALIGN, X_UNIT)
+    GROUPS *= CHANNELS
     images_ptr += tl.program_id(0) % R * (2 + 3 * IMAGES)  # neighbours read the same positions
     g = tl.program_id(0) // R * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
     has = g < GROUPS
@@ -112,17 +140,19 @@ def _depthwise_wgrad_kernel(
     split = tl.program_id(1)
     total = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
     for step in range(split * STEPS, split * STEPS + STEPS):
-        n, d, h, w, live = positions(step, M, PD, PH, PW, BLOCK_P, WIDE)  # [P]
+        n, d, h, w, live = positions(step, M, PD, PH, PW, BLOCK_P, WIDE, AXES)  # [P]
         for image in range(IMAGES):
             o = tl.load(images_ptr + 2 + 3 * image)
             k = tl.load(images_ptr + 3 + 3 * image)
             sign = tl.load(images_ptr + 4 + 3 * image)
             if TRANSPOSED:
                 x_at = d * x_d + h * x_h + w * x_w
-                dy_at, there = read_tap(d, h, w, k, live, SD, SH, SW, dy_d, dy_h, dy_w, KERNEL, MUL, STEP, SHIFT, DIV)
+                dy_at, there = read_tap(
+                    d, h, w, k, live, SD, SH, SW, dy_d, dy_h, dy_w, KERNEL, MUL, STEP, SHIFT, DIV, AXES
+                )
             else:
                 dy_at = d * dy_d + h * dy_h + w * dy_w
-                x_at, there = read_tap(d, h, w, k, live, SD, SH, SW, x_d, x_h, x_w, KERNEL, MUL, STEP, SHIFT, DIV)
+                x_at, there = read_tap(d, h, w, k, live, SD, SH, SW, x_d, x_h, x_w, KERNEL, MUL, STEP, SHIFT, DIV, AXES)
             mask = has[:, None] & there[None, :]
             filters = ((g * F + o if F > 1 else g) * dy_c)[:, None]
             dy = tl.load((dy_ptr + n * dy_n)[None, :] + (filters + dy_at[None, :]), mask=mask, other=0.0)  # [U, P]
@@ -135,28 +165,34 @@ def _depthwise_wgrad_kernel(
 
 def fprop(
     x: Tensor,
-    rows: Tensor,
-    table: Tensor,
+    rows: Sequence[int],
     y: Tensor,
     grid: Grid,
     tile: Tile,
     *,
     signed: bool,
-    bias: Tensor | None = None,
     activation: str | None = None,
-) -> None:
-    """Fill y (N, groups * J, D, H, W) from x (N, groups * I, D, H, W), I or J being 1, and contiguous rows
-    (R, groups)."""
-    if y.numel() == 0:
-        return
-    groups = rows.shape[1]
+) -> Launch:
+    """Fills y (N, groups * J, D, H, W) from x (N, groups * I, D, H, W), I or J being 1, and rows (groups, R, 1).
+
+    Called with x, the rows as (R, groups), contiguous, their table, a bias or None, and y.
+    """
+    groups = rows[0]
     batch, channels, *sizes = y.shape
     count = batch * math.prod(sizes)
     programs = triton.cdiv(count, tile.block_p) * triton.cdiv(groups, tile.block_u) * (channels // groups)
-    _depthwise_kernel[(programs,)](
-        x, rows, table, bias, y, count, *sizes, *x.shape[2:], groups, *x.stride(), *y.stride(),
-        SOURCE_F=x.shape[1] // groups, TARGET_F=channels // groups, SIGNED=signed, ACTIVATION=activation or "",
-        WIDE=wide(x, y), **grid.constants, **tile.constants, **tile.options,
+    (of_x, x_fixed), (of_y, y_fixed) = strides_of(x, "SOURCE"), strides_of(y, "TARGET")
+    unit = math.gcd(16, groups)
+    more = {"SOURCE_F": x.shape[1] // groups, "TARGET_F": channels // groups, "SIGNED": signed}
+    return Launch(
+        _depthwise_kernel,
+        (programs,) if y.numel() else (),
+        (count, *sizes, *x.shape[2:], groups // unit, *of_x, *of_y),
+        {
+            **x_fixed, **y_fixed, **grid.constants, **tile.constants, **more,
+            "CHANNELS": unit, "ACTIVATION": activation or "", "WIDE": wide(x, y),
+        },
+        tile.options,
     )  # fmt: skip
 
 
@@ -165,21 +201,38 @@ dgrad = fprop
 
 
 def wgrad(
-    dy: Tensor, x: Tensor, images: Tensor, drows: Tensor, grid: Grid, tile: Tile, *, transposed: bool, most_bytes: int
-) -> None:
-    """Fill drows (groups, R, 1) with the sum of partial gradients, of parts of the positions; `images` comes from a
-    table of the rows, one by one."""
-    groups, stored, _ = drows.shape
+    dy: Tensor,
+    x: Tensor,
+    images: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    grid: Grid,
+    tile: Tile,
+    *,
+    transposed: bool,
+    most_bytes: int,
+) -> tuple[Launch, tuple[int, ...]]:
+    """Fills partial gradients, of parts of the positions, of rows of the shape (groups, R, 1), and the shape of all:
+    their sum along the first axis is the gradient. Called with dy, x, the table `images` of the rows, one by one, and
+    zeros in float32."""
+    groups, stored, _ = rows
     read, mapped = (x, dy) if transposed else (dy, x)
     count = read.shape[0] * math.prod(read.shape[2:])
     programs = stored * triton.cdiv(groups, tile.block_u)
-    splits = most_splits(programs, count // tile.block_p, drows.numel(), most_bytes)
-    workspace = drows.new_zeros(splits, *drows.shape, dtype=torch.float32)
-    _depthwise_wgrad_kernel[(programs, splits)](
-        dy, x, images, workspace,
-        count, triton.cdiv(triton.cdiv(count, tile.block_p), splits), *read.shape[2:], *mapped.shape[2:],
-        groups, stored, *dy.stride(), *x.stride(),
-        F=dy.shape[1] // groups, TRANSPOSED=transposed, IMAGES=(images.shape[1] - 2) // 3, WIDE=wide(dy, x),
-        **grid.constants, **tile.constants, **tile.options,
+    splits = most_splits(programs, count // tile.block_p, math.prod(rows), most_bytes)
+    (of_dy, dy_fixed), (of_x, x_fixed) = strides_of(dy, "DY"), strides_of(x, "X")
+    unit = math.gcd(16, groups)
+    more = {"F": dy.shape[1] // groups, "TRANSPOSED": transposed, "IMAGES": (len(images[0]) - 2) // 3}
+    launch = Launch(
+        _depthwise_wgrad_kernel,
+        (programs, splits),
+        (
+            count, triton.cdiv(triton.cdiv(count, tile.block_p), splits), *read.shape[2:], *mapped.shape[2:],
+            groups // unit, stored, *of_dy, *of_x,
+        ),
+        {
+            **dy_fixed, **x_fixed, **grid.constants, **tile.constants, **more,
+            "CHANNELS": unit, "WIDE": wide(dy, x),
+        },
+        tile.options,
     )  # fmt: skip
-    drows.copy_(workspace.sum(0))
+    return launch, (splits, *rows)

@@ -1,19 +1,33 @@
-"""The sums of the shift path as one Triton kernel: forward, its adjoint, any symmetry, one to three axes."""
+"""The sums of the shift path as one Triton kernel: forward, its adjoint, any symmetry, one to three axes.
+
+Images of a filter read the same values of z and share partial sums of them: the host turns the sums of a `Table` into
+straight-line programs that load every value once (`compile_sums`, greedy common subexpressions as of Paar 1997,
+"Optimized arithmetic for Reed-Solomon encoders").
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import combinations, groupby
+from operator import itemgetter
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonsym.kernels.address import Three, positions, read_at, wide
+from tritonsym.kernels.address import Three, positions, read_at, strides, strides_of, wide
 from tritonsym.kernels.epilogue import activate
+from tritonsym.kernels.prepared import Launch
 from tritonsym.kernels.tiles import Tile
+
+Term = tuple[int, Three, int, int]
+Sum = tuple[int, int, tuple[Term, ...]]
+Code = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)  # tables are kept: as a key, one is itself
@@ -22,19 +36,123 @@ class Table:
 
     A sum (first, filters, terms) fills the target channels first + u, u < filters. Each of its terms (channel, shift,
     sign, image) is source channel channel + u at position (mul p + shift) / div of every axis, times sign; `image`
-    counts where the source is the gradient of a pooled orbit. With `pool` the sums are the images of one filter each,
-    and only the largest ('max') or smallest ('min') is stored.
+    counts where the source is the gradient of a pooled orbit (`won`): only images that won receive it. With `pool` the
+    sums are the images of one filter each, and only the largest ('max') or smallest ('min') is stored.
     """
 
+    axes: int  # of an image; three, of which the first ones are not there
     source_channels: int  # of a group
     target_channels: int
-    sums: tuple[tuple[int, int, tuple[tuple[int, Three, int, int], ...]], ...]
+    sums: tuple[Sum, ...]
     mul: Three
     div: Three
     pool: str = ""
+    won: bool = False
+
+    @cached_property
+    def scale(self) -> float:
+        """A power of two, at most one over the terms of the longest sum: no such mean of finite values overflows."""
+        return 0.5 ** max(len(terms) - 1 for *_, terms in self.sums).bit_length()
+
+
+#: Instructions (op, a, b), each of which is one more value: channel b of the source at position a; a + b; a - b; -a;
+#: a where image b has won, else 0.
+LOAD, ADD, SUBTRACT, NEGATE, PICK = range(5)
+
+
+def compile_sums(sums: Sequence[Sequence[Term]], won: bool) -> tuple[list[Three], list[Code], list[int]]:
+    """Positions, instructions, and the value that is each of the sums, -1 if it has no terms."""
+    keys = sorted({(channel, shift) for terms in sums for channel, shift, *_ in terms})
+    places = sorted({shift for _, shift in keys})
+    # values of which no sum has two, one way or the other, are added on their own, so that few are alive at once
+    parent = {key: key for key in keys}
+
+    def root(key: tuple[int, Three]) -> tuple[int, Three]:
+        while parent[key] != key:
+            key = parent[key]
+        return key
+
+    for part in map(itemgetter, (0, 1)):
+        for _, same in groupby(sorted(keys, key=part), part):
+            first, *others = same
+            for key in others:
+                parent[root(key)] = root(first)
+    members: dict[Any, set[Any]] = {}
+    for key in keys:
+        members.setdefault(root(key), set()).add(key)
+    code: list[Code] = []
+    known: dict[Any, int] = {}
+
+    def value(*instruction: Any) -> int:
+        """Of an instruction that is emitted when it is first needed."""
+        if instruction not in known:
+            op, a, *b = instruction
+            if op == LOAD:
+                code.append((LOAD, places.index(a), b[0]))
+            else:
+                code.append((op, value(*a), value(*b[0]) if op in (ADD, SUBTRACT) else b[0] if b else 0))
+            known[instruction] = len(code) - 1
+        return known[instruction]
+
+    totals: list[Any] = [None] * len(sums)
+    for orbit in sorted(members.values(), key=lambda orbit: (-len(orbit), min(orbit))):
+        left: list[dict[Any, int]] = []
+        for terms in sums:
+            signs: dict[Any, int] = {}
+            for channel, shift, sign, image in terms:
+                if (channel, shift) in orbit:
+                    load = (LOAD, shift, channel)
+                    signs[(PICK, load, image) if won else load] = sign
+            left.append(signs)
+        order: dict[Any, int] = {
+            term: n for n, term in enumerate(sorted({term for signs in left for term in signs}, key=str))
+        }
+        while True:  # the pair, and its relative sign, that most sums have in common becomes a value
+            pairs = Counter(
+                (i, j, signs[i] * signs[j])
+                for signs in left
+                for i, j in combinations(sorted(signs, key=order.__getitem__), 2)
+            )
+            most = max(pairs.values(), default=0)
+            if most < 2:
+                break
+            common = [pair for pair, count in pairs.items() if count == most]
+            i, j, relative = min(common, key=lambda pair: order[pair[0]] + order[pair[1]])
+            new = (ADD if relative > 0 else SUBTRACT, i, j)
+            order[new] = len(order)
+            for signs in left:
+                if i in signs and j in signs and signs[i] * signs[j] == relative:
+                    signs[new] = signs.pop(i)
+                    del signs[j]
+        for number, signs in enumerate(left):
+            # a positive value first, the others from the last
+            for term, sign in sorted(
+                signs.items(), key=lambda item: (totals[number] is None and item[1] < 0, -order[item[0]])
+            ):
+                if totals[number] is None:
+                    totals[number] = term if sign > 0 else (NEGATE, term)
+                else:
+                    totals[number] = (ADD if sign > 0 else SUBTRACT, totals[number], term)
+                value(*totals[number])
+    return places, code, [-1 if total is None else value(*total) for total in totals]
 
 
 @triton.jit
+def _float32(values):
+    """A shift for bfloat16, which Triton converts in more instructions."""
+    if values.dtype == tl.bfloat16:
+        return (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "TD", "TH", "TW", "SD", "SH", "SW",
+        "source_n", "source_c", "source_d", "source_h", "source_w",
+        "target_n", "target_c", "target_d", "target_h", "target_w",
+    ]
+)  # fmt: skip
 def _shift_sum_kernel(
     source_ptr,  # [N, groups * SOURCE_C, SD, SH, SW], any strides
     target_ptr,  # [N, groups * TARGET_C, TD, TH, TW], any strides
@@ -43,153 +161,178 @@ def _shift_sum_kernel(
     M,  # N * TD * TH * TW
     TD, TH, TW, SD, SH, SW,
     source_n, source_c, source_d, source_h, source_w, target_n, target_c, target_d, target_h, target_w,
+    SOURCE_ALIGN: tl.constexpr, SOURCE_UNIT: tl.constexpr, TARGET_ALIGN: tl.constexpr, TARGET_UNIT: tl.constexpr,
     SOURCE_C: tl.constexpr, TARGET_C: tl.constexpr,
+    GROUPS: tl.constexpr,
     TILES: tl.constexpr,  # filter tiles of one group
-    TILE_AT: tl.constexpr,  # of every sum: its first tile; sums of equal filters share their tiles
-    FIRST: tl.constexpr, FILTERS: tl.constexpr,  # of every sum
-    TERMS: tl.constexpr,  # of every sum: as many as the longest has, the rest with SIGN 0
-    CHANNEL: tl.constexpr, SHIFT_D: tl.constexpr, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,  # of every term
-    SIGN: tl.constexpr, IMAGE: tl.constexpr,  # of every term
-    MUL: tl.constexpr, DIV: tl.constexpr,
+    TILE_AT: tl.constexpr,  # of every run of sums of equal filters: its first tile
+    FILTERS: tl.constexpr,  # of every run
+    SHIFT_D: tl.constexpr, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,  # of every run and position
+    OP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,  # of every run and instruction
+    TOTAL: tl.constexpr, FIRST: tl.constexpr,  # of every run and sum: its value, first channel
+    MUL: tl.constexpr, DIV: tl.constexpr, AXES: tl.constexpr,
     POOL: tl.constexpr,
     WON: tl.constexpr,  # the source is the gradient of a pooled orbit: only images that won receive it
+    SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within an image need 64 bits
     BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """target[n, FIRST[o] + u, p] = act(bias + sum_t SIGN[o, t] source[n, CHANNEL[o, t] + u, at(p, o, t)]).
+    """target[n, first[o] + u, p] = act(bias + SCALE sum_t sign[o, t] source[n, channel[o, t] + u, at(p, o, t)]).
 
-    at(p, o, t) = (MUL p + SHIFT[o, t]) / DIV; 0 where DIV does not divide it and outside the image. POOL: the extremum
-    over o instead, and winners[n, u, p] = sum of 2^o over the o that attain it. WON: only terms with bit IMAGE[o, t]
-    of the winners at their place count. Positions are the last axis of a tile: where no stride is known to be 1 for a
-    run of values (channels-first, sizes that 16 does not divide), Triton gives a warp neighbours along that axis.
+    at(p, o, t) = (MUL p + shift[o, t]) / DIV; 0 where DIV does not divide it and outside the image. POOL: the extremum
+    over o instead, and winners[n, u, p] = sum of 2^o over the o that attain it. WON: only terms whose image's bit is
+    set in the winners at their place count. Positions are the last axis of a tile: where no stride is known to be 1 for
+    a run of values (channels-first, sizes that 16 does not divide), Triton gives a warp neighbours along that axis.
     """
-    n, d, h, w, live = positions(tl.program_id(0), M, TD, TH, TW, BLOCK_P, WIDE)  # [P]
-    group = (tl.program_id(1) // TILES).to(tl.int64)
-    tile = tl.program_id(1) % TILES
+    source_n, source_c, source_d, source_h, source_w = strides(
+        source_n, source_c, source_d, source_h, source_w, SOURCE_ALIGN, SOURCE_UNIT
+    )
+    target_n, target_c, target_d, target_h, target_w = strides(
+        target_n, target_c, target_d, target_h, target_w, TARGET_ALIGN, TARGET_UNIT
+    )
+    tile = tl.program_id(0) % (GROUPS * TILES)  # neighbours read the same positions
+    n, d, h, w, live = positions(tl.program_id(0) // (GROUPS * TILES), M, TD, TH, TW, BLOCK_P, WIDE, AXES)  # [P]
+    group = (tile // TILES).to(tl.int64)
+    tile = tile % TILES
     source = n * source_n + group * SOURCE_C * source_c  # [P]
     target = n * target_n + group * TARGET_C * target_c  # [P]
     target += d * target_d + h * target_h + w * target_w
-    best = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
-    winners = tl.zeros((BLOCK_U, BLOCK_P), tl.int32)
-    for o in tl.static_range(len(FIRST)):
-        if (tile >= TILE_AT[o]) & (tile * BLOCK_U < TILE_AT[o] * BLOCK_U + FILTERS[o]):
-            u = (tile - TILE_AT[o]) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
-            has = u < FILTERS[o]
+    for run in tl.static_range(len(FILTERS)):
+        if (tile >= TILE_AT[run]) & (tile < TILE_AT[run + 1]):
+            u = (tile - TILE_AT[run]) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
+            has = u < FILTERS[run]
             if WIDE:
                 u = u.to(tl.int64)
-            total = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
-            for t in tl.static_range(TERMS):
-                if SIGN[o * TERMS + t] != 0:
-                    place, inside = read_at(
-                        d, h, w, SHIFT_D[o * TERMS + t], SHIFT_H[o * TERMS + t], SHIFT_W[o * TERMS + t], live,
-                        SD, SH, SW, source_d, source_h, source_w, MUL, DIV,
-                    )  # fmt: skip
-                    place = ((u + CHANNEL[o * TERMS + t]) * source_c)[:, None] + (source + place)[None, :]
-                    mask = has[:, None] & inside[None, :]
-                    term = tl.load(source_ptr + place, mask=mask, other=0.0).to(tl.float32)  # [U, P]
+            places = ()
+            insides = ()
+            for k in tl.static_range(len(SHIFT_D[run])):
+                place, inside = read_at(
+                    d, h, w, SHIFT_D[run][k], SHIFT_H[run][k], SHIFT_W[run][k], live,
+                    SD, SH, SW, source_d, source_h, source_w, MUL, DIV, AXES,
+                )  # fmt: skip
+                places = places + (source + place,)
+                insides = insides + (inside,)
+            values = ()  # [U, P]
+            winners = ()
+            for i in tl.static_range(len(OP[run])):
+                won = 0
+                if OP[run][i] == 0:
+                    place = ((u + B[run][i]) * source_c)[:, None] + places[A[run][i]][None, :]
+                    mask = has[:, None] & insides[A[run][i]][None, :]
+                    value = _float32(tl.load(source_ptr + place, mask=mask, other=0.0))
                     if WON:
                         won = tl.load(winners_ptr + place, mask=mask, other=0).to(tl.int32)
-                        term = tl.where(((won >> IMAGE[o * TERMS + t]) & 1) != 0, term, 0.0)
-                    if SIGN[o * TERMS + t] > 0:
-                        total += term
-                    else:
-                        total -= term
-            if POOL == "":
-                channel = (u + FIRST[o]) * target_c
-                if bias_ptr is not None:
-                    bias = tl.load(bias_ptr + group * TARGET_C + FIRST[o] + u, mask=has, other=0.0)
-                    total += bias.to(tl.float32)[:, None]
-                total = activate(total, ACTIVATION).to(target_ptr.dtype.element_ty)
-                tl.store(target_ptr + channel[:, None] + target[None, :], total, mask=has[:, None] & live[None, :])
-            else:
-                if o == 0:
-                    better = best == best
-                    equal = best != best
-                elif POOL == "max":
-                    better = (total > best) | ((total != total) & (best == best))  # a NaN wins, as in torch.amax
-                    equal = (total == best) | ((total != total) & (best != best))
+                elif OP[run][i] == 1:
+                    value = values[A[run][i]] + values[B[run][i]]
+                elif OP[run][i] == 2:
+                    value = values[A[run][i]] - values[B[run][i]]
+                elif OP[run][i] == 3:
+                    value = -values[A[run][i]]
                 else:
-                    better = (total < best) | ((total != total) & (best == best))
+                    value = tl.where(((winners[A[run][i]] >> B[run][i]) & 1) != 0, values[A[run][i]], 0.0)
+                values = values + (value,)
+                winners = winners + (won,)
+            mask = has[:, None] & live[None, :]
+            if POOL != "":
+                best = values[TOTAL[0][0]]
+                bits = tl.full((BLOCK_U, BLOCK_P), 1, tl.int32)
+                for o in tl.static_range(1, len(TOTAL[0])):
+                    total = values[TOTAL[0][o]]
+                    if POOL == "max":
+                        better = (total > best) | ((total != total) & (best == best))  # a NaN wins, as in torch.amax
+                    else:
+                        better = (total < best) | ((total != total) & (best == best))
                     equal = (total == best) | ((total != total) & (best != best))
-                best = tl.where(better, total, best)
-                winners = tl.where(better, 1 << o, tl.where(equal, winners | (1 << o), winners))
-    if POOL != "":
-        u = tile * BLOCK_U + tl.arange(0, BLOCK_U)
-        has = u < FILTERS[0]
-        if WIDE:
-            u = u.to(tl.int64)
-        place = (u * target_c)[:, None] + target[None, :]
-        mask = has[:, None] & live[None, :]
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + group * TARGET_C + u, mask=has, other=0.0)
-            best += bias.to(tl.float32)[:, None]
-        tl.store(target_ptr + place, activate(best, ACTIVATION).to(target_ptr.dtype.element_ty), mask=mask)
-        if winners_ptr is not None:
-            tl.store(winners_ptr + place, winners.to(tl.uint8), mask=mask)
+                    best = tl.where(better, total, best)
+                    bits = tl.where(better, 1 << o, tl.where(equal, bits | (1 << o), bits))
+                if winners_ptr is not None:
+                    tl.store(winners_ptr + (u * target_c)[:, None] + target[None, :], bits.to(tl.uint8), mask=mask)
+            for o in tl.static_range(1 if POOL != "" else len(TOTAL[run])):
+                if POOL != "":
+                    total = best
+                elif TOTAL[run][o] < 0:
+                    total = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
+                else:
+                    total = values[TOTAL[run][o]]
+                if SCALE != 1:
+                    total *= SCALE
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + group * TARGET_C + FIRST[run][o] + u, mask=has, other=0.0)
+                    total += bias.to(tl.float32)[:, None]
+                place = ((u + FIRST[run][o]) * target_c)[:, None] + target[None, :]
+                tl.store(target_ptr + place, activate(total, ACTIVATION).to(target_ptr.dtype.element_ty), mask=mask)
+
+
+#: Terms of a run whose sums share no values: more take registers, and the time to compile them.
+RUN_TERMS = 36
+
+
+def _runs(table: Table) -> list[list[Sum]]:
+    """Neighbouring sums of equal filters, which one program adds up; fewer at a time where they share nothing."""
+    runs = []
+    for _, group in groupby(table.sums, lambda a_sum: a_sum[1]):
+        run = list(group)
+        terms = [term[:2] for *_, terms in run for term in terms]
+        parts = 1 if table.pool or len(set(terms)) < len(terms) else -(-len(terms) // RUN_TERMS)
+        size = max(1, -(-len(run) // max(parts, 1)))
+        runs += [run[i : i + size] for i in range(0, len(run), size)]
+    return runs
 
 
 @lru_cache(maxsize=1024)
 def constants(table: Table, block_u: int) -> dict[str, Any]:
     """The constexpr arguments of the kernel for one table and tile width."""
-    tile_at: list[int] = []
-    end, before = 0, -1
-    for _, filters, _ in table.sums:
-        tile_at.append(tile_at[-1] if filters == before else end)
-        end, before = tile_at[-1] + triton.cdiv(filters, block_u), filters
-    most = max(len(terms) for *_, terms in table.sums)
-    flat = [term for *_, terms in table.sums for term in (*terms, *[(0, (0, 0, 0), 0, 0)] * (most - len(terms)))]
-    channel, shift, sign, image = zip(*flat, strict=True)
+    tile_at, filters, first = [0], [], []
+    programs = []
+    for run in _runs(table):
+        programs.append(compile_sums([terms for *_, terms in run], table.won))
+        tile_at.append(tile_at[-1] + triton.cdiv(run[0][1], block_u))
+        filters.append(run[0][1])
+        first.append(tuple(channel for channel, *_ in run))
+    shifts, codes, totals = zip(*programs, strict=True)
+    shift_d, shift_h, shift_w = zip(*(zip(*places, strict=True) for places in shifts), strict=True)
+    op, a, b = zip(*(zip(*code, strict=True) for code in codes), strict=True)
     return {
         "SOURCE_C": table.source_channels,
         "TARGET_C": table.target_channels,
-        "TILES": end,
+        "TILES": tile_at[-1],
         "TILE_AT": tuple(tile_at),
-        "FIRST": tuple(first for first, *_ in table.sums),
-        "FILTERS": tuple(filters for _, filters, _ in table.sums),
-        "TERMS": most,
-        "CHANNEL": channel,
-        **dict(zip(("SHIFT_D", "SHIFT_H", "SHIFT_W"), zip(*shift, strict=True), strict=True)),
-        "SIGN": sign,
-        "IMAGE": image,
+        "FILTERS": tuple(filters),
+        "SHIFT_D": shift_d,
+        "SHIFT_H": shift_h,
+        "SHIFT_W": shift_w,
+        "OP": op,
+        "A": a,
+        "B": b,
+        "TOTAL": tuple(map(tuple, totals)),
+        "FIRST": tuple(first),
         "MUL": table.mul,
         "DIV": table.div,
+        "AXES": table.axes,
         "POOL": table.pool,
+        "WON": table.won,
     }
 
 
-def shift_sum(
-    z: Tensor,
-    table: Table,
-    y: Tensor,
-    tile: Tile,
-    *,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    winners: Tensor | None = None,
-) -> None:
-    """Fill y (N, groups * channels, D, H, W) with the sums of `table` over z; both with any strides.
+def sums(
+    source: Tensor, target: Tensor, table: Table, tile: Tile, *, activation: str | None = None, scaled: bool = False
+) -> Launch:
+    """Fills `target` (N, groups * channels, D, H, W) with the sums of `table` over `source`; both with any strides.
 
-    `winners` (strides of y) receives those of a pooled orbit.
+    Called with source, target, a bias or None, and the winners of a pooled orbit: with the strides of the target, to be
+    written, or of the source, for `table.won`; or None. `scaled`: by `table.scale`.
     """
-    _launch(z, table, y, tile, bias, winners, ACTIVATION=activation or "", WON=False)
-
-
-def gather_sum(dy: Tensor, table: Table, d: Tensor, tile: Tile, *, winners: Tensor | None = None) -> None:
-    """Fill d with the sums of `table` over dy; `winners` (strides of dy) are those that a gradient goes to."""
-    _launch(dy, table, d, tile, None, winners, ACTIVATION="", WON=winners is not None)
-
-
-def _launch(
-    source: Tensor, table: Table, target: Tensor, tile: Tile, bias: Tensor | None, winners: Tensor | None, **fixed: Any
-) -> None:
-    if target.numel() == 0:
-        return
     batch, channels, *sizes = target.shape
     count = batch * math.prod(sizes)
-    fixed |= constants(table, tile.block_u)
-    programs = triton.cdiv(count, tile.block_p), channels // table.target_channels * fixed["TILES"]
-    _shift_sum_kernel[programs](
-        source, target, bias, winners, count, *sizes, *source.shape[2:], *source.stride(), *target.stride(),
-        WIDE=wide(source, target), **fixed, **tile.constants, **tile.options,
-    )  # fmt: skip
+    fixed = constants(table, tile.block_u)
+    groups = channels // table.target_channels
+    (of_source, source_fixed), (of_target, target_fixed) = strides_of(source, "SOURCE"), strides_of(target, "TARGET")
+    more = {"GROUPS": groups, "SCALE": table.scale if scaled else 1.0, "ACTIVATION": activation or ""}
+    return Launch(
+        _shift_sum_kernel,
+        (triton.cdiv(count, tile.block_p) * groups * fixed["TILES"],) if target.numel() else (),
+        (count, *sizes, *source.shape[2:], *of_source, *of_target),
+        fixed | source_fixed | target_fixed | more | tile.constants | {"WIDE": wide(source, target)},
+        tile.options,
+    )

@@ -24,6 +24,10 @@ SHARED = {
 }
 
 
+#: Targets whose matrix instructions read their operands from shared memory.
+WIDE_TARGETS = ("sm_90", "sm_100", "sm_103")
+
+
 @dataclass(frozen=True)
 class Tile:
     """Positions x filters (or groups) that one program without a matrix product computes, and its warps."""
@@ -82,8 +86,9 @@ def as_tiles(numbers: Sequence[int]) -> list[Any]:
 def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) -> bool:
     """Whether the tile can run on this target with operands of so many bytes: the rule of the tuner and of the plan.
 
-    At most half of the 255 registers of a thread hold the result; the operands fit the shared memory of one program.
-    A product that loops over taps and channels is miscompiled with 8 warps (pytorch issue 173068).
+    At most half of the 255 registers of a thread hold the result, a quarter where they hold operands and addresses of
+    taps, too; the operands fit the shared memory of one program. A product that loops over taps and channels is
+    miscompiled with 8 warps (pytorch issue 173068).
     """
     least = 1 if isinstance(tile, Tile) else 16  # of a tensor core's operands
     *blocks, warps = astuple(tile)[:4]
@@ -94,7 +99,8 @@ def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) 
     if tile.stages < 1 or (taps and tile.warps == 8):
         return False
     limit = SHARED.get(target, 64 << 10 if target.startswith("gfx") else 99 << 10)
-    return tile.accumulators <= 128 and tile.shared(itemsize) <= limit
+    most = 64 if taps and target not in WIDE_TARGETS else 128
+    return tile.accumulators <= most and tile.shared(itemsize) <= limit
 
 
 def most_splits(programs: int, blocks: int, values: int, most_bytes: int) -> int:
@@ -104,18 +110,18 @@ def most_splits(programs: int, blocks: int, values: int, most_bytes: int) -> int
 
 
 #: Every tile of the additions that `pick` may return.
-TILES = (Tile(64, 32, 4), Tile(128, 16, 4), Tile(64, 16, 4))
+TILES = (Tile(32, 32, 4), Tile(64, 16, 4), Tile(32, 16, 4))
 
 
-def pick(filters: int, taps: int, reads: int = 0) -> Tile:
+def pick(filters: int, taps: int, adjoint: bool = False) -> Tile:
     """Tile for sums of `filters` channels (the most of any block), no wider than they need, of up to `taps` terms.
 
-    `reads`: the terms of all sums together, where the source may be channels-first. A starting point from compiled code
-    (no spills, 128-bit accesses), not from timings.
+    `adjoint`: from dy to d, which may read channels-first images. A starting point from compiled code (no spills,
+    128-bit accesses), not from timings.
     """
-    if taps > 9 or reads > 36:  # addresses need the registers
+    if taps > 9:  # many values are alive at once
         return TILES[2]
-    return TILES[0] if filters > 16 else TILES[1]
+    return TILES[0] if filters > 16 and not adjoint else TILES[1]
 
 
 #: Every tile of a convolution with one input channel per group that `pick_depthwise` may return, widest first.
@@ -130,7 +136,10 @@ def pick_depthwise(groups: int) -> Tile:
 
 #: Every tile of the implicit GEMM that `pick_gemm` may return: the widest, and of those the one of longer steps, first.
 #: Half of the stages are spent on the table, which is read before the weights.
-CONV_TILES = tuple(GemmTile(64, block_n, block_k, 4, 5) for block_n in (128, 64, 32, 16) for block_k in (64, 32))
+CONV_TILES = (
+    GemmTile(128, 128, 64, 4, 3),
+    *(GemmTile(64, block_n, block_k, 4, 5) for block_n in (128, 64, 32, 16) for block_k in (64, 32)),
+)
 
 #: Every tile of its weight gradient, in the same order: stored filters x channels x positions. No operand has the shape
 #: of the result: Triton gives accesses of equal shape in one loop equal layouts, which would not suit channels-first x.
@@ -140,7 +149,7 @@ WEIGHT_TILES = (GemmTile(64, 128, 32, 4, 4), GemmTile(64, 64, 32, 4, 4), GemmTil
 def pick_gemm(tiles: Sequence[GemmTile], columns: int, length: int, itemsize: int, target: str) -> GemmTile:
     """Of the tiles that fit the target, with steps no longer than the sums: the narrowest that holds all columns, else
     the widest. A starting point from compiled code, not from timings."""
-    fitting = [tile for tile in tiles if fits(tile, itemsize, target) and tile.block_k <= max(length, 32)]
+    fitting = [tile for tile in tiles if fits(tile, itemsize, target, taps=True) and tile.block_k <= max(length, 32)]
     holding = [tile for tile in fitting if tile.block_n >= columns]
     return min(holding, key=lambda tile: tile.block_n) if holding else fitting[0]
 

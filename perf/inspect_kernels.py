@@ -4,7 +4,7 @@
 
 Columns: registers per thread, spills and reloads, shared memory, machine instructions (of the sums: per term of a
 value; of a product: of one step, per 1000 multiply-adds; depthwise: per multiply-add of one tap), tensor-core
-instructions, widest load and store in bits. AMD targets only show that the kernel compiles.
+instructions, widest load and store in bits, KiB of machine code. AMD targets only show that the kernel compiles.
 
 In a cycle a multiprocessor of sm_90 does 2048 multiply-adds in 16 bits, and 4 warps 128 instructions: a product that
 takes more than 62 instructions per 1000 multiply-adds of a thread is bound by them.
@@ -64,9 +64,6 @@ TARGETS = {
 
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCOMMA")
 
-#: Sizes of images and batches: odd more often than not. (Channels, and strides of an aligned tensor, 16 divides.)
-ODD = ("M", "STEPS", "SPLITS", "BATCH", "PART", "GROUPS", "TD", "TH", "TW", "SD", "SH", "SW", "PD", "PH", "PW")
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -78,7 +75,7 @@ class Entry:
     tile: Tile | GemmTile
     work: float  # per thread: terms of values, or thousands of multiply-adds of one step
     types: dict[str, str] = field(default_factory=dict)  # as in `compile_kernel`
-    odd: tuple[str, ...] = ODD
+    odd: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,7 @@ class Compiled:
     tensor_cores: int | None
     load_bits: int | None
     store_bits: int | None
+    code: int | None  # KiB of machine code
 
 
 def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | None = None) -> ConvSpec:
@@ -115,17 +113,18 @@ def entries() -> Iterator[Entry]:
     ):
         spec = layer(symmetry, kernel_size, 64, pool)
         for adjoint in (False, True):
-            reads = spec.filters // 64 * math.prod(kernel_size) if adjoint else 0
-            tiles = dict.fromkeys(pick(filters, math.prod(kernel_size), reads) for filters in (64, 16))
+            tiles = dict.fromkeys(pick(filters, math.prod(kernel_size), adjoint) for filters in (64, 16))
             if not pool or not adjoint:  # the launcher divides the gradient of a pooled orbit into channels-last
                 yield _sums(spec, adjoint, next(iter(tiles)), channels_first=True)
             for tile in tiles:
                 yield _sums(spec, adjoint, tile)
-    for tile in CONV_TILES:
-        for name, channels_first in product(("y", "dx"), (False, True)):
+    for stored, adjoint in product((8, 12, 16, 24, 40, 48), (False, True)):
+        yield _sums(layer("hv", (3, 3), stored), adjoint, pick(stored, 9, adjoint))
+    for channels_first in (False, True):  # which the widest are not for
+        for name, tile in product(("y", "dx"), CONV_TILES[channels_first:]):
             yield _gemm(name, tile, channels_first)
-    for tile, channels_first in product(WEIGHT_TILES, (False, True)):
-        yield _gemm("dw", tile, channels_first)
+        for tile in WEIGHT_TILES[channels_first:]:
+            yield _gemm("dw", tile, channels_first)
     for tile in DEPTHWISE_TILES:
         for name in ("y", "dx", "dw"):
             for channels_first in (False, True) if tile.block_u > 1 else (True,):
@@ -133,53 +132,57 @@ def entries() -> Iterator[Entry]:
     yield from _matrices()
 
 
-def _strides(images: tuple[str, ...], channels_first: bool) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Strides that are 1, and those that channels-first images of any size need not keep aligned."""
-    if not channels_first:
-        return {f"{name}_c": 1 for name in images}, ()
-    return {f"{name}_w": 1 for name in images}, tuple(f"{name}_{axis}" for name in images for axis in "ncdh")
-
-
 def _title(name: str, sizes: dict[str, int], channels_first: bool = False) -> str:
     return f"{name} {'x'.join(map(str, sizes.values()))}{' NCHW' if channels_first else ''}"
 
 
+def _image(channels: int, axes: int, channels_first: bool = False) -> torch.Tensor:
+    """An image of odd size, as the launchers see one."""
+    x = torch.empty(2, channels, *(1,) * (3 - axes), *(19,) * axes, dtype=torch.bfloat16, device="meta")
+    return x if channels_first else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _entry(
+    title: str, prepared: Any, tile: Any, work: float, none: tuple[str, ...], types: dict[str, str] | None = None
+) -> Entry:
+    """Of a launch, with None for some tensors. Which of its integers 16 divides does not count."""
+    kernel, fixed = prepared.kernel, prepared.fixed | dict.fromkeys(none)
+    odd = tuple(name for name in kernel.arg_names if name not in fixed and not name.endswith("_ptr"))
+    return Entry(title, kernel, fixed, tile, work, types or {}, odd)
+
+
 def _sums(spec: ConvSpec, adjoint: bool, tile: Tile, channels_first: bool = False) -> Entry:
     """`channels_first`: y or dy; z and d never are."""
-    ready = launch.prepared(spec, torch.device("cpu"))
-    table = ready.gather_sum if adjoint else ready.shift_sum
-    image, z = ("source", "target") if adjoint else ("target", "source")
-    units, odd = _strides((image,), channels_first)
-    fixed = shift_kernels.constants(table, tile.block_u) | tile.constants | units | {f"{z}_c": 1}
-    fixed |= {"WON": adjoint and spec.pool is not None, "ACTIVATION": "", "WIDE": False}
-    fixed |= dict.fromkeys((("bias_ptr",) if adjoint else ()) + (() if spec.pool else ("winners_ptr",)))
+    (stage,) = launch.stages(spec, False)
+    table, axes = stage.to_d if adjoint else stage.to_y, len(spec.geometry.kernel_size)
+    y, z = _image(spec.out_channels, axes, channels_first), _image(stage.width, axes)
+    prepared = shift_kernels.sums(*((y, z) if adjoint else (z, y)), table, tile)
     images = f"{len(spec.blocks[0].images)} images{' pooled' if spec.pool else ''}"
-    name = f"shift {'d' if adjoint else 'y'} {images} {len(spec.geometry.kernel_size)}-D"
+    filters = "" if (stored := spec.blocks[0].filters) == 64 else f" of {stored}"
+    name = f"shift {'d' if adjoint else 'y'} {images}{filters} {axes}-D"
     work = sum(len(terms) for *_, terms in table.sums) * tile.block_p * tile.block_u / (32 * tile.warps)
-    title = _title(name, tile.constants, channels_first)
-    return Entry(title, shift_kernels._shift_sum_kernel, fixed, tile, work, {"winners_ptr": "*u8"}, ODD + odd)
+    none = (("bias_ptr",) if adjoint else ()) + (() if spec.pool else ("winners_ptr",))
+    return _entry(_title(name, tile.constants, channels_first), prepared, tile, work, none, {"winners_ptr": "*u8"})
 
 
 def _gemm(name: str, tile: Any, channels_first: bool) -> Entry:
-    """3x3 kernels with channels that 16 divides or, with a `Tile`, 7x7, one filter per group and such groups."""
-    is_product = isinstance(tile, GemmTile)
+    """3x3 kernels with 64 channels or, with a `Tile`, 7x7, one filter per group and 64 groups."""
+    is_product, x = isinstance(tile, GemmTile), _image(64, 2, channels_first)
     grid = launch.grid(layer("hv", (3, 3) if is_product else (7, 7), 64).geometry)
-    grid = grid.reversed if name == "dx" and not is_product else grid
-    units, odd = _strides(("dy", "x") if name == "dw" else ("source", "target"), channels_first)
-    fixed: dict[str, Any] = grid.constants | tile.constants | units | {"WIDE": False}
+    kernels: Any = conv_kernels if is_product else depthwise_kernels
+    rows = (1, 9 * 16, 64) if is_product else (64, 49, 1)
+    options = {"signed": False, "precision": "tf32"} if is_product else {}
     if name == "dw":
-        kernel = conv_kernels._wgrad_kernel if is_product else depthwise_kernels._depthwise_wgrad_kernel
-        fixed |= {"IMAGES": 4, "TRANSPOSED": False}
-        fixed |= {"SIGNED": False, "ALIGN": 16} if is_product else {"F": 1}
+        images = [[0, 1] + [0] * 12]
+        options |= {"transposed": False, "most_bytes": 1 << 20} | ({"align": 16} if is_product else {})
+        prepared, _ = kernels.wgrad(x, x, images, rows, grid, tile, **options)
+    elif name == "dx":
+        prepared = kernels.dgrad(x, rows, x, grid.reversed, tile, **{"signed": False, **options})
     else:
-        kernel = conv_kernels._implicit_gemm_kernel if is_product else depthwise_kernels._depthwise_kernel
-        fixed |= {"SIGNED": False, "ACTIVATION": ""} | ({"bias_ptr": None} if name == "dx" else {})
-        fixed |= {"GRADIENT": name == "dx"} if is_product else {"SOURCE_F": 1, "TARGET_F": 1}
-    fixed |= {"PRECISION": "tf32"} if is_product else {}
-    sizes = ODD if is_product else ("R", *(size for size in ODD if size != "GROUPS"))
+        prepared = kernels.fprop(x, rows, x, grid, tile, **{"signed": False, **options})
     types = {"table_ptr": "*i32", "images_ptr": "*i32", "workspace_ptr": "*fp32"}
     title = _title(f"{'implicit_gemm' if is_product else 'depthwise'} {name}", tile.constants, channels_first)
-    return Entry(title, kernel, fixed, tile, _work(tile), types, sizes + odd)
+    return _entry(title, prepared, tile, _work(tile), ("bias_ptr",) if name == "dx" else (), types)
 
 
 def _work(tile: Any) -> float:
@@ -211,8 +214,7 @@ def _matrices() -> Iterator[Entry]:
     ):
         fixed = matrix_constants(kernel, tile) | dict.fromkeys(unit, 1)
         types = {"alpha": "fp32", "beta": "fp32", "partial_ptr": "*fp32"}
-        odd = () if kernel is gram_kernels._gram_kernel else ODD
-        yield Entry(_title(name, tile.constants), kernel, fixed, tile, _work(tile), types, odd)
+        yield Entry(_title(name, tile.constants), kernel, fixed, tile, _work(tile), types)
 
 
 def compile_kernel(
@@ -283,7 +285,7 @@ def bits(modifiers: str) -> int:
 def inspect(kernel: Any, work: float) -> Compiled:
     """Read registers, spills and instructions from the machine code."""
     if "cubin" not in kernel.asm:
-        return Compiled(None, None, kernel.metadata.shared, None, None, None, None)
+        return Compiled(None, None, kernel.metadata.shared, None, None, None, None, None)
     usage, code = machine_code(kernel)
     found = instructions(code)
     count = Counter(name for name, _ in found)
@@ -301,6 +303,7 @@ def inspect(kernel: Any, work: float) -> Compiled:
         tensor_cores=tensor_cores,
         load_bits=widest(("LDG", "LDGSTS")),
         store_bits=widest(("STG",)),
+        code=-(-sum(count.values()) // 64),
     )
 
 
@@ -312,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown target {unknown[0]!r}; known: {', '.join(TARGETS)}")
     work = [(name, entry) for name in args.targets.split(",") for entry in entries()]
-    columns = ("regs", "spills", "shared", "instr", "mma", "load", "store")
+    columns = ("regs", "spills", "shared", "instr", "mma", "load", "store", "KiB")
     print(f"{'target':8} {'kernel':37} " + " ".join(f"{name:>6}" for name in columns))
     for name, entry in tqdm(work, disable=not sys.stderr.isatty()):
         found = inspect(compile_entry(entry, name), entry.work)

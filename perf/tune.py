@@ -109,7 +109,7 @@ def run(jobs: Sequence[Job], device: torch.device, budget: float, again: bool = 
     by_key: dict[str, Job] = {}
     for job in jobs:
         by_key.setdefault(job.problem.key, job)
-    file = tuned.user_file(tuned.gpu(device.type))
+    file = tuned.user_file(tuned.gpu(str(device)))
     known = {} if again else tuned.read(file)
     entries = {key: known[key] for key in by_key if key in known}
     todo = [key for key in by_key if key not in entries]
@@ -143,7 +143,7 @@ def tune(model: nn.Module, example_input: Tensor, budget_s: float = 300) -> dict
         x = inputs[0]
         like = torch.empty_like(x, device="meta", dtype=plan.computing_dtype(x))
         for training in (False, True):
-            problem = layer.problem(like, x.device.type, training)  # type: ignore[operator]
+            problem = layer.problem(like, plan.target_of(x), training)  # type: ignore[operator]
             if problem.has_kernel:
                 jobs.append(Job(problem, training, partial(_copy, layer, like, x.device)))
 
@@ -173,7 +173,7 @@ def _jobs(case: Case, device: torch.device) -> Iterator[Job]:
     dtype = case.dtypes[0]
     for mode in case.modes:
         x, training = [*case.input(dtype, "meta").values()][-1], mode == "training"
-        problem = case.build(dtype, "meta").problem(x, device.type, training)  # type: ignore[operator]
+        problem = case.build(dtype, "meta").problem(x, str(device), training)  # type: ignore[operator]
         yield Job(problem, training, lambda: (case.build(dtype, device), [*case.input(dtype, device).values()][-1]))
 
 

@@ -90,29 +90,38 @@ def dense_conv(x, rows, spec):
     return y
 
 
-def forward(x, rows, bias, spec, path, tiles, activation=None):
-    """`launch.fprop` into a new y, and the winners of a pooled orbit."""
+def weights_of(rows, spec):
+    """The stored weights whose rows (groups, R, C) these are."""
     import torch
 
+    shapes, start, found = spec.weight_shapes(rows.shape[2]), 0, []
+    plain = []
+    for block in spec.blocks:
+        count = block.filters * spec.slots(block)
+        part = rows[:, start : start + count].unflatten(1, (-1, block.filters)).permute(0, 2, 3, 1)  # [G, F, C, slots]
+        (found if block.orbits else plain).append(part)
+        start += count
+    if plain:
+        shared = torch.cat(plain, 1)
+        found.append(shared.transpose(1, 2) if spec.geometry.transposed else shared)
+    return [part.reshape(shape) for part, shape in zip(found, shapes, strict=True)]
+
+
+def forward(x, rows, bias, spec, path, tiles, activation=None, fold=False):
+    """`launch.fprop`: y, and the winners of a pooled orbit or None."""
+    from tritonsym import launch, shift
+
+    options = (spec.text, path, tiles, fold, activation, shift.is_last(x), bool(spec.pool))
+    y, winners = launch.fprop(x, weights_of(rows, spec), bias, *options)
+    return y, winners if spec.pool else None
+
+
+def backward(dy, x, rows, winners, spec, path, tiles, need_x=True, need_rows=True, fold=False):
+    """`launch.backward`: dx, and the gradients of the weights; None where not needed."""
     from tritonsym import launch
 
-    shape = (x.shape[0], spec.out_channels, *spec.geometry.out_sizes(x.shape[2:]))
-    y = launch.like(x, shape) if launch.is_last(x) else x.new_empty(shape)
-    winners = torch.empty_like(y, dtype=torch.uint8) if spec.pool else None
-    launch.fprop(x, rows, bias, spec, path, tiles, activation, y, winners)
-    return y, winners
-
-
-def backward(dy, x, rows, winners, spec, path, tiles, need_x=True, need_rows=True):
-    """`launch.backward` into a new dx and drows; None where not needed."""
-    import torch
-
-    from tritonsym import launch
-
-    dx = torch.empty_like(x) if need_x else None
-    drows = torch.empty_like(rows) if need_rows else None
-    launch.backward(dy, x, rows, winners, spec, path, tiles, dx, drows)
-    return dx, drows
+    options = (spec.text, path, tiles, fold, need_x, need_rows)
+    return launch.backward(dy, x, weights_of(rows, spec), winners, *options)
 
 
 def lay_out(x, layout):
@@ -147,7 +156,7 @@ def variants(number):
     return [turns[number % 5], turns[(number + 2) % 5], *BFLOAT16]
 
 
-def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None):
+def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None, fold=False):
     """Whether y, dx and the gradient of the rows are exactly those of the dense convolution in float64.
 
     The numbers are small integers, so that every sum is exact in float32 and float16, and rounded in bfloat16.
@@ -156,7 +165,7 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
 
     from tritonsym import launch, reference
 
-    launch.SCRATCH_BYTES = scratch or 64 << 20
+    launch.SCRATCH_BYTES = scratch or 1 << 30
     spec, dtype = build(**conv), getattr(torch, dtype)
     torch.manual_seed(0)
 
@@ -178,14 +187,15 @@ def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activa
     x, rows, bias, dy = (t.detach().to(DEVICE, dtype) for t in (x, rows, bias, dy))
     x, dy = lay_out(x, layout), dy if layout == "sliced" else lay_out(dy, layout)
     bias = bias.repeat_interleave(2)[::2] if layout == "sliced" else bias
-    got, winners = forward(x, rows, bias, spec, path, tiles, activation)
+    got, winners = forward(x, rows, bias, spec, path, tiles, activation, fold)
     expected = reference.activate(y.detach() + bias.double()[(...,) + (None,) * len(sizes)], activation)
     exact = {"rtol": 0, "atol": 0} if activation in (None, "relu") else {"rtol": 1e-3, "atol": 1e-3}
     exact |= rounded
     torch.testing.assert_close(got.cpu().double(), expected, **exact, msg=lambda m: f"y: {m}")
-    got_dx, got_drows = backward(dy, x, rows, winners, spec, path, tiles)
+    got_dx, got_dws = backward(dy, x, rows, winners, spec, path, tiles, fold=fold)
     torch.testing.assert_close(got_dx.cpu().double(), dx, **tolerance, msg=lambda m: f"dx: {m}")
-    torch.testing.assert_close(got_drows.cpu().double(), drows, **tolerance, msg=lambda m: f"drows: {m}")
+    for got_dw, dw in zip(got_dws, weights_of(drows, spec), strict=True):
+        torch.testing.assert_close(got_dw.cpu().double(), dw, **tolerance, msg=lambda m: f"dw: {m}")
     return True
 
 
@@ -226,12 +236,13 @@ def repeat(conv, batch, channels, sizes, path, tiles, dtype, times):
 
     def run():
         y, winners = forward(x, rows, None, spec, path, tiles)
-        return winners, y, *backward(dy, x, rows, winners, spec, path, tiles)
+        dx, (dw,) = backward(dy, x, rows, winners, spec, path, tiles)
+        return winners, y, dx, dw
 
     winners, *expected = run()
     assert all(t.isfinite().all() for t in expected)
     assert torch.equal(expected[1], backward(dy, x, rows, winners, spec, path, tiles, need_rows=False)[0])
-    assert torch.equal(expected[2], backward(dy, x, rows, winners, spec, path, tiles, need_x=False)[1])
+    assert torch.equal(expected[2], backward(dy, x, rows, winners, spec, path, tiles, need_x=False)[1][0])
     for i in range(times):
         if DEVICE == "cuda" and i % 2:
             torch.cuda.synchronize()
@@ -242,7 +253,7 @@ def repeat(conv, batch, channels, sizes, path, tiles, dtype, times):
             torch.cuda.synchronize()
         else:
             found = run()
-        for name, a, b in zip(("y", "dx", "drows"), expected, found[1:], strict=True):
+        for name, a, b in zip(("y", "dx", "dw"), expected, found[1:], strict=True):
             assert torch.equal(a, b), f"{name} of run {i} differs"
     torch.use_deterministic_algorithms(False)
     return True

@@ -1,10 +1,18 @@
-"""How stored weights become rows, and their gradients weights again."""
+"""What a call by kernels takes on the host: rows of stored weights, what is prepared, launches, errors.
+
+A driver stands in for the GPU's: calls go through Triton's JIT, which specializes and compiles, and launch nothing.
+"""
+
+import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from interpret import CASES, build
 
-from tritonsym import reference
+import tritonsym
+from tritonsym import launch, nn, reference
 
 
 def dense_weight(spec, weights):
@@ -42,3 +50,173 @@ def test_rows_of_stored_weights(name):
     expected = torch.autograd.grad(rows, weights, drows)
     for got, of_weight in zip(reference.stored_gradients(spec, drows, spec.weight_shapes(3)), expected, strict=True):
         torch.testing.assert_close(got, of_weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_that_kernels_take(name):
+    """The same whatever way the weights lie, and back."""
+    spec = build(**CASES[name][0])
+    weights = [torch.randn(shape).double() for shape in spec.weight_shapes(3)]
+    for form in (weights, [w.mT.contiguous().mT if w.ndim > 1 else w for w in weights]):
+        stored = launch.Rows(spec, range(len(spec.blocks)), [False] * len(spec.geometry.kernel_size), form)
+        rows = stored.of(form)
+        assert rows.is_contiguous() and torch.equal(rows, reference.stored_rows(spec, *weights))
+        back = [torch.empty_like(w) for w in form]
+        stored.write(back, rows)  # every row is a stored weight
+        torch.testing.assert_close(back, weights, rtol=0, atol=0)
+
+
+# --- with a driver that launches nothing ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`launched`: names of kernels; `compiled`: what was compiled for them."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.compiler import compiler
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from tritonsym.kernels import conv, depthwise, shift
+
+    seen = SimpleNamespace(launched=[], compiled=[])
+
+    class Launcher:
+        def __init__(self, src, metadata):
+            self.name = metadata.name
+
+        def __call__(self, x, y, z, *args):
+            assert 0 < x < 2**31 and 0 < y < 65536 and z == 1
+            seen.launched.append(self.name)
+
+    class Driver(DriverBase):
+        utils = SimpleNamespace(load_binary=lambda *_: (None, 1, 0, 0, 1024))
+        launcher_cls = Launcher
+
+        def __init__(self):
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+
+        is_active = classmethod(lambda cls: True)
+        map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    right = JITFunction._do_compile
+
+    def compile(self, *args, **kwargs):
+        seen.compiled.append(self.__name__)
+        return right(self, *args, **kwargs)
+
+    kernels = [v for module in (conv, depthwise, shift) for v in vars(module).values() if isinstance(v, JITFunction)]
+
+    def forget():
+        for kernel in kernels:
+            kernel.device_caches.clear()
+        for cache in (launch._layer, launch._forward, launch._backward):
+            cache.cache_clear()
+
+    Driver.__abstractmethods__ = frozenset()
+    monkeypatch.setattr(JITFunction, "_do_compile", compile)
+    monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 227 << 10)
+    monkeypatch.setattr(launch, "runs_on", lambda device: True)
+    forget()
+    monkeypatch.setattr(driver, "_active", Driver())
+    with tritonsym.backend("triton"):
+        yield seen
+    forget()
+
+
+def step(layer, x):
+    """Forward and backward, and an inference call."""
+    with torch.no_grad():
+        layer(x)
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))
+
+
+LAST = {"memory_format": torch.channels_last}
+OF_SHIFT, OF_GEMM = ["_shift_sum_kernel"], ["_implicit_gemm_kernel", "_wgrad_kernel"]
+
+
+@pytest.mark.parametrize("path, once, twice", [("shift", OF_SHIFT, OF_SHIFT), ("implicit_gemm", OF_GEMM[:1], OF_GEMM)])
+def test_a_repeated_call_is_a_few_launches(gpu, path, once, twice, monkeypatch):
+    """The least of many: what other processes do is not counted. The products are the vendor's: not counted either."""
+    monkeypatch.setattr(launch, "_multiply", lambda a, b, out, scale=1: out)
+    layer, x = nn.SymmetricConv2d(16, 16, 3, padding=1, symmetry="hv").bfloat16(), torch.randn(1, 16, 4, 4).bfloat16()
+    inputs = [x.to(**LAST).requires_grad_(), *layer.parameters()]
+    dy = torch.ones_like(inputs[0])
+
+    def infer():
+        with torch.no_grad():
+            layer(inputs[0])
+
+    def train():
+        torch.autograd.grad(layer(inputs[0]), inputs, dy)
+
+    with tritonsym.path(path):
+        for run, names, most in ((infer, once, 90e-6), (train, once + twice, 300e-6)):
+            run()
+            gpu.launched.clear()
+            run()
+            assert gpu.launched == names
+            gpu.compiled.clear()
+            least = 1.0
+            for _ in range(2000):
+                start = time.perf_counter()
+                run()
+                least = min(least, time.perf_counter() - start)
+            assert not gpu.compiled
+            assert least < most, f"{1e6 * least:.0f} us"
+
+
+@pytest.mark.parametrize("path, count", [("shift", 2), ("implicit_gemm", 3)])
+def test_sizes_of_images_and_batches_compile_nothing_new(gpu, path, count):
+    layer = nn.SymmetricConv2d(16, 24, 3, padding=1, symmetry="h").bfloat16()
+    with tritonsym.path(path):
+        for batch, sizes in ((2, (5, 4)), (1, (8, 16)), (16, (1, 7)), (3, (1, 1))):
+            step(layer, torch.randn(batch, 16, *sizes).bfloat16().to(**LAST))
+        assert len(gpu.compiled) == count, gpu.compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["shift", "implicit_gemm"])
+def test_kernels_of_a_network(gpu, path):
+    """The 3x3 convolutions of ResNet-18, training."""
+    shapes = [(64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+    with tritonsym.path(path):
+        for channels, filters, stride in shapes:
+            layer = nn.SymmetricConv2d(channels, filters, 3, stride, 1, symmetry="hv").bfloat16()
+            for batch in (2, 1):
+                step(layer, torch.randn(batch, channels, 4, 4).bfloat16().to(**LAST))
+    assert len(gpu.compiled) <= 3 * len(shapes)
+
+
+def test_tensors_that_are_not_aligned(gpu):
+    """They are compiled for as what they are."""
+    layer, x = nn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="h").bfloat16(), torch.randn(2, 6, 4, 8).bfloat16()
+    with tritonsym.path("implicit_gemm"), torch.no_grad():
+        for at, count in ((0, 1), (1, 2), (0, 2), (1, 2)):
+            x = torch.randn(2 * 6 * 4 * 8 + 1).bfloat16()[at:][: 2 * 6 * 4 * 8].view(2, 6, 4, 8).movedim(-1, 1)
+            layer(x)
+            assert len(gpu.compiled) == count
+    assert len(gpu.launched) == 4
+
+
+def test_errors_of_kernels(gpu, monkeypatch):
+    layer, x = nn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="h"), torch.randn(1, 8, 4, 4)
+    for error, expected in ((ValueError("no"), RuntimeError), (torch.OutOfMemoryError("no"), torch.OutOfMemoryError)):
+        monkeypatch.setattr(launch, "_forward", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with tritonsym.path("shift"), pytest.raises(expected) as caught:
+            layer(x)
+        assert caught.type is expected
+    monkeypatch.undo()
+    text = "the kernels of path 'shift' with tiles [3, 4, 5] failed for torch.float32 tensors (1, 8, 4, 4) on cpu: no"
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        monkeypatch.setattr(launch, "runs_on", lambda device: True)
+        with launch.launching("shift", [3, 4, 5], x):
+            raise ValueError("no")

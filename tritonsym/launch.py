@@ -1,30 +1,34 @@
-"""Convolutions by Triton kernels: how tensors lie for them, what they are told, and the bound of their workspace.
+"""Convolutions by Triton kernels: how tensors lie for them, and all that a repeated call need not work out again.
 
-Two paths. `shift`: products by the vendor's library, and the sums of `spec.schedule` by `kernels.shift`, which also
-adds the bias, applies the activation and pools. `implicit_gemm`: one kernel that reads the stored rows through
+Two paths. `shift`: products by the vendor's library, and the sums from their results to y by `kernels.shift`, which
+also adds the bias, applies the activation and pools. `implicit_gemm`: one kernel that reads the stored rows through
 `ConvSpec.row_table`, `kernels.conv` or, with one input channel per group, `kernels.depthwise`. The backward pass needs
-nothing but x and the rows (and one byte per value of a pooled orbit).
+nothing but x and the weights (and one byte per value of a pooled orbit).
+
+What depends on the spec, on shapes, strides, alignment, dtype and device alone is prepared on meta tensors and kept:
+a repeated call is a look-up, a few views and the launches. To capture it in a CUDA graph, call it once before, and its
+backward pass if that is captured too; nothing else is needed.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonsym.shift import channels_last, is_last, like
-from tritonsym.spec import ConvSpec, Geometry, schedule
+from tritonsym.shift import Part, channels_last, is_last, like, parts
+from tritonsym.spec import ConvSpec, Geometry, Ints
 
-#: Most bytes that z and other temporary tensors may take at a time: the batch is computed in chunks of as many images
-#: as fit, at least one.
-SCRATCH_BYTES = 64 << 20
+#: Most bytes of z, or of its gradient, at a time: the batch is computed in chunks of as many images as fit, at least
+#: one. Every chunk takes launches of its own.
+SCRATCH_BYTES = 1 << 30
 
 
 def runs_on(device: torch.device) -> bool:
@@ -41,100 +45,171 @@ def check_device(x: Tensor) -> None:
         )
 
 
-@contextmanager
-def launching(path: str, tiles: Sequence[int], *operands: Tensor) -> Iterator[None]:
-    """Launch on the device of the operands, and say what was launched if that fails."""
-    x = operands[0]
-    check_device(x)
-    try:
-        with torch.cuda.device_of(x):
-            yield
-    except Exception as error:
-        raise RuntimeError(
-            f"tritonsym: the kernels of path {path!r} with tiles {list(tiles)} failed for {x.dtype} tensors "
-            f"{', '.join(str(tuple(t.shape)) for t in operands)} on {x.device}: {error}; "
-            "tritonsym.backend('reference') does without"
-        ) from error
+class launching:
+    """Launch on the device of the operands, and say what was launched if that fails, but for want of memory."""
+
+    def __init__(self, path: str, tiles: Sequence[int], *operands: Tensor) -> None:
+        self.path, self.tiles, self.operands = path, tiles, operands
+
+    def __enter__(self) -> None:
+        check_device(self.operands[0])
+        self.device = torch.cuda.device_of(self.operands[0])
+        self.device.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        self.device.__exit__(None, None, None)
+        if isinstance(error, Exception) and not isinstance(error, torch.OutOfMemoryError):
+            x = self.operands[0]
+            raise RuntimeError(
+                f"tritonsym: the kernels of path {self.path!r} with tiles {list(self.tiles)} failed for {x.dtype} "
+                f"tensors {', '.join(str(tuple(t.shape)) for t in self.operands)} on {x.device}: {error}; "
+                "tritonsym.backend('reference') does without"
+            ) from error
 
 
 def fprop(
     x: Tensor,
-    rows: Tensor,
+    weights: Sequence[Tensor],
     bias: Tensor | None,
-    spec: ConvSpec,
+    spec: str,
     path: str,
     tiles: Sequence[int],
+    fold: bool,
     activation: str | None,
-    y: Tensor,
-    winners: Tensor | None,
-) -> None:
-    """Fill y with act(conv(x) + bias), and `winners` with the images that won: bit i of a byte stands for image i.
+    last: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """act(conv(x) + bias), channels-last or not, and if `keep` the images that won: bit i of a byte for image i.
 
-    `tiles`: those of the path's kernels (`kernels.tiles.as_tiles`).
+    `tiles`: those of the path's kernels (`kernels.tiles.as_tiles`). `fold`: axes that no image moves stay inside the
+    products of `shift`.
     """
-    epilogue: dict[str, Any] = {"bias": None if bias is None else bias.contiguous(), "activation": activation}
-    with launching(path, tiles, x, rows):
-        from tritonsym.kernels import shift
-        from tritonsym.kernels.tiles import as_tiles
-
-        tile = as_tiles(tiles)[0]
-        if path == "shift":
-            ready = prepared(spec, x.device)
-            for n in _chunks(x, y, ready):
-                z = _multiply(x[n], rows, ready)
-                won = None if winners is None else winners[n]
-                shift.shift_sum(_to_3d(z), ready.shift_sum, _to_3d(y[n]), tile, winners=won, **epilogue)
-        else:
-            kernel, *weights, options = _gemm(rows, spec)
-            where = grid(spec.geometry)
-            where = where.reversed if spec.geometry.transposed else where
-            kernel.fprop(_to_3d(x), *weights, _to_3d(y), where, tile, **options, **epilogue)
+    with launching(path, tiles, x, *weights):
+        form = spec, path, tuple(tiles), fold, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
+        layer, run, shape, stride = _forward(form, _form(x), bias is None, activation, last, keep)
+        y = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
+        winners = torch.empty_like(y, dtype=torch.uint8) if keep else None
+        run(x, layer.rows(weights), None if bias is None else bias.contiguous(), y, winners)
+        return y, winners
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    rows: Tensor,
+    weights: Sequence[Tensor],
     winners: Tensor | None,
-    spec: ConvSpec,
+    spec: str,
     path: str,
     tiles: Sequence[int],
-    dx: Tensor | None,
-    drows: Tensor | None,
-) -> None:
-    """Fill dx and drows, of those that are given."""
-    with launching(path, tiles, x, rows):
-        from tritonsym.kernels import shift
-        from tritonsym.kernels.tiles import as_tiles
+    fold: bool,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """The gradients with respect to x and to the weights."""
+    with launching(path, tiles, x, *weights):
+        form = spec, path, tuple(tiles), fold, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
+        if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
+            winners = channels_last(winners)
+            dy = torch.div(dy, _bits(winners), out=torch.empty_like(winners, dtype=dy.dtype))
+        layer, run = _backward(form, _form(x), _form(dy), need_x, need_weights)
+        dx, drows = run(dy, x, layer.rows(weights), winners)
+        return dx, None if drows is None else layer.gradients(weights, drows)
 
-        tile = as_tiles(tiles)[1:]
-        if path == "shift":
-            ready = prepared(spec, x.device)
-            total = None if drows is None else torch.zeros_like(rows, dtype=torch.float32)
-            for n in _chunks(x, dy, ready):
-                d, dy_n, won = like(x, ready.z_shape(x[n])), dy[n], None
-                if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
-                    won = channels_last(winners[n])
-                    dy_n = torch.div(dy_n, _bits(won), out=torch.empty_like(won, dtype=dy.dtype))
-                shift.gather_sum(_to_3d(dy_n), ready.gather_sum, _to_3d(d), tile[0], winners=won)
-                _multiply_backward(d, x[n], rows, ready, None if dx is None else dx[n], total)
-            if drows is not None and total is not None:
-                drows.copy_(total)
-            return
-        kernel, *weights, options = _gemm(rows, spec)
-        where, transposed = grid(spec.geometry), spec.geometry.transposed
-        dy, x = _to_3d(dy), _to_3d(x)
-        if dx is not None:
-            kernel.dgrad(dy, *weights, _to_3d(dx), where if transposed else where.reversed, tile[0], **options)
-        if drows is not None:
-            is_product = rows.shape[2] > 1
-            images, align = _device_images(spec, tile[1].block_m if is_product else 1, x.device)
-            options = options | {"align": align} if is_product else {}
-            options |= {"transposed": transposed, "most_bytes": SCRATCH_BYTES}
-            kernel.wgrad(dy, x, images, drows, where, tile[1], **options)
+
+Form = tuple[Sequence[int], Sequence[int]]
+Found = tuple[Tensor | None, list[Tensor] | None]
+
+
+def _form(t: Tensor) -> Form:
+    """How a tensor lies."""
+    return t.shape, t.stride()
+
+
+def _meta(form: Form, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(*form, dtype=dtype, device="meta")
+
+
+def _precision(x: Tensor) -> str:
+    """Of products in float32: torch's switch for convolutions."""
+    is_float32 = x.dtype == torch.float32
+    return "tf32" if is_float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 # --- how tensors lie --------------------------------------------------------------------------------------------------
+
+
+class View:
+    """A view of tensors like the one that `t`, on the meta device, is a view of."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.size, self.stride, self.offset = tuple(t.shape), t.stride(), t.storage_offset()
+
+    def of(self, t: Tensor) -> Tensor:
+        return t.as_strided(self.size, self.stride, t.storage_offset() + self.offset)
+
+    def new(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An empty tensor that lies so."""
+        return torch.empty_strided(self.size, self.stride, dtype=dtype or x.dtype, device=x.device)
+
+
+def _blocks(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Views (groups, filters, C, *kernel) of the weights of every block, (groups, filters, C, orbits) of tied ones."""
+    grouped = [w.unflatten(0, (spec.groups, -1)) for w in weights]
+    plain = [block.filters for block in spec.blocks if not block.orbits]
+    shared: Any = iter(())
+    if plain:
+        last = grouped.pop()
+        shared = iter((last.transpose(1, 2) if spec.geometry.transposed else last).split(plain, 1))
+    tied = iter(grouped)
+    return [next(tied if block.orbits else shared) for block in spec.blocks]
+
+
+class Rows:
+    """The stored weights of some blocks as the rows (groups, R, C, *kernel of the axes inside) of products, and back.
+
+    The rows of a group are block by block, slot by slot, filter by filter.
+    """
+
+    def __init__(
+        self, spec: ConvSpec, blocks: Sequence[int], inside: Sequence[bool], weights: Sequence[Tensor]
+    ) -> None:
+        is_tied = [block.orbits is not None for block in spec.blocks]
+        self.number = [sum(is_tied[:b]) if is_tied[b] else len(weights) - 1 for b in blocks]
+        axes = range(3, 3 + len(inside))
+        moved, stay = ([a for a, i in zip(axes, inside, strict=True) if i == which] for which in (False, True))
+        self.views = []
+        for of in (weights, [torch.empty_like(w) for w in weights]):
+            every = _blocks(spec, of)
+            ordered = [
+                every[b].permute(0, 3, 1, 2) if is_tied[b] else every[b].permute(0, *moved, 1, 2, *stay) for b in blocks
+            ]
+            self.views.append([View(w) for w in ordered])
+        self.after = 1 + len(stay)  # axes after those of the rows
+        self.counts = [math.prod(w.shape[1 : -self.after]) for w in ordered]
+        self.shape = (spec.groups, sum(self.counts), *ordered[0].shape[-self.after :])
+
+    def of(self, weights: Sequence[Tensor]) -> Tensor:
+        """Contiguous."""
+        if len(self.number) == 1:
+            return self.views[0][0].of(weights[self.number[0]]).reshape(self.shape).contiguous()
+        rows = weights[0].new_empty(self.shape)
+        for number, view, part in zip(self.number, self.views[0], rows.split(self.counts, 1), strict=True):
+            part.unflatten(1, view.size[1 : -self.after]).copy_(view.of(weights[number]))
+        return rows
+
+    def write(self, weights: Sequence[Tensor], rows: Tensor) -> None:
+        """Write the gradients of the rows into those of the weights."""
+        if len(self.number) == 1:
+            view = self.views[1][0]
+            view.of(weights[self.number[0]]).copy_(rows.view(view.size))
+            return
+        for number, view, part in zip(self.number, self.views[1], rows.split(self.counts, 1), strict=True):
+            view.of(weights[number]).copy_(part.unflatten(1, view.size[1 : -self.after]))
+
+
+def _like(x: Tensor) -> View:
+    """How the gradient of x lies: channels-last or channels-first."""
+    return View(like(x, x.shape) if is_last(x) else x.new_empty(x.shape))
 
 
 def _to_3d(x: Tensor) -> Tensor:
@@ -147,163 +222,396 @@ def _three(values: Sequence[int], fill: int) -> Any:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
+# --- what is prepared -------------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """A convolution by one path with weights of one form; what depends on x and dy is prepared by their forms."""
+
+    def __init__(
+        self, spec: ConvSpec, tiles: Sequence[Any], weights: Sequence[Tensor], device: torch.device, scratch: int
+    ) -> None:
+        self.spec, self.tiles, self.device, self.scratch = spec, tiles, device, scratch
+        self.dtype = weights[0].dtype
+        self.stored: list[Rows] = []
+
+    def rows(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        return [stored.of(weights) for stored in self.stored]
+
+    def gradients(self, weights: Sequence[Tensor], drows: Sequence[Tensor]) -> list[Tensor]:
+        """Of the weights, from those of the rows."""
+        found = [torch.empty_like(w) for w in weights]
+        for stored, part in zip(self.stored, drows, strict=True):
+            stored.write(found, part)
+        return found
+
+    def prepare_fprop(self, x: Tensor, y: Tensor, act: str | None) -> Callable[..., None]:
+        """run(x, rows, bias, y, winners) fills y and the winners."""
+        raise NotImplementedError
+
+    def prepare_backward(self, dy: Tensor, x: Tensor, need_x: bool, need_rows: bool) -> Callable[..., Found]:
+        """run(dy, x, rows, winners) -> the gradients with respect to x and, in float32, to the rows."""
+        raise NotImplementedError
+
+
+@lru_cache(maxsize=1024)
+def _layer(
+    spec: str,
+    path: str,
+    tiles: Ints,
+    fold: bool,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch: int,
+    *weights: Form,
+) -> Layer:
+    from tritonsym.kernels.tiles import as_tiles
+
+    common = ConvSpec.of(spec), as_tiles(tiles), [_meta(form, dtype) for form in weights], device, scratch
+    return Shift(*common, fold) if path == "shift" else ImplicitGemm(*common, precision)
+
+
+@lru_cache(maxsize=4096)
+@torch.inference_mode(False)
+def _forward(
+    layer_form: Any, x_form: Form, no_bias: bool, activation: str | None, last: bool, keep: bool
+) -> tuple[Layer, Callable[..., None], Sequence[int], Sequence[int]]:
+    layer = _layer(*layer_form)
+    x = _meta(x_form, layer.dtype)
+    shape = (x.shape[0], layer.spec.out_channels, *layer.spec.geometry.out_sizes(x.shape[2:]))
+    y = like(x, shape) if last else x.new_empty(shape)
+    return layer, layer.prepare_fprop(x, y, activation), *_form(y)
+
+
+@lru_cache(maxsize=4096)
+@torch.inference_mode(False)
+def _backward(
+    layer_form: Any, x_form: Form, dy_form: Form, need_x: bool, need_rows: bool
+) -> tuple[Layer, Callable[..., Found]]:
+    layer = _layer(*layer_form)
+    metas = _meta(dy_form, layer.dtype), _meta(x_form, layer.dtype)
+    return layer, layer.prepare_backward(*metas, need_x, need_rows)
+
+
 # --- shift ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What the shift path needs to know of a spec. The z of all phases lie side by side: (N, groups rows, *sizes)."""
+class Stage:
+    """Blocks with the same axes inside their products, and the sums of these.
 
-    groups: int
-    steps: tuple[int, ...]  # from one position of a phase to the next
-    phases: list[tuple[tuple[Any, ...], Any, int]]  # positions of x; rows, as an index, and how many these are
-    shift_sum: Any  # `kernels.shift.Table` of the sums from z to y
-    gather_sum: Any  # and of their adjoint from dy to d
+    Tap k of the other axes reads residue (dilation k - padding) mod stride: every residue class of positions, a phase,
+    has a product of its own with the rows needed there. Transposed convolutions have one phase. The z of all phases lie
+    side by side: (N, groups width, *sizes of the largest).
+    """
+
+    inside: tuple[bool, ...]
+    blocks: Ints
+    phases: tuple[tuple[Ints, Ints], ...]  # residues, rows
+    count: int  # of rows of a group
+    to_y: Any  # `kernels.shift.Table` of the sums from z to y
+    to_d: Any  # and of their adjoint from dy to d
 
     @property
-    def is_whole(self) -> bool:
-        """Whether there is one phase only, of every position."""
-        return all(step == 1 for step in self.steps)
-
-    def z_shape(self, x: Tensor) -> tuple[int, ...]:
-        """With the sizes of the largest phase; not 0, of which torch makes no convolution."""
-        sizes = (max(1, -(-n // step)) for n, step in zip(x.shape[2:], self.steps, strict=True))
-        return (x.shape[0], self.groups * sum(rows for *_, rows in self.phases), *sizes)
-
-    def parts(self, z: Tensor) -> Sequence[Tensor]:
-        """The z of every phase: (N, groups, rows, *sizes)."""
-        return z.unflatten(1, (self.groups, -1)).split([rows for *_, rows in self.phases], 2)
+    def width(self) -> int:
+        """Channels of z per group: 16 divides them, so that kernels may read 128 bits at a time."""
+        return int(self.to_y.source_channels)
 
 
 @lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def prepared(spec: ConvSpec, device: torch.device) -> Prepared:
+def stages(spec: ConvSpec, fold: bool) -> tuple[Stage, ...]:
+    """All blocks at once; with `fold` those first of which the same axes stay inside."""
+    ndim = len(spec.geometry.kernel_size)
+    found = parts(spec, fold)
+    insides = [part.inside[:ndim] if fold else (False,) * ndim for part in found]
+    result = []
+    for inside in dict.fromkeys(insides):
+        blocks = tuple(b for b, other in enumerate(insides) if other == inside)
+        result.append(_stage(spec, inside, blocks, found if fold else None))
+    return tuple(result)
+
+
+def _stage(spec: ConvSpec, inside: tuple[bool, ...], blocks: Ints, found: Sequence[Part] | None) -> Stage:
     from tritonsym.kernels.shift import Table
 
-    phases, terms = schedule(spec)
-    to_y: dict[tuple[int, int], list[Any]] = {(first, b.filters): [] for b in spec.blocks for first, _ in b.images}
+    geometry, dims = spec.geometry, range(len(inside))
+    moduli = [1 if geometry.transposed or i else s for i, s in zip(inside, geometry.stride, strict=True)]
+    taps = list(product(*(range(1 if i else k) for i, k in zip(inside, geometry.kernel_size, strict=True))))
+    reads: dict[Ints, list[tuple[int, int, int, int, Ints, int]]] = {}  # (block, slot, image, first, shift, sign)
+    starts, count = {}, 0
+    for b in blocks:
+        images = found[b].images if found else spec.slot_table[b]
+        for image, (first, slots, signs) in enumerate(images):
+            for k, slot, sign in zip(taps, slots, signs, strict=True):
+                at = [0 if inside[a] else geometry.dilation[a] * k[a] - geometry.padding[a] for a in dims]
+                residue = tuple(at[a] % moduli[a] for a in dims)
+                shift = tuple(-at[a] if geometry.transposed else at[a] // moduli[a] for a in dims)
+                if sign:
+                    reads.setdefault(residue, []).append((b, slot, image, first, shift, sign))
+        starts[b] = count
+        count += spec.blocks[b].filters * (len(found[b].order) if found else spec.slots(spec.blocks[b]))
+    phases: list[tuple[Ints, Ints]] = []
+    to_y: dict[tuple[int, int], list[Any]] = {
+        (first, spec.blocks[b].filters): [] for b in blocks for first, _ in spec.blocks[b].images
+    }
     to_d: dict[tuple[int, int], list[Any]] = {}
-    for t in terms:
-        image, channel = (t.first // t.filters, 0) if spec.pool else (0, t.first)
-        to_y[t.first, t.filters].append((t.row, _three(t.shift, 0), t.sign, image))
-        back = _three([-shift for shift in t.shift], 0)
-        to_d.setdefault((t.row, t.filters), []).append((channel, back, t.sign, image))
+    done = 0
+    for residue in sorted(reads):
+        rows: list[int] = []
+        place = {}
+        for b, slot in sorted({read[:2] for read in reads[residue]}):
+            filters = spec.blocks[b].filters
+            place[b, slot] = done + len(rows)
+            rows += range(starts[b] + slot * filters, starts[b] + (slot + 1) * filters)
+        for b, slot, image, first, shift, sign in reads[residue]:
+            row, filters = place[b, slot], spec.blocks[b].filters
+            to_y[first, filters].append((row, _three(shift, 0), sign, 0))
+            back = _three([-s for s in shift], 0)
+            to_d.setdefault((row, filters), []).append((0 if spec.pool else first, back, sign, image))
+        phases.append((residue, tuple(rows)))
+        done += len(rows)
     sums_y, sums_d = (tuple((*key, tuple(sums[key])) for key in sorted(sums)) for sums in (to_y, to_d))
-    stride, one = spec.geometry.stride, (1, 1, 1)
-    steps, div = (one[: len(stride)], _three(stride, 1)) if spec.geometry.transposed else (stride, one)
-    parts = []
-    for phase in phases:
-        at = (..., *(slice(r, None, step) for r, step in zip(phase.residue, steps, strict=True)))
-        all_rows = len(phase.rows) == spec.rows
-        parts.append((at, slice(None) if all_rows else torch.tensor(phase.rows, device=device), len(phase.rows)))
-    rows, channels = sum(len(phase.rows) for phase in phases), spec.out_channels // spec.groups
-    to = Table(rows, channels, sums_y, one, div, spec.pool or "")
-    return Prepared(spec.groups, steps, parts, to, Table(channels, rows, sums_d, div, one))
+    one, width, channels = (1, 1, 1), -(-done // 16) * 16, spec.out_channels // spec.groups
+    apart = [1 if i else s for i, s in zip(inside, geometry.stride, strict=True)]
+    div = _three(apart, 1) if geometry.transposed else one
+    to = Table(len(inside), width, channels, sums_y, one, div, spec.pool or "")
+    adjoint = Table(len(inside), channels, width, sums_d, div, one, won=spec.pool is not None)
+    return Stage(inside, blocks, tuple(phases), count, to, adjoint)
 
 
-def _chunks(x: Tensor, y: Tensor, ready: Prepared) -> Iterator[slice]:
-    """Slices of the batch whose z, and copies of x and y in another memory format, fit the workspace."""
-    values = sum(math.prod(shape[1:]) for shape in (x.shape, y.shape, ready.z_shape(x)))
-    count = max(1, SCRATCH_BYTES // max(values * x.element_size(), 1))
-    return (slice(n, n + count) for n in range(0, x.shape[0], count))
+class Shift(Layer):
+    """Products, and sums of them, stage by stage."""
+
+    def __init__(self, *common: Any) -> None:
+        *of_layer, fold = common
+        super().__init__(*of_layer)
+        self.stages = stages(self.spec, fold)
+        self.stored = [Rows(self.spec, stage.blocks, stage.inside, of_layer[2]) for stage in self.stages]
+
+    def z(self, stage: Stage, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Empty; no size is 0, of which torch makes no convolution."""
+        geometry = self.spec.geometry
+        steps = (1 if geometry.transposed else s for s in geometry.stride)
+        each = zip(stage.inside, x.shape[2:], geometry.out_sizes(x.shape[2:]), steps, strict=True)
+        sizes = (out if inside else max(1, -(-size // step)) for inside, size, out, step in each)
+        return like(x, (x.shape[0], self.spec.groups * stage.width, *sizes)).to(dtype)
+
+    def chunks(self, x: Tensor, dtype: torch.dtype) -> list[slice]:
+        """Of the batch, whose z fits the workspace."""
+        image = max(max(self.z(stage, x, dtype).nbytes for stage in self.stages) // max(x.shape[0], 1), 1)
+        count = max(1, self.scratch // image)
+        return [slice(n, min(n + count, x.shape[0])) for n in range(0, x.shape[0], count)]
+
+    def prepare_fprop(self, x: Tensor, y: Tensor, act: str | None) -> Callable[..., None]:
+        from tritonsym.kernels import shift
+
+        # a product may overflow float16 where the sums do not
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        if len(chunks := self.chunks(x, dtype)) > 1:
+            of = {at.stop - at.start: self.prepare_fprop(x[at], y[at], act) for at in chunks[::-1]}
+
+            def by_chunks(x: Tensor, rows: Any, bias: Tensor | None, y: Tensor, winners: Tensor | None) -> None:
+                for at in chunks:
+                    won = None if winners is None else winners[at]
+                    of[at.stop - at.start](x[at], rows, bias, y[at], won)
+
+            return by_chunks
+        work = []
+        for stage in self.stages:
+            z = self.z(stage, x, dtype)
+            products = [Product(self.spec, stage, phase, x, z, self.device) for phase in range(len(stage.phases))]
+            kernel = shift.sums(_to_3d(z), _to_3d(y), stage.to_y, self.tiles[0], activation=act)
+            work.append((View(z), products, kernel))
+
+        def run(x: Tensor, rows: list[Tensor], bias: Tensor | None, y: Tensor, winners: Tensor | None) -> None:
+            for (view, products, kernel), w in zip(work, rows, strict=True):
+                if products and products[0].is_z:
+                    z = products[0].convolve(x, w)
+                else:
+                    z = view.new(x, dtype)
+                    for of in products:
+                        of.fprop(x, w, z)
+                kernel(z, y, bias, winners)
+
+        return run
+
+    def prepare_backward(self, dy: Tensor, x: Tensor, need_x: bool, need_rows: bool) -> Callable[..., Found]:
+        from tritonsym.kernels import shift
+
+        target = _like(x)
+        if len(chunks := self.chunks(x, x.dtype)) > 1:
+            of = {at.stop - at.start: self.prepare_backward(dy[at], x[at], need_x, need_rows) for at in chunks[::-1]}
+
+            def by_chunks(dy: Tensor, x: Tensor, rows: list[Tensor], winners: Tensor | None) -> Found:
+                dx, total = target.new(x) if need_x else None, None
+                for at in chunks:
+                    won = None if winners is None else winners[at]
+                    found, drows = of[at.stop - at.start](dy[at], x[at], rows, won)
+                    if dx is not None and found is not None:
+                        dx[at] = found
+                    if drows is not None:
+                        total = drows if total is None else [a.add_(b) for a, b in zip(total, drows, strict=True)]
+                return dx, total
+
+            return by_chunks
+        work = []
+        for stage in self.stages:
+            d = self.z(stage, x, x.dtype)
+            products = [Product(self.spec, stage, phase, x, d, self.device) for phase in range(len(stage.phases))]
+            scaled = x.dtype == torch.float16  # or sums may overflow where their products do not
+            kernel = shift.sums(_to_3d(dy), _to_3d(d), stage.to_d, self.tiles[1], scaled=scaled)
+            scale = 1 / stage.to_d.scale if scaled else 1
+            work.append((View(d), products, kernel, any(of.pad for of in products), scale))
+        whole = len(work) == len(work[0][1]) == 1 and work[0][1][0].whole
+
+        def run(dy: Tensor, x: Tensor, rows: list[Tensor], winners: Tensor | None) -> Found:
+            dx = target.new(x).zero_() if need_x and not whole else None
+            drows: list[Tensor] = []
+            for (view, products, kernel, padded, scale), w in zip(work, rows, strict=True):
+                d = view.new(x)
+                if padded:  # what is multiplied by the rows' padding
+                    d.zero_()
+                kernel(dy, d, None, winners)
+                total = None
+                for of in products:
+                    found, dw = of.backward(d, x, w, scale, need_x, need_rows)
+                    if whole and found is not None:
+                        dx = found if found.stride() == target.stride else target.new(x).copy_(found)
+                    elif dx is not None and found is not None:
+                        dx[of.at] += found[_corner(dx[of.at])]
+                    if dw is not None and of.picked is not None:
+                        total = torch.zeros_like(w, dtype=torch.float32) if total is None else total
+                        total[:, of.picked] += dw
+                    elif dw is not None:
+                        total = dw if total is None else total.add_(dw)
+                if need_rows:
+                    drows.append(torch.zeros_like(w, dtype=torch.float32) if total is None else total)
+            return dx, drows if need_rows else None
+
+        return run
 
 
-def _multiply(x: Tensor, rows: Tensor, ready: Prepared) -> Tensor:
-    """z of all phases, 0 beyond the smaller ones."""
-    shape, groups = ready.z_shape(x), ready.groups
+class Product:
+    """z of one phase of a stage, and its derivatives, for x and z that lie like these; rows are (groups, R, C, ...)."""
 
-    def convolved(at: tuple[Any, ...], w: Tensor) -> Tensor:  # so that torch's switches for float32 hold
-        return torch.convolution(_phase(x, at, shape), _as_1x1(w, x.ndim), None, *_plain(x, groups))
+    def __init__(self, spec: ConvSpec, stage: Stage, number: int, x: Tensor, z: Tensor, device: torch.device) -> None:
+        geometry, self.groups = spec.geometry, spec.groups
+        residue, picked = stage.phases[number]
+        before, self.count = sum(len(rows) for _, rows in stage.phases[:number]), len(picked)
+        self.picked = None if self.count == stage.count else torch.tensor(picked, device=device)
+        steps = [1 if i or geometry.transposed else s for i, s in zip(stage.inside, geometry.stride, strict=True)]
+        self.at: Any = (..., *(slice(r, None, step) for r, step in zip(residue, steps, strict=True)))
+        self.whole = all(step == 1 for step in steps)
+        each = zip(stage.inside, x.shape[2:], z.shape[2:], strict=True)
+        self.shape = (*x.shape[:2], *(size if i else of_z for i, size, of_z in each))
+        part = z.unflatten(1, (self.groups, -1))[:, :, before : before + self.count]  # [N, G, R, ...]
+        self.part = View(part)
+        # in float32 so that torch's switches hold, too
+        self.is_conv = x.dtype == torch.float32 or any(stage.inside)
+        self.is_z = self.is_conv and len(stage.phases) == 1
+        self.pad = stage.width - self.count if self.is_z else 0
+        at_inside = [
+            [value if i else plain for i, value in zip(stage.inside, values, strict=True)]
+            for values, plain in ((geometry.stride, 1), (geometry.padding, 0), (geometry.dilation, 1))
+        ]
+        self.options: Any = (*at_inside, False, [0] * len(residue), self.groups)
+        self.kernel = [k if i else 1 for i, k in zip(stage.inside, geometry.kernel_size, strict=True)]
+        positions = math.prod(x.shape[2:])
+        # one product per image reads, or writes, channels-first x as it lies
+        self.by_image = self.groups == 1 and self.whole and not is_last(x) and x.is_contiguous() and positions % 8 == 0
+        self.direct = self.by_image or (self.whole and x.movedim(1, -1).is_contiguous())
+        copied = like(x, self.shape)
+        self.copied = View(copied)
+        self.a, self.z = self._matrices(copied.unflatten(1, (self.groups, -1))), self._matrices(part)
+        if self.by_image:
+            self.a_images, self.z_images = View(x.flatten(2).mT), View(part[:, 0].flatten(2).mT)
+            # an R x C matrix is written and read for every image, or else x is copied
+            self.adds_images = positions >= 2 * self.count
 
-    if x.dtype == torch.float32 and len(ready.phases) == 1:
-        return channels_last(convolved(ready.phases[0][0], rows))
-    z = like(x, shape)
-    for (at, picked, _), part in zip(ready.phases, ready.parts(z), strict=True):
-        w = rows[:, picked]  # [G, R, C]
-        if x.dtype == torch.float32:
-            part.copy_(convolved(at, w).unflatten(1, (groups, -1)))
-        elif _by_image(x, ready):
-            torch.bmm(x.flatten(2).mT, w.mT.expand(x.shape[0], -1, -1), out=part[:, 0].flatten(2).mT)
+    def _matrices(self, t: Tensor) -> View:
+        """(N, G, C, *sizes), channels-last, as (G, positions, C), or without G if it is 1."""
+        found = t.movedim((1, 2), (-2, -1)).flatten(0, -3).movedim(-2, 0)
+        return View(found[0] if self.groups == 1 else found)
+
+    def _weights(self, rows: Tensor) -> Tensor:
+        """As the products take them."""
+        w = rows if self.picked is None else rows[:, self.picked]
+        if not self.is_conv:
+            return w[0] if self.groups == 1 else w
+        if self.pad:
+            w = torch.cat([w, w.new_zeros(self.groups, self.pad, *w.shape[2:])], 1)
+        return w.view(-1, w.shape[2], *self.kernel)
+
+    def _phase(self, x: Tensor) -> Tensor:
+        """The positions of the phase, channels-last, 0 where z is larger."""
+        there = x if self.whole else x[self.at]
+        if there.shape == self.shape:
+            return channels_last(there)
+        padded = like(x, self.shape).zero_()
+        padded[_corner(there)] = there
+        return padded
+
+    def convolve(self, x: Tensor, rows: Tensor) -> Tensor:
+        return channels_last(torch.convolution(self._phase(x), self._weights(rows), None, *self.options))
+
+    def fprop(self, x: Tensor, rows: Tensor, z: Tensor) -> None:
+        """Fill the part of z."""
+        if self.is_conv:
+            self.part.of(z).copy_(self.convolve(x, rows).unflatten(1, (self.groups, -1)))
+        elif self.by_image:
+            w = self._weights(rows).mT.expand(x.shape[0], -1, -1)
+            _multiply(self.a_images.of(x), w, self.z_images.of(z))
         else:
-            torch.bmm(_matrices(_phase(x, at, shape), groups), w.mT, out=_matrices(part))
-    return z
+            _multiply(self.a.of(x if self.direct else self._phase(x)), self._weights(rows).mT, self.z.of(z))
+
+    def backward(
+        self, d: Tensor, x: Tensor, rows: Tensor, scale: float, need_x: bool, need_rows: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the phase of x, and in float32 of the rows it takes; those of d, times `scale`."""
+        w, dx, dw = self._weights(rows), None, None
+        if self.is_conv:
+            part = d if self.is_z else self.part.of(d).flatten(1, 2)
+            needs = [need_x, need_rows, False]
+            dx, dw, _ = torch.ops.aten.convolution_backward(part, self._phase(x), w, None, *self.options, needs)
+            if dw is not None:
+                dw = dw.view(self.groups, self.count + self.pad, *rows.shape[2:])[:, : self.count].float()
+            return dx, dw
+        d_rows = self.z.of(d)
+        if need_x and self.by_image:
+            dx = x.new_empty(x.shape)
+            _multiply(w.mT.expand(x.shape[0], -1, -1), self.z_images.of(d).mT, self.a_images.of(dx).mT, scale)
+        elif need_x:
+            dx = self.copied.new(x)
+            _multiply(d_rows, w, self.a.of(dx), scale)
+        if need_rows and self.by_image and self.adds_images:
+            dw = x.new_empty(x.shape[0], *w.shape, dtype=torch.float32)
+            _multiply(self.z_images.of(d).mT, self.a_images.of(x), dw)
+            dw = dw.sum(0)
+        elif need_rows:
+            dw = torch.empty(w.shape, dtype=torch.float32, device=x.device)
+            _multiply(d_rows.mT, self.a.of(x if self.direct and not self.by_image else self._phase(x)), dw)
+        if dw is not None:
+            dw = dw.view(self.groups, self.count, -1)
+            dw = dw if scale == 1 else dw.mul_(scale)
+        return dx, dw
 
 
-def _multiply_backward(
-    d: Tensor, x: Tensor, rows: Tensor, ready: Prepared, dx: Tensor | None, drows: Tensor | None
-) -> None:
-    """Fill dx and add to drows, from d of all phases."""
-    groups, needs = ready.groups, [dx is not None, drows is not None, False]
-    if dx is not None and not ready.is_whole:
-        dx.zero_()
-    for (at, picked, count), part in zip(ready.phases, ready.parts(d), strict=True):
-        w, matrices = rows[:, picked], _matrices(part)  # [G, R, C], [G, P, R]
-        found, dw = None, None  # dx of the phase (N, groups C, *sizes), [G, R, C]
-        if x.dtype == torch.float32:
-            operands = part.flatten(1, 2), _phase(x, at, d.shape), _as_1x1(w, x.ndim), None
-            found, dw, _ = torch.ops.aten.convolution_backward(*operands, *_plain(x, groups), needs)
-        elif dx is not None and ready.is_whole and is_last(dx) and dx.movedim(1, -1).is_contiguous():
-            torch.bmm(matrices, w, out=_matrices(dx, groups))
-        elif dx is not None and _by_image(dx, ready):
-            torch.bmm(w.mT.expand(x.shape[0], -1, -1), part[:, 0].flatten(2), out=dx.flatten(2))
-        elif dx is not None:
-            found = torch.bmm(matrices, w).transpose(0, 1)  # [P, G, C]
-            found = found.reshape(x.shape[0], *d.shape[2:], -1).movedim(-1, 1)
-        if dx is not None and found is not None:
-            dx[at] = found[_corner(dx[at])]
-        if drows is None:
-            continue
-        if dw is None and _by_image(x, ready) and math.prod(x.shape[2:]) >= 2 * count:
-            # an R x C matrix is written and read for every image, or else a channels-first x is copied
-            dw = _products(part[:, 0].flatten(2), x.flatten(2).mT).sum(0, keepdim=True)
-        elif dw is None:
-            dw = _products(matrices.mT, _matrices(_phase(x, at, d.shape), groups))
-        drows[:, picked] += dw.view(groups, count, -1)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Products of matrices, in float32."""
-    if a.is_cuda and not torch.version.hip:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.bmm(a.float(), b.float())
-
-
-def _phase(x: Tensor, at: tuple[Any, ...], shape: Sequence[int]) -> Tensor:
-    """The positions of one phase, channels-last, 0 where z of this shape is larger."""
-    there = x[at]
-    if there.shape[2:] == tuple(shape[2:]):
-        return channels_last(there)
-    padded = like(x, (*x.shape[:2], *shape[2:])).zero_()
-    padded[_corner(there)] = there
-    return padded
+def _multiply(a: Tensor, b: Tensor, out: Tensor, scale: float = 1) -> None:
+    """Fill `out`, which may have another dtype, with scale a b, of matrices or batches of them."""
+    if a.dtype != out.dtype and a.is_cuda and not torch.version.hip:
+        (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=out.dtype, out=out)
+        return
+    a, b = (a, b) if a.dtype == out.dtype else (a.to(out.dtype), b.to(out.dtype))
+    if scale != 1:
+        (torch.addmm if a.ndim == 2 else torch.baddbmm)(out, a, b, beta=0, alpha=scale, out=out)
+    else:
+        (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out=out)
 
 
 def _corner(x: Tensor) -> tuple[Any, ...]:
     """As many places of every spatial axis as x has."""
     return (..., *map(slice, x.shape[2:]))
-
-
-def _matrices(z: Tensor, groups: int = 0) -> Tensor:
-    """(N, G, C, *sizes), or (N, groups C, *sizes), channels-last -> a view (G, positions, C)."""
-    z = z.unflatten(1, (groups, -1)) if groups else z
-    return z.movedim((1, 2), (-2, -1)).flatten(0, -3).movedim(-2, 0)
-
-
-def _by_image(x: Tensor, ready: Prepared) -> bool:
-    """Whether x is channels-first, so that one product per image reads, or writes, it as it lies."""
-    return ready.groups == 1 and ready.is_whole and not is_last(x) and x.is_contiguous()
-
-
-def _as_1x1(w: Tensor, ndim: int) -> Tensor:
-    """As the weight of a 1x1 convolution."""
-    return w.flatten(0, 1)[(...,) + (None,) * (ndim - 2)]
-
-
-def _plain(x: Tensor, groups: int) -> tuple[Any, ...]:
-    """Its stride, padding and so on."""
-    one, zero = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
-    return one, zero, one, False, zero, groups
 
 
 def _bits(winners: Tensor) -> Tensor:
@@ -316,31 +624,63 @@ def _bits(winners: Tensor) -> Tensor:
 # --- implicit_gemm ----------------------------------------------------------------------------------------------------
 
 
-def _gemm(rows: Tensor, spec: ConvSpec) -> tuple[Any, Tensor, Tensor, dict[str, Any]]:
-    """The kernels, the rows as they read them, the table of the rows, and options of theirs."""
-    table, signed = _device_table(spec, rows.device)
-    if rows.shape[2] == 1:
-        from tritonsym.kernels import depthwise
+class ImplicitGemm(Layer):
+    """One kernel for y, one for dx and one for the gradient of the rows."""
 
-        return depthwise, rows[..., 0].mT.contiguous(), table, {"signed": signed}
-    from tritonsym.kernels import conv
+    def __init__(self, *common: Any) -> None:
+        from tritonsym.kernels import conv, depthwise
 
-    # torch's switch for convolutions in float32
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return conv, rows, table, {"signed": signed, "precision": "tf32" if tf32 else "ieee"}
+        *of_layer, precision = common
+        super().__init__(*of_layer)
+        spec, weights, device = self.spec, of_layer[2], self.device
+        self.stored = [Rows(spec, range(len(spec.blocks)), [False] * len(spec.geometry.kernel_size), weights)]
+        self.shape = self.stored[0].shape
+        self.is_product = self.shape[2] > 1
+        self.kernels: Any = conv if self.is_product else depthwise
+        signed = any(entry < 0 for taps in spec.row_table for entry in taps)
+        self.options = {"signed": signed, "precision": precision} if self.is_product else {"signed": signed}
+        self.table = torch.tensor(spec.row_table, dtype=torch.int32, device=device)
+        self.grid = grid(spec.geometry)
+
+    def rows(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """For one channel per group (R, groups)."""
+        (rows,) = super().rows(weights)
+        return [rows if self.is_product else rows[..., 0].mT.contiguous()]
+
+    def prepare_fprop(self, x: Tensor, y: Tensor, act: str | None) -> Callable[..., None]:
+        where = self.grid.reversed if self.spec.geometry.transposed else self.grid
+        options = {"activation": act, **self.options}
+        kernel = self.kernels.fprop(_to_3d(x), self.shape, _to_3d(y), where, self.tiles[0], **options)
+        return lambda x, rows, bias, y, winners: kernel(x, rows[0], self.table, bias, y)
+
+    def prepare_backward(self, dy: Tensor, x: Tensor, need_x: bool, need_rows: bool) -> Callable[..., Found]:
+        transposed = self.spec.geometry.transposed
+        where = self.grid if transposed else self.grid.reversed
+        target = _like(x)
+        of_x = self.kernels.dgrad(_to_3d(dy), self.shape, _to_3d(target.new(x)), where, self.tiles[1], **self.options)
+        tile = self.tiles[2]
+        images, align = _images(self.spec, tile.block_m if self.is_product else 1)
+        options = self.options | {"align": align} if self.is_product else {}
+        of_rows, workspace = self.kernels.wgrad(
+            _to_3d(dy), _to_3d(x), images, self.shape, self.grid, tile,
+            transposed=transposed, most_bytes=self.scratch, **options,
+        )  # fmt: skip
+        table = torch.tensor(images, dtype=torch.int32, device=self.device)
+
+        def run(dy: Tensor, x: Tensor, rows: list[Tensor], winners: Tensor | None) -> Found:
+            dx = target.new(x) if need_x else None
+            if dx is not None:
+                of_x(dy, rows[0], self.table, None, dx)
+            if not need_rows:
+                return dx, None
+            parts = torch.zeros(workspace, dtype=torch.float32, device=x.device)
+            of_rows(dy, x, table, parts)
+            return dx, [parts.sum(0)]
+
+        return run
 
 
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _device_table(spec: ConvSpec, device: torch.device) -> tuple[Tensor, bool]:
-    """`ConvSpec.row_table` on the device, and whether it has a negative sign."""
-    signed = any(entry < 0 for taps in spec.row_table for entry in taps)
-    return torch.tensor(spec.row_table, dtype=torch.int32, device=device), signed
-
-
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _device_images(spec: ConvSpec, height: int, device: torch.device) -> tuple[Tensor, int]:
+def _images(spec: ConvSpec, height: int) -> tuple[list[list[int]], int]:
     """Of every tile of stored rows with equal taps: first row, rows, then (first filter, tap, sign) of every image.
 
     And what divides the rows of every tile and the first filter of every image.
@@ -361,7 +701,7 @@ def _device_images(spec: ConvSpec, height: int, device: torch.device) -> tuple[T
             row += block.filters
     most = max(map(len, tiles))
     align = math.gcd(16, *(n for block in spec.blocks for n in (block.filters, *(first for first, _ in block.images))))
-    return torch.tensor([t + [0] * (most - len(t)) for t in tiles], dtype=torch.int32, device=device), align
+    return [t + [0] * (most - len(t)) for t in tiles], align
 
 
 def grid(geometry: Geometry) -> Any:
@@ -369,4 +709,5 @@ def grid(geometry: Geometry) -> Any:
     from tritonsym.kernels.address import Grid
 
     kernel, stride, dilation = (_three(v, 1) for v in (geometry.kernel_size, geometry.stride, geometry.dilation))
-    return Grid(kernel, stride, dilation, _three([-p for p in geometry.padding], 0), (1, 1, 1))
+    shift = _three([-p for p in geometry.padding], 0)
+    return Grid(len(geometry.kernel_size), kernel, stride, dilation, shift, (1, 1, 1))

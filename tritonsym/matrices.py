@@ -200,7 +200,7 @@ def _may_plan(*tensors: Tensor) -> bool:
 def _route(x: Tensor, packed: Tensor, never_unpack: bool, skew: bool, training: bool) -> tuple[str, plan.Tiles]:
     """For x (..., n) and one packed matrix."""
     if _may_plan(x, packed):
-        problem = (tuple(x.shape), x.device.type, plan.dtype_name(x), never_unpack, training, skew)
+        problem = (tuple(x.shape), plan.target_of(x), plan.dtype_name(x), never_unpack, training, skew)
         return plan.matrix_route("linear", *problem)
     if never_unpack:
         raise plan.cannot_stay_packed("symbolic sizes, subclasses of tensors and torch.func transforms")
@@ -255,7 +255,7 @@ def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, mirrored: bool 
     """L(beta a + alpha x x^T) for x (..., m, k) and a (..., m, m) or None; symmetric up to rounding if not mirrored."""
     path = "reference"
     if _may_plan(x):
-        path, tiles = plan.matrix_route("gram", tuple(x.shape), x.device.type, plan.dtype_name(x))
+        path, tiles = plan.matrix_route("gram", tuple(x.shape), plan.target_of(x), plan.dtype_name(x))
     if path == "reference":
         return reference.gram(x, a, alpha, beta, mirrored)
     *batch, m, k = x.shape

@@ -120,7 +120,7 @@ def _route(where: str, spec: str, x: Tensor, weights: Sequence[Tensor], bias: Te
     """The path for these tensors, all checked."""
     training = needs_gradient(x, bias, *weights)
     shapes = tuple(tuple(map(index, w.shape)) for w in weights)
-    form = (shapes, None if bias is None else tuple(map(index, bias.shape)), x.device.type, plan.dtype_name(x))
+    form = (shapes, None if bias is None else tuple(map(index, bias.shape)), plan.target_of(x), plan.dtype_name(x))
     last = shift.is_last(x)
     if torch.compiler.is_compiling() and not is_exporting():
         if _has_static_sizes(x):
@@ -190,7 +190,16 @@ def _decided(call: str, x: Tensor, weights: Sequence[Tensor], training: bool) ->
     if found.path not in plan.BACKENDS or found.path == "reference":
         return found
     shapes = tuple(tuple(w.shape) for w in weights)
-    problem = ("SymmetricConv", found.spec, tuple(x.shape), shapes, None, x.device.type, plan.dtype_name(x), training)
+    problem = (
+        "SymmetricConv",
+        found.spec,
+        tuple(x.shape),
+        shapes,
+        None,
+        plan.target_of(x),
+        plan.dtype_name(x),
+        training,
+    )
     with plan.backend(found.path):
         path, tiles, fold = plan.route((*problem, shift.is_last(x)), *plan.switches())
     return found._replace(path=path, tiles=tiles, fold=fold)
@@ -222,10 +231,7 @@ def _fprop(
     conv = ConvSpec.of(spec)
     if path == "reference":
         return _in_format(reference.conv(x, reference.expand(conv, weights), bias, conv), last), nothing
-    shape = (x.shape[0], conv.out_channels, *conv.geometry.out_sizes(x.shape[2:]))
-    y = shift.like(x, shape) if last else x.new_empty(shape)
-    winners = torch.empty_like(y, dtype=torch.uint8) if keep else None
-    launch.fprop(x, reference.stored_rows(conv, *weights), bias, conv, path, tiles, activation, y, winners)
+    y, winners = launch.fprop(x, weights, bias, spec, path, tiles, fold, activation, last, keep)
     return y, nothing if winners is None else winners
 
 
@@ -250,14 +256,11 @@ def _backward(
     elif not tiles:
         dx, dws = shift.backward(dy, x, weights, text, fold, need_x, need_weights)
     else:
-        dx = torch.empty_like(x) if need_x else None
-        rows = reference.stored_rows(conv, *weights)
-        drows = torch.empty_like(rows) if need_weights else None
-        launch.backward(dy, x, rows, winners if conv.pool else None, conv, path, tiles, dx, drows)
-        dws = None if drows is None else reference.stored_gradients(conv, drows, [w.shape for w in weights])
+        won = winners if conv.pool else None
+        dx, dws = launch.backward(dy, x, weights, won, text, path, tiles, fold, need_x, need_weights)
     nothing = x.new_empty(0)
     dw, dfree, *_ = [*(dws or [nothing]), nothing, nothing]
-    return nothing if dx is None else _in_format(dx, shift.is_last(x)), dw, dfree
+    return nothing if dx is None else dx if tiles else _in_format(dx, shift.is_last(x)), dw, dfree
 
 
 def _laid_out(*args: Any) -> tuple[Tensor, ...]:

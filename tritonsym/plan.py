@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tritonsym import blocks, shift, tuned
 from tritonsym._compat import constant
 from tritonsym._table import aligned
-from tritonsym.spec import ConvSpec, check, schedule
+from tritonsym.spec import ConvSpec, check
 from tritonsym.tuned import Tiles
 
 BACKENDS = ("auto", "reference", "triton")
@@ -120,7 +120,7 @@ class Problem:
     """What `plan` decides on. Multiply-adds are those of the whole layer on the whole batch."""
 
     layer: str
-    target: str  # 'cpu', 'cuda', or an architecture such as 'sm_90'
+    target: str  # 'cpu', 'cuda', 'cuda:1', or an architecture such as 'sm_90'
     dtype: str
 
     @property
@@ -252,6 +252,11 @@ class ConvProblem(Problem):
         return self.spec.groups * self.spec.rows * self.channels
 
     @property
+    def terms(self) -> int:
+        """Of all sums of the shift path together."""
+        return sum(sign != 0 for images in self.spec.slot_table for *_, signs in images for sign in signs)
+
+    @property
     def outputs(self) -> int:
         """Filters of a group, with all images."""
         return self.spec.filters // self.spec.groups
@@ -280,19 +285,19 @@ class ConvProblem(Problem):
         """Of shift_sum and gather_sum, or of fprop, dgrad and wgrad."""
         from tritonsym.kernels import tiles
 
-        filters, terms = max(block.filters for block in self.spec.blocks), len(schedule(self.spec)[1])
+        filters = max(block.filters for block in self.spec.blocks)
         if path == "shift":
-            return tuple(astuple(tiles.pick(filters, self.taps, reads)) for reads in (0, terms))
+            return tuple(astuple(tiles.pick(filters, self.taps, adjoint)) for adjoint in (False, True))
         if self.is_depthwise:
             return (astuple(tiles.pick_depthwise(self.spec.groups)),) * 3
         itemsize, target = self.where
-        weight_tiles = tiles.WEIGHT_TILES if itemsize == 2 else tiles.WEIGHT_TILES[1:]  # the widest spills in float32
+        skip = 0 if itemsize == 2 and self.last else 1  # in float32, and of channels-first images, the widest spills
         return tuple(
             astuple(tiles.pick_gemm(some, columns, length, itemsize, target))
             for some, columns, length in (
-                (tiles.CONV_TILES, self.outputs, self.channels),
-                (tiles.CONV_TILES, self.channels, self.outputs),
-                (weight_tiles, self.channels, 64),  # positions of an image: most have more
+                (tiles.CONV_TILES[skip:], self.outputs, self.channels),
+                (tiles.CONV_TILES[skip:], self.channels, self.outputs),
+                (tiles.WEIGHT_TILES[skip:], self.channels, 64),  # positions of an image: most have more
             )
         )
 
@@ -521,11 +526,16 @@ SMALL_N = 2048
 MARGIN = 1.2
 
 
+def target_of(x: Tensor) -> str:
+    """The `Problem.target` of a tensor: 'cpu', or of a machine whose GPUs may differ 'cuda:1'."""
+    return str(x.device) if x.device.type == "cuda" else x.device.type
+
+
 def architecture(target: str) -> str:
-    """'cuda' as the architecture of the current GPU, if there is one."""
-    if target != "cuda" or not torch.cuda.is_available():
+    """'cuda', the current GPU, or 'cuda:1' as the architecture of that, if it is there."""
+    if not target.startswith("cuda") or not torch.cuda.is_available():
         return target
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    device = torch.cuda.get_device_properties(torch.device(target))
     if torch.version.hip:
         return str(device.gcnArchName).partition(":")[0]
     return f"sm_{device.major}{device.minor}"
@@ -619,7 +629,7 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
         return False, "The implicit_gemm kernel is no faster than the vendor's depthwise convolution (estimate)."
     if not on_cpu and not architecture(problem.target).startswith(("sm_", "cuda", "cpu")):
         return False, "No estimate for this GPU."
-    if not on_cpu and len(schedule(problem.spec)[1]) > MOST_TERMS:
+    if not on_cpu and problem.terms > MOST_TERMS:
         return False, f"The shift path ({words}) has too many terms to compile."
     if saved <= cost:
         return False, f"The shift path ({words}) saves less than its additions cost{text}."
@@ -664,7 +674,7 @@ def plan(problem: Any) -> Plan:
 
 
 def _runs_kernels(target: str) -> bool:
-    return find_spec("triton") is not None and re.fullmatch(r"cpu|cuda|sm_\d+|gfx\w+", target) is not None
+    return find_spec("triton") is not None and re.fullmatch(r"cpu|cuda(:\d+)?|sm_\d+|gfx\w+", target) is not None
 
 
 def _no_kernel(problem: Problem) -> str:
@@ -917,7 +927,7 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Any:
     if target not in (None, "cpu", "cuda") and not re.fullmatch(r"sm_\d+|gfx\w+", str(target)):
         raise ValueError(f"explain: target must be 'cpu', 'cuda', 'sm_..' or 'gfx..', got {target!r}")
     if callable(getattr(module, "problem", None)):
-        where = target or ("cpu" if x.device.type == "meta" else x.device.type)
+        where = target or ("cpu" if x.device.type == "meta" else target_of(x))
         training = needs_gradient(x, *module.parameters())
         return plan(module.problem(x, where, training))  # type: ignore[operator]
     found: list[tuple[str, Plan]] = []

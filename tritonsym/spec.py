@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from functools import cached_property, lru_cache
-from itertools import product
 
 from tritonsym.symmetry import Element, FilterLayout, Symmetry, TapOrbits, tap_orbits
 
@@ -236,68 +235,3 @@ def pool_spec(symmetry: Symmetry, reduce: str, filters: int, groups: int, geomet
         return tied_spec(tap_orbits(symmetry, geometry.kernel_size), filters, 0, groups, geometry)
     images = tuple((i * filters, g) for i, g in enumerate(symmetry.elements))
     return ConvSpec((Block(filters, images),), groups, geometry, reduce)
-
-
-# --- multiply once, shift and add many --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Positions of x that are `residue` modulo the stride, and the rows of a group that some image needs there."""
-
-    residue: Ints
-    rows: Ints
-
-
-@dataclass(frozen=True)
-class ShiftTerm:
-    """y[p, first + u] += sign z[(p + shift), row + u] for u < filters, z over the positions of one phase.
-
-    If transposed, y at p reads z at (p + shift) / stride, where the stride divides it. `row` counts the rows of all
-    phases, one after the other.
-    """
-
-    phase: int
-    row: int
-    first: int
-    filters: int
-    shift: Ints
-    sign: int
-
-
-@lru_cache(maxsize=1024)
-def schedule(spec: ConvSpec) -> tuple[tuple[Phase, ...], tuple[ShiftTerm, ...]]:
-    """The products of the shift path, and the sums from their results to all images of y.
-
-    Tap k reads residue (dilation k - padding) mod stride: every residue class of positions, a phase, has a product of
-    its own with the rows needed there. Transposed convolutions have one phase.
-    """
-    geometry = spec.geometry
-    kernel, dims = geometry.kernel_size, range(len(geometry.kernel_size))
-    moduli = (1,) * len(kernel) if geometry.transposed else geometry.stride
-    reads: dict[Ints, list[tuple[int, int, int, Ints, int]]] = {}  # (block, slot, first, shift, sign) by residue
-    taps = list(product(*map(range, kernel)))
-    for b, images in enumerate(spec.slot_table):
-        for first, slots, signs in images:
-            for k, slot, sign in zip(taps, slots, signs, strict=True):
-                at = [geometry.dilation[a] * k[a] - geometry.padding[a] for a in dims]
-                residue = tuple(at[a] % moduli[a] for a in dims)
-                shift = tuple(-at[a] if geometry.transposed else at[a] // moduli[a] for a in dims)
-                if sign:
-                    reads.setdefault(residue, []).append((b, slot, first, shift, sign))
-    phases: list[Phase] = []
-    terms: list[ShiftTerm] = []
-    done = 0
-    for residue in sorted(reads):
-        row, rows, starts = 0, list[int](), dict[tuple[int, int], int]()
-        for b, block in enumerate(spec.blocks):
-            for slot in range(spec.slots(block)):
-                if any((b, slot) == read[:2] for read in reads[residue]):
-                    starts[b, slot] = done + len(rows)
-                    rows += range(row, row + block.filters)
-                row += block.filters
-        for b, slot, first, shift, sign in reads[residue]:
-            terms.append(ShiftTerm(len(phases), starts[b, slot], first, spec.blocks[b].filters, shift, sign))
-        phases.append(Phase(residue, tuple(rows)))
-        done += len(rows)
-    return tuple(phases), tuple(terms)

@@ -33,9 +33,9 @@ VERSION = 3
 
 def gpu(target: str) -> str:
     """The name of the table for a target: of the GPU that is there, 'nvidia-h200', or of an architecture, 'sm_90'."""
-    if target != "cuda" or not torch.cuda.is_available():
+    if not target.startswith("cuda") or not torch.cuda.is_available():
         return target
-    return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(torch.cuda.current_device()).lower()).strip("-")
+    return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(torch.device(target)).lower()).strip("-")
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,34 @@
+"""Launches of which all but the tensors is worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class Launch:
+    """A kernel on a grid, with its numbers and constants: called with its tensors, or None, in the kernel's order.
+
+    Tensors must be as those of the first call in dtype and device, and None where these were. Those that are aligned to
+    16 bytes go to the compiled kernel itself, others through Triton's JIT. An empty grid: nothing is to be done.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: Sequence[int], numbers: Sequence[int], fixed: dict[str, Any], options: dict[str, int]
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.fixed, self.options = kernel, tuple(grid), numbers, fixed, options
+        self.rest: list[Any] = []
+        self.compiled: Callable[..., object] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        is_aligned = not any(t is not None and t.data_ptr() & 15 for t in tensors)
+        if self.compiled is not None and is_aligned:
+            self.compiled(*tensors, *self.numbers, *self.rest)
+        elif self.grid:
+            found = self.kernel[self.grid](*tensors, *self.numbers, **self.fixed, **self.options)
+            if found is not None and is_aligned:  # the interpreter compiles nothing
+                names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+                self.rest = [self.fixed[name] for name in names]
+                self.compiled = found[(*self.grid, 1, 1)[:3]]
