@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tritonsym
 import tritonsym.nn as tnn
 from tritonsym import functional, plan
 
@@ -48,6 +49,11 @@ def _conv(layer: str, symmetry: Any, kernel_size: int = 3, **options: Any) -> Ca
     return lambda c: getattr(tnn, layer)(c, c, kernel_size, **options)
 
 
+def _group(name: str, symmetry: str, kernel_size: int = 3) -> Callable[[int], nn.Module]:
+    order = tritonsym.Symmetry(symmetry).order
+    return lambda c: _conv(name, symmetry, kernel_size)(c // order)
+
+
 _orbit = "SymmetricConv2d"
 #: Every kind of layer by its name, for so many channels.
 KINDS: dict[str, Callable[[int], nn.Module]] = {
@@ -64,6 +70,9 @@ KINDS: dict[str, Callable[[int], nn.Module]] = {
     "radial7": _conv("TiedConv2d", "radial", 7),
     "depthwise7-hv": lambda c: _conv("TiedConv2d", "hv", 7, groups=c)(c),
     "pool-hv": lambda c: tnn.OrbitPoolConv2d(c, c // 4, 3, padding=1, bias=False, symmetry="hv"),
+    **{f"group-{symmetry}": _group("GroupConv2d", symmetry) for symmetry in ("h", "hv", "d4")},
+    "group1x1-hv": _group("GroupConv2d", "hv", 1),
+    "group-hvz": _group("GroupConv3d", "hvz"),
     "linear": lambda n: tnn.SymmetricLinear(n, n, bias=False),
     "gram": _function("gram", lambda x: x @ x.mT),
     "symmetric_mm": _function("symmetric_mm", lambda x: x @ x),
@@ -129,9 +138,13 @@ def cost(case: Case, mode: str) -> dict[str, int]:
     """What a case takes however it is computed: multiply-adds of the dense layer and those that are needed, and values
     read and written at least. A training step has two more products like that of the forward pass."""
     n, x = case.channels, case.input("float32", "meta")["nchw"]
-    problem: Any = case.build("float32", "meta").problem(x, "cuda", False)  # type: ignore[operator]
+    layer: Any = case.build("float32", "meta")
+    problem = layer.problem(x, "cuda", False)
     if case.kind in FUNCTIONS:
         once = [int(factor * n**power) for factor, power in zip(FUNCTIONS[case.kind], (3, 3, 2), strict=True)]
+    elif isinstance(problem, plan.GroupProblem):
+        folded = 2 ** len(problem.spec.symmetry.mirrors)
+        once = [problem.dense, problem.dense // folded, x.numel() + layer(x).numel() + layer.weight.numel()]
     elif case.kind == "linear":
         once = [problem.dense, problem.dense, 2 * x.numel() + n * (n + 1) // 2]
     else:
@@ -164,6 +177,8 @@ INPUTS += [(8, 256, (28, 28)), (4, 512, (14, 14)), (2, 384, (19, 19)), (1, 320, 
 SYMMETRIES = ("h", "hv", "d4")
 MEANT = {case.name for case in _all(SYMMETRIES, INPUTS)}
 
+GROUP_INPUTS: list[Shape] = [shape for shape in INPUTS if shape[1] >= 64]
+
 #: Sizes that fit a laptop.
 CPU: list[Case] = [
     *_all(SYMMETRIES, [(8, 16, (32, 32)), *INPUTS]),
@@ -179,6 +194,9 @@ CPU: list[Case] = [
     *_all(("linear",), [(b, 1 << n, ()) for n in range(9, 14) for b in (1, 4, 16, 64)]),
     *_all(tuple(FUNCTIONS), [(1 << n, 1 << n, ()) for n in (9, 10, 11)]),
     *_all(("gram",), [(4096, 4096, ())]),
+    *_all(("group-h", "group-hv", "group-d4"), GROUP_INPUTS),
+    *_all(("group1x1-hv",), [(8, 256, (28, 28)), (8, 512, (28, 28))]),
+    *_all(("group-hvz",), [(1, 64, (16,) * 3), (1, 256, (8,) * 3)]),
 ]
 
 _PLANAR = ("h", "hv", "c4", "d4", "tied-hv", "tied-d4", "pool-hv", "mixed")

@@ -58,7 +58,7 @@ class Layer:
 
     @property
     def torch_class(self) -> type[nn.Module]:
-        if self.build in (tnn.SymmetricLinear, tnn.SkewLinear):
+        if self.build in (tnn.SymmetricLinear, tnn.SkewLinear, tnn.GroupLinear):
             return nn.Linear
         return next(c for c in self.build.__mro__ if c.__module__ == "torch.nn.modules.conv")
 
@@ -70,7 +70,8 @@ class Layer:
             y = F.conv1d(x, module.expanded_weight(length), padding=length, **weights)
         else:
             accepted = inspect.signature(self.torch_class).parameters
-            plain = self.torch_class(**{k: v for k, v in self.options.items() if k in accepted}, device="meta")
+            options = {**vars(module), **self.options}  # a group convolution is told its fields, not its channels
+            plain = self.torch_class(**{k: v for k, v in options.items() if k in accepted}, device="meta")
             y = torch.func.functional_call(plain, {"weight": module.expanded_weight(), **weights}, x)
         if (reduce := self.options.get("reduce")) in ("max", "min"):
             orbits = y.unflatten(-len(self.shape), (-1, module.symmetry.order))
@@ -84,6 +85,12 @@ def _conv(name: str, ndim: int, **options: Any) -> Layer:
     options = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, "padding": 1, **options}
     label = " ".join([cls.__name__, *(str(options[key]) for key in ("symmetry", "parity", "reduce") if key in options)])
     return Layer(label, cls, (options["in_channels"], *(7, 6, 5)[:ndim]), options)
+
+
+def _group(ndim: int, order: int, **options: Any) -> Layer:
+    layer = _conv("GroupConv", ndim, in_fields=2, out_fields=3, **options)
+    options = {key: value for key, value in layer.options.items() if not key.endswith("channels")}
+    return dataclasses.replace(layer, shape=(2 * order, *layer.shape[1:]), options=options)
 
 
 def _symmetrize(over: Any, reduce: str, **factory: Any) -> nn.Module:
@@ -107,8 +114,15 @@ CONVOLUTIONS = [
     _conv("OrbitPoolConv", 2, symmetry="c4", reduce="sum", groups=2),
     _conv("OrbitPoolConv", 3, symmetry="hz", reduce="mean", stride=2),
 ]
+FOLDED = [
+    _group(2, 8, symmetry="d4", activation="tanh"),
+    Layer("GroupLinear", tnn.GroupLinear, (24,), {"in_fields": 3, "out_fields": 2, "symmetry": "d4"}),
+]
+FOLDED = [dataclasses.replace(layer, name=f"{layer.name} by characters", path="fold") for layer in FOLDED]
 WEIGHTED = [
     *CONVOLUTIONS,
+    _group(3, 4, symmetry="hz", stride=2, bias=False),
+    *FOLDED,
     Layer("SymmetricLinear", tnn.SymmetricLinear, (7,), {"in_features": 7, "out_features": 7, "activation": "sigmoid"}),
     Layer("SkewLinear", tnn.SkewLinear, (6,), {"in_features": 6, "out_features": 6, "activation": "tanh"}),
     Layer("GlobalConv1d", tnn.GlobalConv1d, (4, 7), {"in_channels": 4, "out_channels": 8, "activation": "relu"}),
@@ -140,7 +154,9 @@ QUICK = [layer for layer in SHIFTED if "3d" not in layer.name] + BY_BLOCKS  # a 
 any_layer = _fixture("any_layer", LAYERS + QUICK)
 weighted_layer = _fixture("weighted_layer", WEIGHTED + QUICK)
 #: Those that complex numbers, which have no order, make sense for.
-linear_layer = _fixture("linear_layer", [c for c in WEIGHTED if c.options.get("reduce") not in ("max", "min")])
+linear_layer = _fixture(
+    "linear_layer", [c for c in WEIGHTED if c.options.get("reduce") not in ("max", "min") and c.path != "fold"]
+)
 convolution = _fixture("convolution", CONVOLUTIONS + SHIFTED)
 forward_convolution = _fixture("forward_convolution", [c for c in CONVOLUTIONS + SHIFTED if "Transpose" not in c.name])
 transposed_convolution = _fixture(

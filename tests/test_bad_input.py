@@ -75,6 +75,10 @@ pool = partial(conv, cls=tnn.OrbitPoolConv2d)
 never = partial(linear, never_unpack=True)
 to_conv = partial(tnn.SymmetricConv2d.from_dense, symmetry="h")
 to_tied = partial(tnn.TiedConv2d.from_dense, DENSE, symmetry="h")
+group = partial(tnn.GroupConv2d, 1, 2, 3, symmetry="hv")
+to_group, to_group_linear = (partial(c.from_dense, symmetry="hv") for c in (tnn.GroupConv2d, tnn.GroupLinear))
+f_group = partial(T.group_conv2d, x=X, weight=torch.ones(2, 1, 4, 3, 3), symmetry="hv")
+line = tnn.GroupLinear(1, 1, symmetry="hv")
 to_linear, from_packed = tnn.SymmetricLinear.from_dense, tnn.SymmetricLinear.from_packed
 f_conv = partial(T.symmetric_conv2d, x=X, weight=W, symmetry="hv")
 f_up = partial(T.symmetric_conv_transpose2d, x=X, weight=torch.ones(4, 2, 3, 3), symmetry="hv")
@@ -108,6 +112,45 @@ CASES = {
     "OrbitPoolConv2d: weight": (lambda: orbit_sum(), ValueError, "(2, 4, 5, 5) (2, 4, 3, 3) filters"),
     "FilterLayout: no groups": (lambda: FilterLayout.parse("h", 4, 0), ValueError, "groups=0 positive"),
     "FilterLayout: no size": (lambda: FilterLayout.parse("h", None), TypeError, "out_channels integer None"),
+    # layers of equivariant networks
+    "GroupConv2d: rings": (lambda: group(symmetry="radial"), ValueError, "'radial' elements 'hv'"),
+    "GroupConv2d: no such axis": (lambda: group(symmetry="z"), ValueError, "'z' 2-D 'h', 'v'"),
+    "torch: groups of fields": (lambda: group(groups=3), ValueError, "groups divisible"),
+    "GroupConv2d: groups of fields": (lambda: group(groups=2), ValueError, "groups=2 in_fields=1 out_fields=2"),
+    "GroupConv2d: fields of words": (lambda: tnn.GroupConv2d("1", 2, 3, symmetry="h"), TypeError, "in_fields '1'"),
+    "GroupConv2d: x channels": (
+        lambda: group()(THREE),
+        ValueError,
+        "(2, 3, 6, 6) 4 channels 1 fields 4 'hv' SymmetricConv",
+    ),
+    "GroupConv2d: x rank": (lambda: group()(FLAT), ValueError, "(6, 6) 2 spatial axes"),
+    "GroupConv2d: x too small": (lambda: group()(X[..., :2]), ValueError, "(3, 3) (2, 4, 6, 2) pad more"),
+    "GroupConv2d: x float64": (lambda: group()(DOUBLE), TypeError, "torch.float64 weight torch.float32"),
+    "GroupConv2d: explain": (lambda: explain(group(), THREE), ValueError, "(2, 3, 6, 6) 4 channels"),
+    "GroupConv2d.from_dense: 1-D": (lambda: to_group(nn.Conv1d(4, 4, 3)), TypeError, "torch.nn.Conv2d Conv1d"),
+    "GroupConv2d.from_dense: fields": (
+        lambda: to_group(nn.Conv2d(4, 6, 3)),
+        ValueError,
+        "out_channels=6 4 'hv' 4 and 8",
+    ),
+    "GroupConv2d.from_dense: groups": (lambda: to_group(nn.Conv2d(4, 4, 3, groups=4)), ValueError, "groups=4 groups=1"),
+    "GroupLinear: x": (lambda: line(ROWS), ValueError, "x (..., 4) (2, 3)"),
+    "GroupLinear: explain": (lambda: explain(line, ROWS), ValueError, "(..., 4) (2, 3)"),
+    "GroupLinear.from_dense: own": (lambda: to_group_linear(line), TypeError, "torch.nn.Linear GroupLinear"),
+    "GroupBatchNorm2d: x": (lambda: tnn.GroupBatchNorm2d(2, "hv")(X), ValueError, "8 channels (2, 4, 6, 6)"),
+    "GroupBatchNorm2d.to_dense: training": (lambda: tnn.GroupBatchNorm2d(2, "h").to_dense(), ValueError, "eval()"),
+    "GroupPool: x": (lambda: tnn.GroupPool("hv")(THREE), ValueError, "multiple of 4 (2, 3, 6, 6)"),
+    "GroupPool: reduce": (lambda: tnn.GroupPool("h", "min"), ValueError, "reduce 'min' 'max', 'mean', 'sum'"),
+    "GroupPool: rings": (lambda: tnn.GroupPool("radial"), ValueError, "'radial' elements"),
+    "GroupDropout: x": (lambda: tnn.GroupDropout(symmetry="hv")(ROWS), ValueError, "multiple of 4 (2, 3)"),
+    "path: shift of a group": (lambda: shift(group(), X), ValueError, "'shift' GroupConv2d remove"),
+    "path: fold of an orbit": (lambda: forced("fold", conv(), X), ValueError, "'fold' SymmetricConv2d remove"),
+    "group_conv2d: rings": (lambda: f_group(symmetry="radial"), ValueError, "'radial' elements 'hv'"),
+    "group_conv2d: rank": (lambda: f_group(weight=W), ValueError, "weight fields elements (2, 4, 3, 3)"),
+    "group_conv2d: weight": (lambda: f_group(symmetry="h"), ValueError, "weight (2, 1, 4, 3, 3) 2, 3, 3 groups=1"),
+    "group_conv2d: bias": (lambda: f_group(bias=torch.ones(8)), ValueError, "bias (2,) field (8,)"),
+    "group_conv2d: groups": (lambda: f_group(groups=3), ValueError, "groups=3 2 fields"),
+    "group_linear: rank": (lambda: T.group_linear(ROWS, ROWS, symmetry="h"), ValueError, "weight elements (2, 3)"),
     # convolutions
     "SymmetricConv2d: unknown key": (lambda: conv({"x": 2}), ValueError, "'x' hv, d4"),
     "SymmetricConv2d: unknown name": (lambda: conv("diagonal"), ValueError, "'diagonal' hv, d4"),

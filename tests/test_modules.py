@@ -280,6 +280,10 @@ def stored_elements(layer, module):
         return 7 * 8 // 2 + 7
     if isinstance(module, tnn.GlobalConv1d):
         return 2 * 4 * 8 + 8
+    if "in_fields" in o:
+        return {"GroupConv2d": 2 * 3 * 8 * 9 + 3, "GroupConv3d": 2 * 3 * 4 * 27, "GroupLinear": 3 * 2 * 8 + 2}[
+            type(module).__name__
+        ]
     return {
         "SymmetricConv1d h": 4 * 4 * 3 + 8,
         "SymmetricConv2d {'h': 4, 'v': 2}": (2 + 1 + 2) * 4 * 9 + 8,
@@ -430,7 +434,7 @@ def test_explain_needs_only_the_shape(weighted_layer):
     plan = tritonsym.explain(module, x, "cpu")
     assert tritonsym.explain(module, x.to("meta"), "cpu") == plan
     assert tritonsym.explain(module, x.to("meta")) == plan
-    assert tritonsym.explain(module, x[0], "cpu").flops * len(x) == plan.flops
+    assert tritonsym.explain(module, x[0], "cpu").dense_flops * len(x) == plan.dense_flops
 
 
 def test_explain_for_a_gpu_that_is_not_there(weighted_layer):

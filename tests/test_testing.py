@@ -557,7 +557,7 @@ def test_layers_without_such_a_symmetry():
         assert_equivariant(tnn.TopKPool1d(1), planar(), "h")
     with pytest.raises(TypeError, match=r"got SymmetricLinear; .* with assert_symmetric"):
         assert_equivariant(tnn.SymmetricLinear(9, 9), planar())
-    with pytest.raises(TypeError, match="got Sequential; check a model part by part"):
+    with pytest.raises(TypeError, match="got Sequential; name the symmetry of a model"):
         assert_equivariant(nn.Sequential(conv(symmetry="h")), planar())
 
 

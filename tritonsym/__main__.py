@@ -23,6 +23,7 @@ import tritonsym
 from tritonsym import launch, plan, tuned
 from tritonsym import nn as tnn
 from tritonsym._table import aligned
+from tritonsym.symmetry import Symmetry
 from tritonsym.testing import assert_equivariant, assert_matches_reference, assert_symmetric
 
 # --- info -------------------------------------------------------------------------------------------------------------
@@ -102,6 +103,11 @@ def cases() -> Iterator[Case]:
     yield _conv("TiedConv", 2, "radial", kernel_size=5, padding=2)
     for ndim, symmetry, reduce in [(1, "h", "min"), (2, "d4", "max"), (2, "c4", "sum"), (3, "hvz", "mean")]:
         yield _conv("OrbitPoolConv", ndim, symmetry, reduce=reduce)
+    for ndim, symmetry in [(1, "h"), (2, "d4"), (3, "hvz")]:
+        cls, order = getattr(tnn, f"GroupConv{ndim}d"), Symmetry(symmetry).order
+        build = partial(cls, 2, 3, 3, padding=1, symmetry=symmetry)
+        yield Case(cls.__name__, symmetry, build, (2, 2 * order, *(7, 9, 5)[:ndim]))
+    yield Case("GroupLinear", "d4", partial(tnn.GroupLinear, 3, 2, symmetry="d4"), (4, 24))
     yield Case("SymmetricLinear", "", partial(tnn.SymmetricLinear, 9, 9), (4, 9))
     yield Case("SkewLinear", "", partial(tnn.SkewLinear, 9, 9), (4, 9))
     yield Case("GlobalConv1d", "", partial(tnn.GlobalConv1d, 4, 6), (2, 4, 9))

@@ -15,8 +15,11 @@ from torch import nn
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.nn.modules.conv import _ConvNd as ConvNd
 else:
+    #: The base class of torch's batch normalisations.
+    BatchNorm = getattr(nn.modules.batchnorm, "_BatchNorm", nn.BatchNorm1d.__mro__[1])
     #: The base class of torch's convolutions.
     ConvNd = getattr(nn.modules.conv, "_ConvNd", nn.Conv1d.__mro__[1])
 

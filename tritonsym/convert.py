@@ -23,6 +23,7 @@ from tritonsym._compat import assert_at_run_time
 from tritonsym._table import aligned
 from tritonsym.aliases import references, repoint, warn_of_optimizers, weight_readers
 from tritonsym.nn.conv import INITS, Init, _OrbitConv, _OrbitPoolConv, _SharedConv, _TiedConv
+from tritonsym.nn.group import GROUP_LAYERS
 from tritonsym.symmetry import FilterLayout, Symmetry, as_mapping
 
 Spec = str | Mapping[str, int | str]
@@ -35,7 +36,7 @@ _REPLACEMENTS: dict[type[nn.Module], Any] = {
     for kind, n in product(("", "Transpose"), (1, 2, 3))
 } | {nn.Linear: tnn.SymmetricLinear}
 _PLAIN_LAYERS = tuple(_REPLACEMENTS)
-_TRITONSYM_LAYERS = (_SharedConv, tnn.SymmetricLinear, tnn.GlobalConv1d, tnn.TopKPool1d, tnn.Symmetrize)
+_TRITONSYM_LAYERS = (_SharedConv, tnn.SymmetricLinear, tnn.GlobalConv1d, tnn.TopKPool1d, tnn.Symmetrize, *GROUP_LAYERS)
 # torch modules that hold the parameters of what they wrap in ways of their own
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -734,6 +735,9 @@ def _materialized(name: str, module: nn.Module, done: dict[int, nn.Module]) -> n
         plain = _traced(_symmetrize, module, inner=inner, over=module.over, dim=module.dim, reduce=module.reduce)
     elif isinstance(module, tnn.GlobalConv1d):
         plain = _traced(_global_conv1d, module, **copy.deepcopy(module._parameters), activation=module.activation)
+    elif isinstance(module, tnn.GroupPool | tnn.GroupDropout):
+        attributes = {key: value for key, value in vars(module).items() if key in ("order", "reduce")}
+        plain = _traced(type(module).plain, module, **attributes, **module._modules)
     elif isinstance(module, tnn.TopKPool1d):
         plain = _traced(lambda self, x: reference.topk_pool1d(x, self.k), module, k=module.k)
     else:

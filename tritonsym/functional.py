@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tritonsym import groups as group_ops
 from tritonsym import matrices, ops, reference
 from tritonsym._compat import constant
+from tritonsym.fold import GroupSpec
 from tritonsym.packing import check_inexact, check_tensor, order_of
 from tritonsym.reference import ACTIVATIONS, REDUCTIONS
 from tritonsym.spec import Geometry, orbit_spec, pool_spec, tied_spec
@@ -38,6 +40,10 @@ ORDERS = ("swap", "cyclic", "permutations", "flip")
 __all__ = [
     "global_conv1d",
     "gram",
+    "group_conv1d",
+    "group_conv2d",
+    "group_conv3d",
+    "group_linear",
     "newton_schulz",
     "orbit_pool_conv1d",
     "orbit_pool_conv2d",
@@ -445,6 +451,85 @@ def _orbit_pool_conv(
     return ops.conv(where, spec, x, (weight,), bias, activation, orbit_scale(symmetry, reduce))
 
 
+@_remembered
+def group_text(where: str, symmetry: str, groups: int, *sizes: Any) -> str:
+    """`GroupSpec.text` of a group convolution."""
+    value, geometry = Symmetry(symmetry), _geometry(where, *sizes)
+    if value.is_radial:
+        raise ValueError(f"{where}: {symmetry!r} has no elements; use a group such as 'hv' or 'd4'")
+    value.check_kernel(geometry.kernel_size, where)
+    return GroupSpec(value, groups, geometry).text
+
+
+def linear_text(where: str, symmetry: str) -> str:
+    """The same without space: kernels of size 1, on which every group acts."""
+    ones = (1,) * (2 if symmetry in ("c2", "c4", "d4") else 3)
+    return group_text(where, symmetry, 1, ones, 1, 0, 1)
+
+
+def _group_conv(
+    ndim: int,
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    symmetry: str,
+    activation: Activation | None = None,
+) -> Tensor:
+    """Convolve fields of a group: y[g, o] = act(sum_{h, c} conv(x[h, c], g w[o, c, g^-1 h]) + b[o]).
+
+    A field has one channel per element, in the order of a symmetric convolution (the identity, then the images):
+    channel = element * fields + field. Moving x by an element moves y. Path `fold` takes 1 / |G| of the dense
+    multiply-adds for flips and 'c2', 1/4 for 'd4', 1/2 for 'c4' (`tritonsym.fold`).
+
+    Args:
+        x: (N, |G| C, {axes}) or (|G| C, {axes}); its memory format is kept.
+        weight: (fields out, C / groups, |G|, *kernel).
+        bias: (fields out,) or None.
+        stride, padding, dilation: as in ``F.conv{n}d``, incl. padding='same' and 'valid'.
+        groups: of fields.
+        symmetry: the name of a group.
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+    Returns:
+        (N, |G| fields out, *out) in the dtype of x (the autocast dtype under autocast).
+    Raises:
+        ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
+        TypeError: dtypes differ.
+    """
+    _check_weight(where, "weight", weight, ndim + 3, "(fields out, fields in / groups, elements, *kernel)")
+    groups = _check_groups(where, groups, weight.shape[0], "fields")
+    check_activation(where, activation)
+    kernel_size = tuple(map(index, weight.shape[3:]))
+    text = group_text(where, symmetry, groups, kernel_size, stride, padding, dilation)
+    return group_ops.group_conv(where, text, x, weight, bias, activation)
+
+
+def group_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, symmetry: str, activation: Activation | None = None
+) -> Tensor:
+    """The same without space: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]).
+
+    Args:
+        x: (..., |G| C).
+        weight: (fields out, C, |G|).
+        bias, symmetry, activation: as in ``group_conv1d``.
+    Returns:
+        (..., |G| fields out).
+    Raises:
+        ValueError: shapes disagree, or an unknown symmetry.
+        TypeError: dtypes differ.
+    """
+    where = "group_linear"
+    _check_weight(where, "weight", weight, 3, "(fields out, fields in, elements)")
+    check_activation(where, activation)
+    return group_ops.group_linear(where, linear_text(where, symmetry), x, weight, bias, activation)
+
+
 @constant
 def orbit_scale(symmetry: str, reduce: str) -> int | None:
     """How many times the orbit mean of a filter the 'sum' or 'mean' of the responses over the orbit amounts to."""
@@ -460,6 +545,9 @@ symmetric_conv_transpose3d = _for_axes(3, _symmetric_conv_transpose)
 tied_conv1d = _for_axes(1, _tied_conv)
 tied_conv2d = _for_axes(2, _tied_conv)
 tied_conv3d = _for_axes(3, _tied_conv)
+group_conv1d = _for_axes(1, _group_conv)
+group_conv2d = _for_axes(2, _group_conv)
+group_conv3d = _for_axes(3, _group_conv)
 orbit_pool_conv1d = _for_axes(1, _orbit_pool_conv)
 orbit_pool_conv2d = _for_axes(2, _orbit_pool_conv)
 orbit_pool_conv3d = _for_axes(3, _orbit_pool_conv)

@@ -2,10 +2,11 @@
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
 ``shift`` (one multiply-add per position and stored weight: `tritonsym.shift` on the CPU, `tritonsym.launch` on a GPU),
-``blocks`` (products with symmetric matrices by blocks of the stored half, `tritonsym.blocks`; every device and dtype)
-and ``implicit_gemm`` (one Triton kernel that reads or writes through the symmetry: an implicit GEMM that expands the
-stored weights where it reads them, with all multiply-adds of the dense layer, or plain sums with one input channel per
-group; a product with a packed matrix; one triangle of a symmetric product, and its mirror image).
+``blocks`` (products with symmetric matrices by blocks of the stored half, `tritonsym.blocks`; every device and dtype),
+``fold`` (group convolutions by characters: `tritonsym.fold`) and ``implicit_gemm`` (one Triton kernel that reads or
+writes through the symmetry: an implicit GEMM that expands the stored weights where it reads them, with all multiply-
+adds of the dense layer, or plain sums with one input channel per group; a product with a packed matrix; one triangle of
+a symmetric product, and its mirror image).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonsym import blocks, shift, tuned
+from tritonsym import blocks, fold, shift, tuned
 from tritonsym._compat import constant
 from tritonsym._table import aligned
 from tritonsym.spec import ConvSpec, check
 from tritonsym.tuned import Tiles
 
 BACKENDS = ("auto", "reference", "triton")
-PATHS = ("reference", "implicit_gemm", "shift", "blocks")
+PATHS = ("reference", "implicit_gemm", "shift", "blocks", "fold")
 
 #: The environment variable TRITONSYM_BACKEND when this was imported.
 ENVIRONMENT = os.environ.get("TRITONSYM_BACKEND") or "auto"
@@ -70,7 +71,10 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def path(name: str, tiles: Tiles = ()) -> Iterator[None]:
-    """Within the block force one path, 'reference', 'implicit_gemm', 'shift' or 'blocks', for tests and benchmarks.
+    """Within the block force one path, 'reference', 'implicit_gemm', 'shift', 'blocks' or 'fold', for tests and
+    benchmarks.
+
+    'fold' is for group convolutions, of which it folds all axes that it can, and they have no other but the reference.
 
     'implicit_gemm' (also by its former name 'expand') is also the kernel of `SymmetricLinear`, `gram` and
     `symmetric_mm`, on a GPU or under backend('triton'); they have no 'shift', and they alone have 'blocks'. `tiles`:
@@ -451,6 +455,72 @@ class GramProblem(Problem):
         return product > MARGIN * kernel, f"The kernel for half of it would have {product / kernel:.2g}x the speed"
 
 
+@dataclass(frozen=True)
+class GroupProblem(Problem):
+    """A group convolution of x (batch, |G| channels, *sizes): so many fields of x and of y. Without sizes, a linear
+    layer."""
+
+    spec: fold.GroupSpec
+    batch: int
+    channels: int
+    filters: int
+    sizes: tuple[int, ...]
+    training: bool = False
+
+    @property
+    def dense(self) -> int:
+        geometry, fields = self.spec.geometry, self.channels * self.filters // self.spec.groups
+        places = self.batch * math.prod(geometry.out_sizes(self.sizes))
+        return places * math.prod(geometry.kernel_size) * self.spec.order**2 * fields
+
+    @property
+    def has_kernel(self) -> bool:
+        return False
+
+    def work(self, axes: int) -> tuple[int, int, int]:
+        """Multiply-adds, values of the sums and of the products, and additions with so many axes folded."""
+        one = fold.fold(self.spec.text, axes, self.sizes)
+        fields = self.channels, self.filters
+        products, values, additions = (self.batch * number for number in one.work(*fields))
+        return products + one.weight_work(*fields), values, additions
+
+    def plan(self, backend: str, forced: str | None) -> Plan:
+        """Of all numbers of axes the one that saves most, if any saves more than its sums cost."""
+        most = len(self.spec.symmetry.mirrors)
+        if forced not in (None, "reference", "fold") or (forced == "fold" and "complex" in self.dtype):
+            raise ValueError(
+                f"path {forced!r} is forced, but it cannot compute {self.layer} in {self.dtype}; remove the switch"
+            )
+        axes = 0
+        on_cpu = self.target == "cpu"
+        rule = GROUP_CPU if on_cpu else GROUP_GPU
+        text = "" if on_cpu else " (estimate)"
+        if forced or backend == "reference":
+            axes = most if forced == "fold" and self.dense else 0
+            why = "Forced by tritonsym.path." if forced else "Forced by the backend 'reference'."
+        elif self.dense == 0:
+            why = "There is nothing to multiply."
+        elif self.dtype != "float32":
+            why = f"The fold path is fast in float32 only, not in {self.dtype}."
+        elif on_cpu and not shift.is_fast():
+            why = "The sums of the fold path are slow in this build of torch."
+        else:
+            gains = [(0.0, 0)]
+            for number in range(1, most + 1):
+                products, values, additions = self.work(number)
+                if fold.table_entries(self.spec, number, self.sizes) <= fold.MOST_ENTRIES:
+                    gains.append((self.dense - products - rule.cost(values, additions), number))
+            _, axes = max(gains)
+            why = f"Sums along mirrored axes would cost more than they save{text}."
+        products, values, additions = self.work(axes) if axes else (self.dense, 0, 0)
+        if axes and not forced:
+            why = (
+                f"Characters of {axes} mirror{'s' * (axes > 1)}: {self.dense / products:.3g}x fewer multiply-adds, "
+                f"which save {(self.dense - products) / rule.cost(values, additions):.2g}x what their sums cost{text}."
+            )
+        return Plan(self, "fold" if axes else "reference", 2 * products, 2 * self.dense, why, axes=axes)
+
+
 def _bucket(number: int) -> int:
     """The power of two nearest on a logarithmic scale."""
     return 0 if number == 0 else 1 << (number * number).bit_length() // 2
@@ -598,6 +668,10 @@ class Rule:
 CPU = Rule(40, 12, 1.5e7), Rule(60, 8, 1.2e7)
 #: An estimate, not measured: near to where the model of `estimated_seconds` for an H200 says 1.2x.
 GPU = Rule(300, 33, 0)
+#: The same of group convolutions, z being the values of the sums and of the products. Inference and training.
+GROUP_CPU = Rule(60, 4, 0)
+#: An estimate: every value is written and read once, and there are about ten launches.
+GROUP_GPU = Rule(900, 60, 1e10)
 #: Positions from which axes that no image moves stay inside the product on the CPU.
 FOLD_POSITIONS = 512
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
@@ -647,6 +721,7 @@ class Plan:
     why: str
     tiles: Tiles = ()  # of the path's kernels (`kernels.tiles`), if it launches any
     fold: bool = False  # whether axes that no image moves stay inside the product of 'shift'
+    axes: int = 0  # how many mirrors 'fold' folds
 
     def __str__(self) -> str:
         p = self.problem
@@ -686,6 +761,8 @@ def _no_kernel(problem: Problem) -> str:
 
 @lru_cache(maxsize=8192)
 def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -> Plan:
+    if isinstance(problem, GroupProblem):
+        return problem.plan(backend, forced)
     is_conv = isinstance(problem, ConvProblem)
     on_gpu = problem.target != "cpu"
     has_kernel = problem.has_kernel and _runs_kernels(problem.target)
@@ -695,9 +772,10 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         "shift": is_conv and problem.can_shift,
         "implicit_gemm": runs,
         "blocks": hasattr(problem, "of_blocks"),
+        "fold": False,
     }
     if forced and not can[forced]:
-        why = "" if forced in ("shift", "blocks") else f" ({_no_kernel(problem)})" if not has_kernel else ""
+        why = "" if forced in ("shift", "blocks", "fold") else f" ({_no_kernel(problem)})" if not has_kernel else ""
         hint = (
             "" if is_conv else " (with triton installed, tritonsym.backend('triton') runs kernels in its interpreter)"
         )

@@ -135,6 +135,26 @@ class Symmetry:
         """Number of group elements = filters in one orbit."""
         return len(self.elements)
 
+    @cached_property
+    def products(self) -> tuple[tuple[int, ...], ...]:
+        """The multiplication table: elements[products[i][j]] is elements[i] after elements[j].
+
+        >>> [row.index(0) for row in Symmetry("c4").products]  # the inverses
+        [0, 3, 2, 1]
+        """
+        moves = [g.slots((3,) * max(map(abs, AXES.values()))) for g in self.elements]  # they tell all elements apart
+        return tuple(tuple(moves.index(tuple(h[k] for k in g)) for h in moves) for g in moves)
+
+    @property
+    def mirrors(self) -> tuple[Element, ...]:
+        """Generators of the largest subgroup whose elements commute and are their own inverses; each moves other axes.
+
+        >>> [[str(g) for g in Symmetry(name).mirrors] for name in ("hz", "c4", "d4")]
+        [['h', 'z'], ['r180'], ['h', 'h r180']]
+        """
+        names = {"c2": ("r180",), "c4": ("r180",), "d4": ("h", "h r180")}.get(self.name, tuple(self.name))
+        return tuple(map(Element.parse, names))
+
     @property
     def letters(self) -> str:
         """The axes that appear in the group's reflections; a parity assigns each a sign."""
@@ -220,20 +240,25 @@ def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "", 
         rings = [_ring(symmetry, tap, kernel_size) for tap in taps(kernel_size)]
         number = {ring: i for i, ring in enumerate(dict.fromkeys(rings))}
         return TapOrbits(tuple(number[ring] for ring in rings), (1,) * len(rings))
-    sources = [(g.slots(kernel_size), g.character(odd)) for g in symmetry.elements]
-    ties: dict[int, tuple[int, int]] = {}  # of every tap: slot and sign
-    count = 0
-    for tap in range(math.prod(kernel_size)):
-        if tap not in ties:
-            images = [(source[tap], sign) for source, sign in sources]
-            forced_zero = (tap, -1) in images
-            ties.update((image, (-1, 0) if forced_zero else (count, sign)) for image, sign in images)
-            count += not forced_zero
-    if count == 0:
+    orbits = signed_orbits(tuple((g.slots(kernel_size), g.character(odd)) for g in symmetry.elements))
+    if len(orbits) == 0:
         raise ValueError(
             f"{where}: odd parity of symmetry {symmetry.name!r} forces every tap of a {_by(kernel_size)} kernel to "
             "zero; use a larger kernel or parity='even'"
         )
+    return orbits
+
+
+def signed_orbits(group: tuple[tuple[tuple[int, ...], int], ...]) -> TapOrbits:
+    """Orbits of the taps under elements given by their `Element.slots` and signs, numbered by their first tap."""
+    ties: dict[int, tuple[int, int]] = {}  # of every tap: slot and sign
+    count = 0
+    for tap in range(len(group[0][0])):
+        if tap not in ties:
+            images = [(source[tap], sign) for source, sign in group]
+            forced_zero = (tap, -1) in images
+            ties.update((image, (-1, 0) if forced_zero else (count, sign)) for image, sign in images)
+            count += not forced_zero
     slot, sign = zip(*(ties[tap] for tap in sorted(ties)), strict=True)
     return TapOrbits(slot, sign)
 

@@ -22,8 +22,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tritonsym import functional, plan, reference
+from tritonsym import fold, functional, plan, reference
+from tritonsym._compat import BatchNorm, ConvNd
 from tritonsym.nn.conv import _OrbitConv, _OrbitPoolConv, _SharedConv
+from tritonsym.nn.group import GroupDropout, GroupLinear, _GroupBatchNorm, _GroupConv
 from tritonsym.nn.linear import SkewLinear, SymmetricLinear
 from tritonsym.nn.pool import GlobalConv1d, TopKPool1d
 from tritonsym.nn.symmetrize import Symmetrize
@@ -90,7 +92,7 @@ def _dense_conv(convolve: Callable[..., Tensor], layer: Any, x: Tensor, output_s
 
 
 def _dense_linear(layer: Any, x: Tensor) -> Tensor:
-    return reference.activate(F.linear(x, layer.expanded_weight(), layer.bias), layer.activation)
+    return reference.activate(F.linear(x, layer.expanded_weight(), layer.expanded_bias()), layer.activation)
 
 
 def _dense_global_conv(layer: Any, x: Tensor) -> Tensor:
@@ -115,15 +117,28 @@ def _dense_symmetrize(layer: Any, x: Tensor) -> Tensor:
     return reference.REDUCTIONS[layer.reduce](y.unflatten(0, (len(orders), x.shape[0])))
 
 
+def _dense_group_conv(convolve: Callable[..., Tensor], layer: Any, x: Tensor) -> Tensor:
+    batched = x if x.ndim == len(layer.kernel_size) + 2 else x[None]
+    order = layer.symmetry.order, layer.groups
+    y = fold.regrouped(_dense_conv(convolve, layer, fold.regrouped(batched, *order)), *order, back=True)
+    return y if batched is x else y[0]
+
+
 _DENSE: Forwards = {
     _SharedConv: partial(_dense_conv, _by_torch),
+    _GroupConv: partial(_dense_group_conv, _by_torch),
+    GroupLinear: _dense_linear,
     SymmetricLinear: _dense_linear,
     GlobalConv1d: _dense_global_conv,
     TopKPool1d: _dense_topk,
     Symmetrize: _dense_symmetrize,
 }
 #: The same, with convolutions as matrix products.
-_PRODUCTS: Forwards = {**_DENSE, _SharedConv: partial(_dense_conv, _by_products)}
+_PRODUCTS: Forwards = {
+    **_DENSE,
+    _SharedConv: partial(_dense_conv, _by_products),
+    _GroupConv: partial(_dense_group_conv, _by_products),
+}
 
 
 def _dense_twin(module: nn.Module, forwards: Forwards) -> nn.Module:
@@ -389,6 +404,8 @@ def _pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield "expanded_weight() beside the center", kernel[..., i], layer.surround
     elif isinstance(layer, _OrbitConv):
         yield from _orbit_pairs(layer)
+    elif isinstance(layer, _GroupConv | GroupLinear):
+        yield from _group_pairs(layer)
     elif isinstance(layer, _OrbitPoolConv) and layer.reduce in ("max", "min"):
         images = layer.expanded_weight().unflatten(0, (layer.out_channels, -1)).unbind(1)
         for g, image in zip(layer.symmetry.elements, images, strict=True):
@@ -411,6 +428,15 @@ def _orbit_pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     if layer.share_bias and layer.bias is not None:
         bias = layer.expanded_bias().unflatten(0, (layer.groups, -1))
         yield "expanded_bias()", bias, bias[:, [u for u, _ in layer.layout.filters]]
+
+
+def _group_pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """W[a g, a h] = a W[g, h]."""
+    groups, order, kernel = getattr(layer, "groups", 1), layer.symmetry.order, getattr(layer, "kernel_size", ())
+    dense = layer.expanded_weight().unflatten(1, (order, -1)).unflatten(0, (groups, order, -1))
+    for a, to in zip(layer.symmetry.elements, layer.symmetry.products, strict=True):
+        moved = dense[:, list(to)][:, :, :, list(to)]
+        yield f"expanded_weight() under {a}", moved, _image(dense, a, len(kernel)) if kernel else dense
 
 
 def _tied_pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -570,8 +596,110 @@ def _assert_close(where: str, got: Tensor, expected: Tensor, allowed: float) -> 
         )
 
 
-def assert_equivariant(module: nn.Module, x: Tensor, symmetry: str | None = None) -> None:
-    """Moving the input of a layer moves its output: y(g x) = g y(x) for every element g of its symmetry.
+FIELDS = ("scalar", "regular")
+
+
+def _moved(x: Tensor, symmetry: Symmetry, number: int, fields: str) -> Tensor:
+    """Element `number` acts on images (N, C, *sizes), or on vectors (N, C); and of regular fields on the elements:
+    (g x)[h] = g (x[g^-1 h])."""
+    x = reference.image(x, symmetry.elements[number]) if x.ndim > 2 else x
+    if fields == "scalar":
+        return x
+    back = [symmetry.products[number].index(h) for h in range(symmetry.order)]
+    return x.unflatten(1, (symmetry.order, -1))[:, back].flatten(1, 2)
+
+
+def _follows(got: Tensor, y: Tensor, symmetry: Symmetry, number: int) -> list[str]:
+    """As which fields a layer's output is moved when the input of the model is."""
+    close = math.sqrt(torch.finfo(y.dtype).eps) * _largest(y)
+    kinds = [fields for fields in FIELDS if fields == "scalar" or (y.ndim > 1 and y.shape[1] % symmetry.order == 0)]
+    images = ((fields, _moved(y, symmetry, number, fields)) for fields in kinds)
+    return [fields for fields, image in images if image.shape == got.shape and _largest(image - got) <= close]
+
+
+def _recorded(module: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[str, Any, Tensor, Tensor]]]:
+    """The output, and name, layer, input and output of every layer that maps one tensor to one, in order."""
+    found: list[tuple[str, Any, Tensor, Tensor]] = []
+
+    def record(name: str, layer: nn.Module, args: Any, y: Any) -> None:
+        if args and all(isinstance(t, Tensor) and t.is_floating_point() for t in (args[0], y)):
+            found.append((name, layer, args[0].clone(), y.clone()))
+
+    leaves = [(n, m) for n, m in module.named_modules() if not any(m.children()) or isinstance(m, GroupDropout)]
+    hooks = [m.register_forward_hook(partial(record, name)) for name, m in leaves]
+    try:
+        return _call(module, [x]), found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hint(layer: Any, x: Tensor, symmetry: Symmetry) -> str:
+    """What is probably wrong with a layer, and how to mend it."""
+    if isinstance(layer, _OrbitConv):
+        if str(layer.layout) != f"{symmetry}:{layer.out_channels}":
+            return f"its filters are {layer.layout}; lift with symmetry={symmetry.name!r} for all of them"
+        if layer.bias is not None and not layer.share_bias:
+            return "the images of a filter have biases of their own; use share_bias=True or bias=False"
+    if isinstance(layer, BatchNorm):
+        return "it normalises the elements of a field apart; use GroupBatchNorm"
+    if isinstance(layer, nn.Flatten):
+        return "it turns positions into channels; pool over the positions before"
+    sizes = [getattr(layer, name, 0) for name in ("kernel_size", "stride", "padding", "dilation")]
+    if not any(isinstance(value, str | None) for value in sizes):
+        ndim = x.ndim - 2
+        kernel, stride, pad, dilation = ([v] * ndim if isinstance(v, int) else v for v in sizes)
+        for axis in range(ndim):
+            reach = (dilation[axis] or 1) * (kernel[axis] - 1)
+            if (stride[axis] or 1) > 1 and (rest := (x.shape[2 + axis] + 2 * pad[axis] - reach - 1) % stride[axis]):
+                return f"with stride {stride[axis]} it leaves {rest} positions at one end of x {tuple(x.shape)}"
+    if isinstance(layer, ConvNd | nn.Linear) and not isinstance(layer, _SharedConv | GroupLinear):
+        return "its weights are not tied; use SymmetricConv with share_bias=True on images, GroupConv on fields"
+    return "it has no part that follows the group"
+
+
+def _assert_model_equivariant(module: nn.Module, x: Tensor, name: str, in_type: str, out_type: str) -> None:
+    where, symmetry = "assert_equivariant", Symmetry(name)
+    for label, value in (("in_type", in_type), ("out_type", out_type)):
+        functional.check_choice(where, label, value, FIELDS)
+    if x.ndim > 2:
+        symmetry.check_kernel((1,) * (x.ndim - 2), where)
+    if in_type == "regular" and x.shape[1] % symmetry.order:
+        raise ValueError(f"{where}: x {tuple(x.shape)} has no whole fields of {symmetry.order} elements of {name!r}")
+    with torch.no_grad():
+        y, before = _recorded(module, x)
+        allowed = _allowed_between(module, x)
+        for number, g in enumerate(symmetry.elements):
+            got, after = _recorded(module, _moved(x, symmetry, number, in_type))
+            for (at, layer, into, a), (*_, moved, b) in zip(before, after, strict=True):
+                kinds, ours = _follows(moved, into, symmetry, number), _follows(b, a, symmetry, number)
+                plain = isinstance(layer, BatchNorm) and not isinstance(layer, _GroupBatchNorm)
+                if not ours or (plain and kinds == ["regular"]):
+                    raise AssertionError(
+                        f"{where}: {type(module).__name__}, g = {g}: the first layer that breaks {name!r} is "
+                        f"{at or '(model)'} ({type(layer).__name__}): {_hint(layer, into, symmetry)}"
+                    )
+            if y.ndim < 2 or (out_type == "regular" and y.shape[1] % symmetry.order):
+                raise ValueError(f"{where}: the output {tuple(y.shape)} has no {out_type} fields of {name!r}")
+            _assert_close(
+                f"{where}: {type(module).__name__}, g = {g}", got, _moved(y, symmetry, number, out_type), allowed
+            )
+
+
+def assert_equivariant(
+    module: nn.Module,
+    x: Tensor,
+    symmetry: str | None = None,
+    in_type: str | None = None,
+    out_type: str | None = None,
+) -> None:
+    """Moving the input of a layer or a model moves its output: y(g x) = g y(x) for every element g of its symmetry.
+
+    Any module or stack, given a `symmetry`: its input and output are `in_type` and `out_type`, 'scalar' (images, or
+    vectors, which stay as they are; the default) or 'regular' (fields of `GroupConv*d`, on whose elements g acts
+    too). The message of a failure names the first layer that breaks it. Group layers need no arguments.
+
+    Layers of other kinds, without types:
 
     - `SymmetricConv*d`, `SymmetricConvTranspose*d`: up to the order of the channels within every orbit, since the image
       g k w of a filter answers to g x as its image k w answers to x. Needs a shared bias, or none.
@@ -581,21 +709,28 @@ def assert_equivariant(module: nn.Module, x: Tensor, symmetry: str | None = None
     The former may differ by what `assert_matches_reference` allows two results; not where the dense layer is exact.
 
     Args:
-        module: one of those layers.
-        x: its input.
-        symmetry: of a convolution: check this group instead of the layer's own; it must be part of that.
+        module: a model, or one of those layers.
+        x: its input, (N, C, ...).
+        symmetry: the group; of a convolution alone, this one instead of the layer's own: it must be part of that.
+        in_type, out_type: of a model.
     Raises:
         AssertionError: the outputs differ; the message names the element, the error and the worst index.
         ValueError: the layer cannot be equivariant: its stride leaves positions at one end, its padding or bias are
             not symmetric, or the symmetry is not its own.
-        TypeError: the module is no such layer.
+        TypeError: the module is no such layer, and no symmetry is given.
     """
     where = "assert_equivariant"
+    if isinstance(module, _GroupConv | GroupLinear):
+        own = module.symmetry.name if symmetry is None else symmetry
+        return _assert_model_equivariant(module, x, own, in_type or "regular", out_type or "regular")
+    is_model = in_type or out_type or not isinstance(module, (_SharedConv, GlobalConv1d, TopKPool1d, Symmetrize))
+    if symmetry is not None and is_model:
+        return _assert_model_equivariant(module, x, symmetry, in_type or "scalar", out_type or "scalar")
     known = (_SharedConv, GlobalConv1d, TopKPool1d, Symmetrize)
     if not isinstance(module, known):
         raise TypeError(
             f"{where}: expected a convolution of tritonsym.nn, GlobalConv1d, TopKPool1d or Symmetrize, got "
-            f"{type(module).__name__}; check a model part by part, the matrix of SymmetricLinear with assert_symmetric"
+            f"{type(module).__name__}; name the symmetry of a model; check a SymmetricLinear with assert_symmetric"
         )
     if symmetry is not None and not isinstance(module, _SharedConv):
         raise ValueError(f"{where}: symmetry={symmetry!r} is for convolutions; {type(module).__name__} has its own")

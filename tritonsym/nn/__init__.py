@@ -14,12 +14,32 @@ from tritonsym.nn.conv import (
     TiedConv2d,
     TiedConv3d,
 )
+from tritonsym.nn.group import (
+    GroupBatchNorm1d,
+    GroupBatchNorm2d,
+    GroupBatchNorm3d,
+    GroupConv1d,
+    GroupConv2d,
+    GroupConv3d,
+    GroupDropout,
+    GroupLinear,
+    GroupPool,
+)
 from tritonsym.nn.linear import SkewLinear, SymmetricLinear
 from tritonsym.nn.pool import GlobalConv1d, TopKPool1d
 from tritonsym.nn.symmetrize import Symmetrize
 
 __all__ = [
     "GlobalConv1d",
+    "GroupBatchNorm1d",
+    "GroupBatchNorm2d",
+    "GroupBatchNorm3d",
+    "GroupConv1d",
+    "GroupConv2d",
+    "GroupConv3d",
+    "GroupDropout",
+    "GroupLinear",
+    "GroupPool",
     "OrbitPoolConv1d",
     "OrbitPoolConv2d",
     "OrbitPoolConv3d",

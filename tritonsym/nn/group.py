@@ -1,0 +1,427 @@
+"""Layers of equivariant networks: fields of a group in and out. `SymmetricConv*d` with a shared bias lifts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tritonsym import fold, functional, groups, plan
+from tritonsym._compat import BatchNorm
+from tritonsym.fold import GroupSpec
+from tritonsym.nn.conv import INITS, Checkpoints, Init, _hyperparameters, _SharedConv, learns, with_activation
+from tritonsym.reference import REDUCTIONS
+from tritonsym.symmetry import Symmetry
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def _order(where: str, symmetry: str) -> int:
+    """Elements of the group of this name."""
+    value = Symmetry(symmetry)
+    if value.is_radial:
+        raise ValueError(f"{where}: {symmetry!r} has no elements; use a group such as 'hv' or 'd4'")
+    return value.order
+
+
+def _fields(where: str, name: str, channels: int, symmetry: str) -> int:
+    order = _order(where, symmetry)
+    if channels % order:
+        raise ValueError(
+            f"{where}: {name}={channels} channels are no whole fields of {order} elements of {symmetry!r}; the nearest "
+            f"are {channels // order * order} and {(channels // order + 1) * order}"
+        )
+    return channels // order
+
+
+class _GroupConv(_SharedConv):
+    """Group convolution: y[g, o] = act(sum_{h, c} conv(x[h, c], g w[o, c, g^-1 h]) + b[o]), fields to fields.
+
+    Moving x by an element of the group moves y (Cohen and Welling 2016, arXiv 1602.07576). Channels are ordered as
+    those of a symmetric convolution: channel = element * fields + field. See `functional.group_conv2d`. The weight
+    stored is (out_fields, in_fields / groups, elements, *kernel), the bias (out_fields,).
+
+    Args:
+        in_fields, out_fields: channels / elements.
+        kernel_size .. padding_mode, device, dtype: as in the torch layer; `groups` are groups of fields.
+        symmetry: the name of a group ('h' ... 'hvz', 'c2', 'c4', 'd4').
+        activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+
+    Raises:
+        ValueError: a symmetry that does not act on this kernel, or fields that the groups do not divide.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if hasattr(cls, "__signature__"):
+            names = {"in_channels": "in_fields", "out_channels": "out_fields"}
+            parameters = cls.__signature__.parameters.values()
+            renamed = [p.replace(name=names.get(p.name, p.name)) for p in parameters]
+            cls.__signature__ = cls.__signature__.replace(parameters=renamed)
+
+    def __init__(
+        self,
+        in_fields: int,
+        out_fields: int,
+        *args: Any,
+        symmetry: str,
+        activation: functional.Activation | None = None,
+        **kwargs: Any,
+    ) -> None:
+        where, order = type(self).__name__, _order(type(self).__name__, symmetry)
+        into, out = functional.check_counts(where, 0, in_fields=in_fields, out_fields=out_fields)
+        super().__init__(order * into, order * out, *args, activation=activation, **kwargs)
+        if into % self.groups or out % self.groups:
+            raise ValueError(f"{where}: groups={self.groups} must divide in_fields={into} and out_fields={out}")
+        self.in_fields, self.out_fields, self.symmetry = into, out, Symmetry(symmetry)
+        self._spec()  # or why there is none
+        self._store((out, into // self.groups, order, *self.kernel_size), out)
+
+    def _spec(self, output_padding: Any = None) -> str:
+        return functional.group_text(type(self).__name__, self.symmetry.name, self.groups, *self._sizes())
+
+    @property
+    def spec(self) -> Any:
+        """The group, its action on the kernels and the geometry."""
+        return GroupSpec.of(self._spec())
+
+    def _run(self, input: Tensor, spec: str) -> Tensor:
+        x = input if self.padding_mode == "zeros" else self._padded(input)
+        return groups.group_conv(type(self).__name__, spec, x, self.weight, self.bias, self.activation)
+
+    def problem(self, x: Tensor, target: str, training: bool) -> Any:
+        """What a call on x plans on: only the shape and the dtype of x matter."""
+        sizes = list(x.shape if x.ndim == len(self.kernel_size) + 2 else (1, *x.shape))
+        if self.padding_mode != "zeros":
+            sides = self._reversed_padding_repeated_twice
+            for axis in range(min(len(self.kernel_size), len(sizes) - 2)):
+                sizes[-1 - axis] += sides[2 * axis] + sides[2 * axis + 1]
+        bias = None if self.bias is None else self.bias.shape
+        form = (self.weight.shape, bias, target, plan.dtype_name(x), training)
+        return groups.problem(type(self).__name__, self._spec(), sizes, *form)
+
+    def _options(self) -> str:
+        return f"symmetry={self.symmetry.name!r}"
+
+    def expanded_weight(self) -> Tensor:
+        """The dense filters, differentiable: what the layer means. With groups, those of one group after the other,
+        each in the order of elements and fields: of a torch layer whose channels are sorted like that."""
+        return fold.expand(self.weight, self.spec)
+
+    def expanded_bias(self) -> Tensor | None:
+        """One bias per filter of `expanded_weight`."""
+        return None if self.bias is None else fold.expand_bias(self.bias, self.spec)
+
+    def to_dense(self) -> nn.Module:
+        """The plain torch layer with equal outputs; with groups, between two orders of the channels."""
+        layer = self._dense(self.expanded_weight(), self.expanded_bias())
+        if self.groups > 1:
+            layer = torch.fx.symbolic_trace(_Regrouped(layer, self.symmetry.order)).train(self.training)
+        return with_activation(layer, self.activation)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        symmetry: str,
+        activation: functional.Activation | None = None,
+        init: Init = "project",
+    ) -> Self:
+        """Convert a plain torch layer without groups, whose channels are fields: 'project' its weight onto the
+        equivariant ones (nearest in the Frobenius norm), 'keep' the filters of the identity, or 'reset'."""
+        where = f"{cls.__name__}.from_dense"
+        functional.check_choice(where, "init", init, INITS)
+        if not isinstance(layer, cls._dense_class()) or isinstance(layer, _SharedConv):
+            raise TypeError(f"{where}: expected torch.nn.{cls._dense_class().__name__}, got {type(layer).__name__}")
+        if layer.groups > 1:
+            raise ValueError(f"{where}: groups={layer.groups} divide the channels of fields; only groups=1 is known")
+        options = _hyperparameters(layer)
+        into, out = (_fields(where, name, options.pop(name), symmetry) for name in ("in_channels", "out_channels"))
+        options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self = cls(into, out, symmetry=symmetry, activation=activation, **options)
+        return _adopted(self, layer, self.spec, init)
+
+
+def _adopted(self: Any, layer: Any, spec: GroupSpec, init: Init) -> Any:
+    """`self` with the weight and bias of a dense layer, and what requires a gradient as there."""
+    with torch.no_grad():
+        if init != "reset":
+            dense = layer.weight.reshape(*layer.weight.shape[:2], *spec.geometry.kernel_size)
+            if init == "keep":
+                psi = dense[: self.weight.shape[0]].unflatten(1, (spec.order, -1)).transpose(1, 2)
+            else:
+                psi = fold.project(dense, spec)
+            self.weight.copy_(psi.reshape(self.weight.shape))
+            if layer.bias is not None:
+                parts = layer.bias.unflatten(0, (spec.order, -1))
+                self.bias.copy_(parts[0] if init == "keep" else parts.mean(0))
+    self.weight.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None:
+        self.bias.requires_grad_(layer.bias.requires_grad)
+    return self.train(layer.training)
+
+
+class _Regrouped(nn.Module):
+    """A dense convolution of groups of fields, for `torch.fx` to make plain."""
+
+    def __init__(self, conv: Any, order: int) -> None:
+        super().__init__()
+        self.conv = conv
+        self.order = order
+        self.channel = -1 - len(conv.kernel_size)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]  # torch.fx cannot pickle annotations that are strings
+        at, groups = self.channel, self.conv.groups
+        x = x.unflatten(at, (self.order, groups, -1)).transpose(at - 2, at - 1).flatten(at - 2, at)
+        y = self.conv(x).unflatten(at, (groups, self.order, -1))
+        return y.transpose(at - 2, at - 1).flatten(at - 2, at)
+
+
+class GroupConv1d(_GroupConv, nn.Conv1d):
+    pass
+
+
+class GroupConv2d(_GroupConv, nn.Conv2d):
+    pass
+
+
+class GroupConv3d(_GroupConv, nn.Conv3d):
+    pass
+
+
+class GroupLinear(Checkpoints, nn.Linear):
+    """Group convolution without space: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]) of the last axis.
+
+    The weight stored is (out_fields, in_fields, elements), the bias (out_fields,). See `GroupConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_fields: int,
+        out_fields: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        symmetry: str,
+        activation: functional.Activation | None = None,
+    ) -> None:
+        where = "GroupLinear"
+        into, out = functional.check_counts(where, 1, in_fields=in_fields, out_fields=out_fields)
+        functional.check_activation(where, activation)
+        order = _order(where, symmetry)
+        super().__init__(order * into, order * out, bias, device="meta", dtype=dtype)
+        self.in_fields, self.out_fields = into, out
+        self.symmetry = Symmetry(symmetry)
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(out, into, order, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """U(-a, a) with a = 1 / sqrt(in_features), as `torch.nn.Linear` initialises."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
+
+    def _spec(self) -> str:
+        return functional.linear_text("GroupLinear", self.symmetry.name)
+
+    @property
+    def spec(self) -> GroupSpec:
+        """The group and its action on kernels of size 1."""
+        return GroupSpec.of(self._spec())
+
+    def forward(self, input: Tensor) -> Tensor:
+        return groups.group_linear("GroupLinear", self._spec(), input, self.weight, self.bias, self.activation)
+
+    def problem(self, x: Tensor, target: str, training: bool) -> plan.GroupProblem:
+        """What a call on x plans on."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"GroupLinear: expected an input (..., {self.in_features}), got {tuple(x.shape)}")
+        ones = (1,) * len(self.spec.geometry.kernel_size)
+        bias = None if self.bias is None else self.bias.shape
+        form = ((*self.weight.shape, *ones), bias, target, plan.dtype_name(x), training)
+        return groups.problem("GroupLinear", self._spec(), (math.prod(x.shape[:-1]), x.shape[-1], *ones), *form)
+
+    def _dense_shapes(self) -> Mapping[str, Sequence[int]]:
+        return {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, symmetry={self.symmetry.name!r}"
+        return text + (f", activation={self.activation!r}" if self.activation else "")
+
+    def expanded_weight(self) -> Tensor:
+        """The dense matrix (out_features, in_features), differentiable."""
+        spec = self.spec
+        ones = (1,) * len(spec.geometry.kernel_size)
+        return fold.expand(self.weight.reshape(*self.weight.shape, *ones), spec).flatten(1)
+
+    def expanded_bias(self) -> Tensor | None:
+        """One bias per output feature."""
+        return None if self.bias is None else fold.expand_bias(self.bias, self.spec)
+
+    def to_dense(self) -> nn.Module:
+        """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""
+        bias = self.expanded_bias()
+        layer = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        layer.weight = nn.Parameter(self.expanded_weight().detach().clone(), learns(self))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), learns(self, bias=True))
+        return with_activation(layer.train(self.training), self.activation)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        symmetry: str,
+        activation: functional.Activation | None = None,
+        init: Init = "project",
+    ) -> Self:
+        """Convert a `torch.nn.Linear` whose features are fields; as `GroupConv2d.from_dense`."""
+        where = "GroupLinear.from_dense"
+        functional.check_choice(where, "init", init, INITS)
+        if not isinstance(layer, nn.Linear) or isinstance(layer, GroupLinear):
+            raise TypeError(f"{where}: expected torch.nn.Linear, got {type(layer).__name__}")
+        into, out = (_fields(where, name, getattr(layer, name), symmetry) for name in ("in_features", "out_features"))
+        factory: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self = cls(into, out, layer.bias is not None, symmetry=symmetry, activation=activation, **factory)
+        return _adopted(self, layer, self.spec, init)
+
+
+# --- layers without products ------------------------------------------------------------------------------------------
+
+
+def _check_fields(where: str, x: Tensor, order: int, fields: int | None) -> None:
+    if x.ndim < 2 or x.shape[1] % order or fields not in (None, x.shape[1] // order):
+        expected = f"{order * fields}" if fields is not None else f"a multiple of {order}"
+        raise ValueError(f"{where}: expected x (N, C, ...) with {expected} channels, got {tuple(x.shape)}")
+
+
+class _GroupBatchNorm(BatchNorm):
+    """Batch normalisation of fields: the elements of a field share their statistics, weight and bias.
+
+    Args:
+        fields: channels / elements; `num_features` of the torch layer, whose arguments follow.
+        symmetry: the name of the group.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        symmetry: str,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        where = type(self).__name__
+        (fields,) = functional.check_counts(where, 1, fields=fields)
+        order = _order(where, symmetry)
+        super().__init__(fields, eps, momentum, affine, track_running_stats, device, dtype)
+        self.symmetry, self.order = Symmetry(symmetry), order
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Done in `forward`, which calls the torch layer with fields in place of channels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        _check_fields(type(self).__name__, input, self.order, self.num_features)
+        if input.is_contiguous():  # elements as further images
+            x = input.view(-1, self.num_features, *input.shape[2:])
+            return super().forward(x).view(input.shape)
+        rows = input.movedim(1, -1)
+        return super().forward(rows.reshape(-1, self.num_features)).view(rows.shape).movedim(-1, 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, symmetry={self.symmetry.name!r}"
+
+    def to_dense(self) -> nn.Module:
+        """The plain torch layer with equal outputs in evaluation; it could not share statistics in training."""
+        cls: Any = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.batchnorm")
+        if self.training or not self.track_running_stats:
+            raise ValueError(
+                f"{type(self).__name__}.to_dense: a plain {cls.__name__} does not share statistics between the "
+                "elements of a field; call eval() first, of a layer with track_running_stats=True"
+            )
+        layer: nn.Module = cls(self.order * self.num_features, self.eps, self.momentum, self.affine)
+        own = self.state_dict()
+        layer.load_state_dict({k: v.repeat(self.order) if v.ndim else v for k, v in own.items()}, assign=True)
+        return layer.requires_grad_(learns(self)).eval()
+
+
+class GroupBatchNorm1d(_GroupBatchNorm, nn.BatchNorm1d):
+    __doc__ = _GroupBatchNorm.__doc__ or ""
+
+
+class GroupBatchNorm2d(_GroupBatchNorm, nn.BatchNorm2d):
+    __doc__ = _GroupBatchNorm.__doc__ or ""
+
+
+class GroupBatchNorm3d(_GroupBatchNorm, nn.BatchNorm3d):
+    __doc__ = _GroupBatchNorm.__doc__ or ""
+
+
+class GroupPool(nn.Module):
+    """Reduce every field to one channel, (N, |G| F, ...) -> (N, F, ...): moving x only moves y ('project' a group).
+
+    Args:
+        symmetry: the name of the group.
+        reduce: 'max', 'mean' or 'sum'.
+    """
+
+    def __init__(self, symmetry: str, reduce: Literal["max", "mean", "sum"] = "max") -> None:
+        super().__init__()
+        self.order = _order("GroupPool", symmetry)
+        functional.check_choice("GroupPool", "reduce", reduce, ("max", "mean", "sum"))
+        self.symmetry, self.reduce = Symmetry(symmetry), reduce
+
+    def forward(self, input: Tensor) -> Tensor:
+        _check_fields("GroupPool", input, self.order, None)
+        return self.plain(input)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """For `torch.fx`, without checks."""
+        return REDUCTIONS[self.reduce](x.unflatten(1, (self.order, -1)).movedim(1, 0))
+
+    def extra_repr(self) -> str:
+        return f"symmetry={self.symmetry.name!r}, reduce={self.reduce!r}"
+
+
+class GroupDropout(nn.Module):
+    """In training set whole fields of a sample to zero with probability p, and divide the others by 1 - p: all elements
+    and positions of a field together, so that with the same random numbers moving x moves y.
+
+    Args:
+        p: the probability.
+        symmetry: the name of the group.
+    """
+
+    def __init__(self, p: float = 0.5, *, symmetry: str) -> None:
+        super().__init__()
+        self.order = _order("GroupDropout", symmetry)
+        self.drop = nn.Dropout(p)
+        self.symmetry = Symmetry(symmetry)
+
+    def forward(self, input: Tensor) -> Tensor:
+        _check_fields("GroupDropout", input, self.order, None)
+        return self.plain(input) if self.training else input
+
+    def plain(self, x: Tensor) -> Tensor:
+        """For `torch.fx`, without checks."""
+        one = x.unflatten(1, (self.order, -1))[:, 0, ..., None].flatten(2)[..., 0]  # a value of every field
+        return torch.einsum("nc...,nc->nc...", x, self.drop(torch.ones_like(one)).repeat(1, self.order))
+
+    def extra_repr(self) -> str:
+        return f"symmetry={self.symmetry.name!r}"
+
+
+#: The layers of this file that are no convolutions.
+GROUP_LAYERS = (GroupLinear, _GroupBatchNorm, GroupPool, GroupDropout)
