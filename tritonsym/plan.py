@@ -241,8 +241,8 @@ class ConvProblem(Problem):
 
     @cached_property
     def work(self) -> tuple[int, int, int]:
-        """Of the shift path: multiply-adds, values of z, and additions."""
-        z, products, sums = shift.work(self.spec, self.fold, self.sizes)
+        """Of the shift path: multiply-adds, values of z (on the CPU with rows of 8 at least), and additions."""
+        z, products, sums = shift.work(self.spec, self.fold, self.sizes, 8 if self.target == "cpu" else 1)
         return self.batch * products * self.channels, self.batch * z, self.batch * sums
 
     @property
@@ -660,12 +660,13 @@ class Rule:
     addition: float
     call: float
 
-    def cost(self, z: int, additions: int) -> float:
-        return self.z * z + self.addition * additions + self.call
+    def cost(self, z: int, additions: int, calls: int = 1) -> float:
+        return self.z * z + self.addition * additions + self.call * calls
 
 
-#: Fitted by hand to perf/results/2026-11-25-cpu.json: `auto` is about as fast as the faster path. Inference, training.
-CPU = Rule(40, 12, 1.5e7), Rule(60, 8, 1.2e7)
+#: Fitted to perf/results/2026-11-25-cpu-rule.json, least squares of log(time taken / time of the faster path). A row of z
+#: counts as a vector of 8 values at least, each block as a call; additions need no term of their own.
+CPU = Rule(105, 0, 3.5e6)
 #: An estimate, not measured: near to where the model of `estimated_seconds` for an H200 says 1.2x.
 GPU = Rule(300, 33, 0)
 #: The same of group convolutions, z being the values of the sums and of the products. Inference and training.
@@ -687,8 +688,8 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
     multiply_adds, z, additions = problem.work
     words = f"{problem.expanded / max(multiply_adds, 1):.3g}x fewer multiply-adds, {additions:,} additions"
     on_cpu = problem.target == "cpu"
-    rule = CPU[problem.training] if on_cpu else GPU
-    saved, cost = problem.expanded - multiply_adds, rule.cost(z, additions)
+    saved = problem.expanded - multiply_adds
+    cost = CPU.cost(z, additions, len(problem.spec.blocks)) if on_cpu else GPU.cost(z, additions)
     text = "" if on_cpu else " (estimate)"
     if on_cpu and problem.dtype not in ITEMSIZE:
         return False, f"The sums of the shift path ({words}) are slow in {problem.dtype}."

@@ -565,8 +565,8 @@ def is_fast() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def work(spec: ConvSpec, fold: bool, sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Values of z, products per channel of a group, and additions, of one image."""
+def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], vector: int = 1) -> tuple[int, int, int]:
+    """Values of z in rows of at least `vector`, products per channel of a group, and additions, of one image."""
     geometry, z, products, sums = _planar(spec.geometry), 0, 0, 0
     sizes = (*sizes, 1)[: len(geometry.kernel_size)]
     axes = tuple(map(Axis, sizes, geometry.padding, geometry.out_sizes(sizes)))
@@ -576,7 +576,8 @@ def work(spec: ConvSpec, fold: bool, sizes: Sequence[int]) -> tuple[int, int, in
             each = zip(phase.sizes, part.inside, axes, strict=True)
             places = math.prod(a.size if stays and geometry.transposed else n for n, stays, a in each)
             products += values * len(phase.slots) * len(part.order[0]) * places
-            z += 0 if part.is_plain else values * len(phase.slots) * math.prod(phase.sizes)
+            row = spec.groups * max(part.filters, vector)
+            z += 0 if part.is_plain else row * len(phase.slots) * math.prod(phase.sizes)
         if not part.is_plain:
             terms = sum(sign != 0 for _, _, signs in part.images for sign in signs)
             each_axis = zip(part.inside, axes, strict=True)
