@@ -664,8 +664,8 @@ class Rule:
         return self.z * z + self.addition * additions + self.call * calls
 
 
-#: Fitted to perf/results/2026-11-25-cpu-rule.json, least squares of log(time taken / time of the faster path). A row of z
-#: counts as a vector of 8 values at least, each block as a call; additions need no term of their own.
+#: Fitted to perf/results/2026-11-25-cpu-rule.json, least squares of log(time taken / time of the faster path). A row of
+#: z counts as a vector of 8 values at least, each block as a call; additions need no term of their own.
 CPU = Rule(105, 0, 3.5e6)
 #: An estimate, not measured: near to where the model of `estimated_seconds` for an H200 says 1.2x.
 GPU = Rule(300, 33, 0)
