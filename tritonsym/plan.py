@@ -241,8 +241,8 @@ class ConvProblem(Problem):
 
     @cached_property
     def work(self) -> tuple[int, int, int]:
-        """Of the shift path: multiply-adds, values of z (on the CPU with rows of 8 at least), and additions."""
-        z, products, sums = shift.work(self.spec, self.fold, self.sizes, 8 if self.target == "cpu" else 1)
+        """Of the shift path: multiply-adds, values of z, and additions."""
+        z, products, sums = shift.work(self.spec, self.fold, self.sizes)
         return self.batch * products * self.channels, self.batch * z, self.batch * sums
 
     @property
@@ -689,7 +689,11 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
     words = f"{problem.expanded / max(multiply_adds, 1):.3g}x fewer multiply-adds, {additions:,} additions"
     on_cpu = problem.target == "cpu"
     saved = problem.expanded - multiply_adds
-    cost = CPU.cost(z, additions, len(problem.spec.blocks)) if on_cpu else GPU.cost(z, additions)
+    if on_cpu:
+        z = problem.batch * shift.work(problem.spec, problem.fold, problem.sizes, vector=8)[0]
+        cost = CPU.cost(z, additions, len(problem.spec.blocks))
+    else:
+        cost = GPU.cost(z, additions)
     text = "" if on_cpu else " (estimate)"
     if on_cpu and problem.dtype not in ITEMSIZE:
         return False, f"The sums of the shift path ({words}) are slow in {problem.dtype}."
