@@ -396,7 +396,7 @@ def test_training_keeps_matrices_symmetric():
     for n in (1, 4, 7):
         s = train(tnn.SymmetricLinear(n, n), torch.randn(5, n))
         assert torch.equal(s, s.T)
-        s = train(tnn.SkewLinear(n, n), torch.randn(5, n))
+        s = train(tnn.SkewLinear(n + 1, n + 1), torch.randn(5, n + 1))
         assert torch.equal(s, -s.T)
 
 
