@@ -109,6 +109,27 @@ def test_runs_are_equal(interpreter, path, name):
         assert interpreter("repeat", path=path, tiles=TILES[path][0], dtype=dtype, **arguments)
 
 
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(
+    "conv, channels, sizes",
+    [
+        ({"orbits": "h", "filters": 10}, 5, [4, 5]),
+        ({"orbits": "v", "filters": 32, "stride": 2}, 3, [7, 6]),
+        ({"orbits": {"h": 4, "v": 2, "hv": 4}, "filters": 13}, 4, [5, 4]),
+        ({"orbits": "hv", "filters": 8, "kernel": [2, 3, 3], "padding": 1, "stride": [1, 2, 1]}, 3, [5, 4, 5]),
+        ({"orbits": "h", "filters": 4, "groups": 2, "dilation": 2, "padding": [2, 1]}, 3, [6, 5]),
+    ],
+)
+def test_axes_inside_the_products(interpreter, conv, channels, sizes, layout):
+    options = {"path": "shift", "tiles": TILES["shift"][0], "dtype": "float32", "layout": layout, "fold": True}
+    assert interpreter("convolution", conv=conv, batch=2, channels=channels, sizes=sizes, **options)
+
+
+@pytest.mark.parametrize("path", ["shift", "implicit_gemm"])
+def test_float16_overflows_where_dense_layers_do(interpreter, path):
+    assert interpreter("large", path=path, tiles=TILES[path][0])
+
+
 @pytest.mark.parametrize("path", ["shift", "implicit_gemm"])
 def test_no_images(interpreter, path):
     arguments = {"conv": {"orbits": "h", "filters": 4}, "path": path, "tiles": TILES[path][0], "layout": "first"}

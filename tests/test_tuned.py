@@ -267,12 +267,12 @@ def test_a_gpu_that_is_there_has_its_table_by_its_name(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     here, there = linear(n=4096, target="cuda"), linear(n=4096)
     assert (here.path, here.tiles, here.why) == (there.path, there.tiles, there.why)
-    put(tuned.user_file("nvidia-h100-80gb-hbm3"), "implicit_gemm", MATRICES["strips"][1], here.problem)
-    assert linear(n=4096, target="cuda").why.startswith("Measured on nvidia-h100-80gb-hbm3")
+    put(tuned.user_file("nvidia-h200"), "implicit_gemm", MATRICES["strips"][1], here.problem)
+    assert linear(n=4096, target="cuda").why.startswith("Measured on nvidia-h200")
     assert tuned.gpu("sm_90") == "sm_90"
 
 

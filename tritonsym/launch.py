@@ -269,6 +269,7 @@ def _layer(
     from tritonsym.kernels.tiles import as_tiles
 
     common = ConvSpec.of(spec), as_tiles(tiles), [_meta(form, dtype) for form in weights], device, scratch
+    fold = fold and dtype != torch.float16  # whose convolutions neither keep z in float32 nor scale
     return Shift(*common, fold) if path == "shift" else ImplicitGemm(*common, precision)
 
 

@@ -237,13 +237,27 @@ class ConvProblem(Problem):
     @cached_property
     def fold(self) -> bool:
         """Whether axes that no image moves stay inside the product of the shift path."""
-        return self.target == "cpu" and self.positions >= FOLD_POSITIONS
+        if self.target == "cpu":
+            return self.positions >= FOLD_POSITIONS
+        geometry, blocks = self.spec.geometry, self.spec.blocks
+        can = self.dtype in ("bfloat16", "float32") and self.spec.groups == 1 and not geometry.transposed
+        can &= not any(geometry.extra) and not any(block.orbits for block in blocks) and self.has_kernel
+        return can and shift_seconds(self, True) < shift_seconds(self, False)
 
     @cached_property
     def work(self) -> tuple[int, int, int]:
         """Of the shift path: multiply-adds, values of z, and additions."""
-        z, products, sums = shift.work(self.spec, self.fold, self.sizes)
+        return self.work_of(self.fold)
+
+    def work_of(self, fold: bool) -> tuple[int, int, int]:
+        """`work`, with the axes that no image moves inside the product or not."""
+        z, products, sums = shift.work(self.spec, fold, self.sizes)
         return self.batch * products * self.channels, self.batch * z, self.batch * sums
+
+    @property
+    def x(self) -> int:
+        """Values of x."""
+        return self.batch * self.spec.groups * self.channels * math.prod(self.sizes)
 
     @property
     def y(self) -> int:
@@ -272,7 +286,7 @@ class ConvProblem(Problem):
         return (
             f"conv{pool} {self.dtype} {mode} channels={self.channels} outputs={self.outputs} "
             f"filters={max(block.filters for block in self.spec.blocks)} taps={self.taps} stored={self.stored} "
-            f"positions={_bucket(self.positions * self.spec.groups)} z={_bucket(self.work[1])} "
+            f"positions={_bucket(self.positions * self.spec.groups)} z={_bucket(self.work_of(False)[1])} "
             f"layout={'last' if self.last else 'first'}"
         )
 
@@ -590,6 +604,9 @@ DEVICES = {
 #: Seconds of a launch, and the speed of our kernels' products as a part of the vendor's: estimates.
 LAUNCH = 2.5e-6
 TILES_OF_VENDOR, STRIPS_OF_VENDOR, GRAM_OF_VENDOR, IMPLICIT_OF_VENDOR = 0.85, 0.5, 0.75, 0.6
+#: Instructions of a term of the sums, as of the machine code (2 with 8 images, 3.5 with 2), and those that a lane
+#: issues per second: three quarters of 1.755 GHz.
+TERM, CLOCK = 2.7, 1.3e9
 #: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
 SMALL_N = 2048
 #: Estimated speedup below which the reference is taken all the same: nothing was measured.
@@ -612,7 +629,12 @@ def architecture(target: str) -> str:
 
 
 def device_of(target: str) -> Device:
-    """The numbers for a target; of the nearest older architecture, and for the interpreter those of an H200."""
+    """The numbers for a target: of the GPU that is there, or of the nearest older architecture; for the interpreter
+    those of an H200."""
+    if target.startswith("cuda") and torch.cuda.is_available():
+        there = torch.cuda.get_device_name(torch.device(target))
+        if named := [device for part, device in DEVICES.items() if part.split()[0] in there]:
+            return named[0]
     name = architecture(target)
     capability = int(name[3:]) if name.startswith("sm_") else 90
     older = [d for d in DEVICES.values() if int(d.target[3:]) <= capability]
@@ -620,15 +642,13 @@ def device_of(target: str) -> Device:
 
 
 def estimated_seconds(problem: ConvProblem) -> dict[str, float]:
-    """Forward time of every path on a GPU, by a roofline model: what README and `explain` tell, not what decides.
+    """Forward time of every path on a GPU, by a roofline model.
 
-    Each step takes its arithmetic or its traffic, whichever is longer, and a launch. z is written to memory and read
-    back once; every term of a sum is a load from L1. Without a product (depthwise) the vendor's convolution is taken to
-    be as fast as our kernel, which then saves no more than expanding the weight.
+    Each step takes its arithmetic or its traffic, whichever is longer, and a launch. Without a product (depthwise) the
+    vendor's convolution is taken to be as fast as our kernel, which then saves no more than expanding the weight.
     """
     device, itemsize = device_of(problem.target), ITEMSIZE[problem.dtype]
-    multiply_adds, z, additions = problem.work
-    x = problem.batch * problem.spec.groups * problem.channels * math.prod(problem.sizes)
+    x = problem.x
     weights = problem.spec.filters * problem.taps * problem.channels
     slower = 2 if itemsize == 4 and not problem.is_depthwise else 1  # tf32
     conv, terms = (device.sums, problem.expanded) if problem.is_depthwise else (device.conv, 0)
@@ -640,12 +660,24 @@ def estimated_seconds(problem: ConvProblem) -> dict[str, float]:
     rows = seconds(2 * problem.stored)
     dense = seconds(x + problem.y + weights, problem.expanded, conv, terms)
     ours = conv if problem.is_depthwise else IMPLICIT_OF_VENDOR * conv
-    sums = seconds(z + problem.y, terms=additions)
     return {
         "reference": rows + seconds(2 * weights) + dense,
-        "shift": rows + seconds(x + z + problem.stored, multiply_adds, device.gemm) + sums,
+        "shift": rows + shift_seconds(problem, problem.fold),
         "implicit_gemm": rows + seconds(x + problem.y + problem.stored, problem.expanded, ours, terms),
     }
+
+
+def shift_seconds(problem: ConvProblem, fold: bool) -> float:
+    """Of the product and the sums: z, of float16 in float32, is written to memory and read back once, and a term of a
+    sum takes a load from L1 and `TERM` instructions. With `fold` the product is the vendor's convolution."""
+    device, itemsize = device_of(problem.target), ITEMSIZE[problem.dtype]
+    multiply_adds, z, additions = problem.work_of(fold)
+    of_z = z * (4 if problem.dtype == "float16" else itemsize)
+    rate = (device.conv if fold else device.gemm) / (2 if itemsize == 4 else 1)  # tf32
+    product = max(((problem.x + problem.stored) * itemsize + of_z) / device.memory, 2 * multiply_adds / rate)
+    issued = TERM * additions / (128 * device.processors * CLOCK)
+    sums = max((problem.y * itemsize + of_z) / device.memory, additions * itemsize / device.l1, issued)
+    return product + sums + 2 * LAUNCH
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -667,8 +699,6 @@ class Rule:
 #: Fitted to perf/results/2026-11-25-cpu-rule.json, least squares of log(time taken / time of the faster path). A row of
 #: z counts as a vector of 8 values at least, each block as a call; additions need no term of their own.
 CPU = Rule(105, 0, 3.5e6)
-#: An estimate, not measured: near to where the model of `estimated_seconds` for an H200 says 1.2x.
-GPU = Rule(300, 33, 0)
 #: The same of group convolutions, z being the values of the sums and of the products. Inference and training.
 GROUP_CPU = Rule(60, 4, 0)
 #: An estimate: every value is written and read once, and there are about ten launches.
@@ -688,13 +718,6 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
     multiply_adds, z, additions = problem.work
     words = f"{problem.expanded / max(multiply_adds, 1):.3g}x fewer multiply-adds, {additions:,} additions"
     on_cpu = problem.target == "cpu"
-    saved = problem.expanded - multiply_adds
-    if on_cpu:
-        z = problem.batch * shift.work(problem.spec, problem.fold, problem.sizes, vector=8)[0]
-        cost = CPU.cost(z, additions, len(problem.spec.blocks))
-    else:
-        cost = GPU.cost(z, additions)
-    text = "" if on_cpu else " (estimate)"
     if on_cpu and problem.dtype not in ITEMSIZE:
         return False, f"The sums of the shift path ({words}) are slow in {problem.dtype}."
     if on_cpu and not shift.is_fast():
@@ -710,9 +733,15 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
         return False, "No estimate for this GPU."
     if not on_cpu and problem.terms > MOST_TERMS:
         return False, f"The shift path ({words}) has too many terms to compile."
+    if not on_cpu:
+        seconds = estimated_seconds(problem)
+        speed = seconds["reference"] / seconds["shift"]
+        return speed > MARGIN, f"The shift path ({words}) would have {speed:.2g}x the reference's speed (estimate)."
+    z = problem.batch * shift.work(problem.spec, problem.fold, problem.sizes, vector=8)[0]
+    saved, cost = problem.expanded - multiply_adds, CPU.cost(z, additions, len(problem.spec.blocks))
     if saved <= cost:
-        return False, f"The shift path ({words}) saves less than its additions cost{text}."
-    return True, f"{words}: it saves {saved / max(cost, 1):.2g}x what its additions cost{text}."
+        return False, f"The shift path ({words}) saves less than its additions cost."
+    return True, f"{words}: it saves {saved / max(cost, 1):.2g}x what its additions cost."
 
 
 @dataclass(frozen=True)
@@ -847,9 +876,8 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         multiply_adds = problem.work[0] if chosen == "shift" else problem.expanded
     else:
         multiply_adds = problem.of_blocks if chosen == "blocks" else problem.of_kernel
-    return Plan(
-        problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles, is_conv and problem.fold and not tiles
-    )
+    fold = is_conv and problem.fold and (on_gpu or not tiles)  # not by the interpreter, which the CPU's rule is not for
+    return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles, fold)
 
 
 def cannot_stay_packed(what: str) -> NotImplementedError:
