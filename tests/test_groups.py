@@ -182,6 +182,25 @@ def test_chunks_and_empty_batches(monkeypatch):
         assert layer(x[:0]).shape == (0, *expected.shape[1:])
 
 
+@pytest.mark.parametrize(("ndim", "form"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
+def test_memory_formats(ndim, form):
+    """Of a model, as torch's layers; the output has that of the input on every path."""
+    name = "hv"
+    cls, x = getattr(tnn, f"GroupConv{ndim}d"), torch.randn(2, 8, *(5, 4, 3)[:ndim])
+    layer = cls(2, 3, 3, padding=1, symmetry=name)
+    expected = layer(x)
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    layer = layer.to(memory_format=form)
+    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+    for path in ("reference", "fold"):
+        with tritonsym.path(path):
+            for y in (layer(x), layer(x.to(memory_format=form))):
+                torch.testing.assert_close(y, expected)
+            assert layer(x).is_contiguous() and y.is_contiguous(memory_format=form)
+    assert layer.to(F64).weight.dtype == F64 and layer.to("meta").weight.is_meta
+    layer.to_empty(device="cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_right_as_torch(dtype):
     layer, x = tnn.GroupConv2d(16, 16, 3, padding=1, symmetry="hv", dtype=dtype), torch.randn(2, 64, 9, 9, dtype=dtype)

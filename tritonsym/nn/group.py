@@ -81,6 +81,10 @@ class _GroupConv(_SharedConv):
         self._spec()  # or why there is none
         self._store((out, into // self.groups, order, *self.kernel_size), out)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Hide the fifth axis of a 2-D weight, which ``to(memory_format=torch.channels_last)`` refuses."""
+        return super()._apply(lambda t: fn(t.flatten(2)).view(t.shape) if t.ndim == 5 else fn(t), recurse)
+
     def _spec(self, output_padding: Any = None) -> str:
         return functional.group_text(type(self).__name__, self.symmetry.name, self.groups, *self._sizes())
 
