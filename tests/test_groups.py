@@ -376,3 +376,22 @@ def test_functions_are_the_layers():
 def test_spec_as_text():
     spec = fold.GroupSpec(Symmetry("d4"), 2, Geometry((3, 3), (2, 1), (1, 1), (1, 2), (0, 1)))
     assert fold.GroupSpec.of(spec.text) == spec
+
+
+def test_a_network_becomes_plain_torch():
+    net = nn.Sequential(
+        tnn.SymmetricConv2d(2, 8, 3, padding=1, symmetry="hv", share_bias=True),
+        tnn.GroupBatchNorm2d(2, "hv"),
+        tnn.GroupConv2d(2, 3, 3, symmetry="hv", activation="relu"),
+        tnn.GroupDropout(0.5, symmetry="hv"),
+        tnn.GroupPool("hv", "mean"),
+    )
+    x = torch.randn(2, 2, 6, 6)
+    net(x)
+    with pytest.raises(ValueError, match=r"GroupBatchNorm2d.to_dense: .*call eval\(\)"):
+        tritonsym.materialize(net)
+    plain = tritonsym.materialize(net.eval())
+    torch.testing.assert_close(plain(x), net(x))
+    assert not any(type(m).__module__.startswith("tritonsym") for m in plain.modules())
+    plain.train()[3](torch.randn(2, 12, 4, 4))  # still drops whole fields
+    assert [name for name, _ in tritonsym.explain(net, x)] == ["0", "2"]

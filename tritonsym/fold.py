@@ -45,7 +45,7 @@ from tritonsym.symmetry import Symmetry, signed_orbits, taps
 #: Bytes of the sums of one chunk of images.
 CHUNK_BYTES = 6 << 20
 #: Entries of the index tables of one image above which the plan does not take the path: they are kept in memory.
-MOST_ENTRIES = 1 << 22
+MOST_ENTRIES = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def _bags(bags: Bags, images: int, device: torch.device, dtype: torch.dtype) -> 
     """Entries, where every row starts and ends, and signs."""
 
     def of_all(numbers: Tensor, rows: int, blocks: int) -> Tensor:
-        size = rows // blocks
+        size, numbers = rows // blocks, numbers.long()
         return ((numbers // size * images + torch.arange(images)[:, None]) * size + numbers % size).flatten()
 
     to, order = of_all(bags.to, bags.rows, bags.blocks[0]).sort(stable=True)
@@ -465,7 +465,7 @@ def _spread(entries: Entries, q: Tensor, p: Tensor, to_size: Ints, of_size: Ints
 def _bags_of(
     parts: Sequence[tuple[Tensor, Tensor, Tensor]], to_size: Ints, of_size: Ints, blocks: tuple[int, int] = (1, 1)
 ) -> Bags:
-    to, of, signs = map(torch.cat, zip(*parts, strict=True))
+    to, of, signs = (torch.cat(part).int() for part in zip(*parts, strict=True))
     return Bags(to, of, signs, blocks[0] * math.prod(to_size), blocks[1] * math.prod(of_size), blocks)
 
 
@@ -476,7 +476,7 @@ def table_entries(spec: GroupSpec, axes: int, sizes: Ints) -> int:
     return math.prod(plan.grid) * terms * plan.chars.order * spec.groups
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def fold(text: str, axes: int, sizes: Ints) -> Fold:
     """Kept, for its tables."""
     return Fold(GroupSpec.of(text), axes, sizes)

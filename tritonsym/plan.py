@@ -523,7 +523,8 @@ class GroupProblem(Problem):
             for number in range(1, most + 1):
                 products, values, additions = self.work(number)
                 if fold.table_entries(self.spec, number, self.sizes) <= fold.MOST_ENTRIES:
-                    gains.append((self.dense - products - rule.cost(values, additions), number))
+                    slower = 1 if fold.fold(self.spec.text, number, self.sizes).is_flat else GROUPED
+                    gains.append((self.dense - slower * products - rule.cost(values, additions), number))
             _, axes = max(gains)
             why = f"Sums along mirrored axes would cost more than they save{text}."
         products, values, additions = self.work(axes) if axes else (self.dense, 0, 0)
@@ -699,8 +700,11 @@ class Rule:
 #: Fitted to perf/results/2026-11-25-cpu-rule.json, least squares of log(time taken / time of the faster path). A row of
 #: z counts as a vector of 8 values at least, each block as a call; additions need no term of their own.
 CPU = Rule(105, 0, 3.5e6)
-#: The same of group convolutions, z being the values of the sums and of the products. Inference and training.
-GROUP_CPU = Rule(60, 4, 0)
+#: The same of group convolutions, z being the values of the sums and of the products, for inference and training; what
+#: comes of it stands in perf/results/2026-11-25-groups.json.
+GROUP_CPU = Rule(60, 2, 0)
+#: How much slower than the dense one the grouped convolution is that remains where axes stay inside the product.
+GROUPED = 1.2
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
 #: Positions from which axes that no image moves stay inside the product on the CPU.
