@@ -102,6 +102,33 @@ def table(result: dict[str, Any], name: str, one_thread: dict[str, Any] | None =
     )
 
 
+def groups(result: dict[str, Any], name: str) -> str:
+    """Layers of equivariant networks, by input and symmetry."""
+    rows, kinds = {(row["case"], row["mode"]): row for row in result["rows"]}, ("group-h", "group-hv", "group-d4")
+    lines: dict[str, dict[str, list[str]]] = {}
+    for case, _ in rows:
+        shape, kind = shape_and_kind(case)
+        lines.setdefault(shape, {})[kind] = [_cell(rows.get((case, mode))) for mode in MODES]
+    main = [
+        [shape, *(found.get(k, "--")[i] for i in (0, 1) for k in kinds)]
+        for shape, found in lines.items()
+        if kinds[0] in found
+    ]
+    more = [[shape, f"`{k}`", *c] for shape, found in lines.items() for k, c in found.items() if k not in kinds]
+    columns = [f"`{kind.removeprefix('group-')}`" for kind in kinds]
+    return "\n\n".join(
+        [
+            "Times of the dense convolution with as many channels (weight expanded beforehand) over those of "
+            f"`GroupConv`: {result['device']}, {result['threads']} threads, {result['rows'][0]['dtype']}, torch "
+            f"{result['torch']}, 3x3 kernels, channels-last, medians of few samples. Left: inference, right: training; "
+            "*in italics where that is the expanded convolution*, which expands its weight in every call.",
+            _markdown(["input", *columns, *columns], *main),
+            _markdown(["input", "layer", "inference", "training"], *more),
+            f"Raw samples: `{name}`, made by `{' '.join(result['command'])}`.",
+        ]
+    )
+
+
 def estimate() -> str:
     """Of the same layers on a GPU, by the model of `plan.estimated_seconds`: nothing of it was measured."""
     symmetries = ("h", "hv", "c4", "d4")
@@ -155,12 +182,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tritonsym.perf.table", description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--one-thread", type=Path, help="results of the same layers with one thread: adds their means")
+    parser.add_argument("--groups", type=Path, help="results of the layers of equivariant networks: their table, too")
     parser.add_argument("--write", type=Path, help="the file whose tables to replace")
     args = parser.parse_args(argv)
     result = load(args.results, parser)
     one = load(args.one_thread, parser) if args.one_thread else None
     text = table(result, args.results.as_posix(), one, args.one_thread.as_posix() if one else "")
     parts = {"table": text, "estimate": estimate()}
+    if args.groups:
+        parts["groups"] = groups(load(args.groups, parser), args.groups.as_posix())
     if args.write is None:
         print(*parts.values(), sep="\n\n")
         return 0

@@ -358,6 +358,7 @@ def test_plans():
         assert planned("hv", 1280, 2, 16, 16).path == "reference"
     with tritonsym.path("fold"):
         assert planned("hv", 16, 2, 16, 16).axes == 2
+    assert planned("hv", 320, 1, 64, 64).axes == 1  # with two, the sums of an image would leave the cache
     assert planned("hv", 64, 1, 4096, 4096).path == "reference"  # whose tables would take gigabytes
     half = tnn.GroupConv2d(320, 320, 3, symmetry="hv", dtype=torch.bfloat16, device="meta")
     assert (

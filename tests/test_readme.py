@@ -9,14 +9,14 @@ from torch import nn as torch_nn
 
 import tritonsym
 from tritonsym.__main__ import PERF
-from tritonsym.perf.table import estimate, table
+from tritonsym.perf.table import estimate, groups, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs(capsys):
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, re.S)
     model = torch_nn.Sequential(torch_nn.Conv2d(3, 8, 3), torch_nn.ReLU(), torch_nn.Conv2d(8, 10, 3))
     names = {"model": model, "dense_model": model, "x": torch.randn(2, 64, 9, 9)}
     exec(code, names)
@@ -26,7 +26,7 @@ def test_example_runs(capsys):
 
 
 def test_matrices_run():
-    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    *_, code = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {"tritonsym": tritonsym, "S": torch.randn(6, 6), "x": torch.randn(4, 6), "G": torch.randn(2, 3, 5)}
     exec(code.replace("T.newton_schulz", "update = T.newton_schulz"), names)
     assert names["packed"].shape == (7, 3) and names["C"].shape == (2, 3, 3) and names["update"].shape == (2, 3, 5)
@@ -37,6 +37,19 @@ def test_table_is_generated():
     name, *one_thread = re.findall(r"`(perf/results/[^`]+\.json)`", shown)
     more = [part for other in one_thread for part in (json.loads((ROOT / other).read_text()), other)]
     assert shown == table(json.loads((ROOT / name).read_text()), name, *more)
+
+
+def test_table_of_equivariant_networks_is_generated():
+    [shown] = re.findall(r"<!-- groups -->\n(.*?)\n<!-- /groups -->", README, re.S)
+    [name] = re.findall(r"Raw samples: `(perf/results/[^`]+\.json)`", shown)
+    assert shown == groups(json.loads((ROOT / name).read_text()), name)
+
+
+def test_network_runs():
+    _, code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {"x": torch.randn(2, 3, 9, 9)}
+    exec(code, names)
+    assert names["net"](names["x"]).shape == (2, 16, 9, 9)
 
 
 def test_estimate_is_generated_and_says_so():

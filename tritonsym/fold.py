@@ -44,6 +44,8 @@ from tritonsym.symmetry import Symmetry, signed_orbits, taps
 
 #: Bytes of the sums of one chunk of images.
 CHUNK_BYTES = 6 << 20
+#: Values of the sums of one image above which the plan does not take so many axes: they leave the cache.
+MOST_VALUES = 6 << 20
 #: Entries of the index tables of one image above which the plan does not take the path: they are kept in memory.
 MOST_ENTRIES = 1 << 21
 
@@ -399,10 +401,13 @@ class Fold:
         cosets = len(self.chars.at[0])
         return self.chars.order, cosets, len(self.chars.planes), cosets, math.prod(self.rest[0])
 
+    def values(self, channels: int) -> int:
+        """Of the sums of an image with so many channels."""
+        return math.prod(self.grid) * channels * len(self.chars.planes)
+
     def images(self, x: Tensor, weight: Tensor) -> Iterator[slice]:
         """Chunks whose sums stay in the cache, but have as many values as the weight."""
-        values = math.prod(self.grid) * x.shape[1] * len(self.chars.planes)
-        count = max(1, max(CHUNK_BYTES // weight.itemsize, weight.numel()) // max(1, values))
+        count = max(1, max(CHUNK_BYTES // weight.itemsize, weight.numel()) // max(1, self.values(x.shape[1])))
         return (slice(n, n + count) for n in range(0, x.shape[0], count))
 
     def sums(self, x: Tensor) -> Tensor:

@@ -522,8 +522,10 @@ class GroupProblem(Problem):
             gains = [(0.0, 0)]
             for number in range(1, most + 1):
                 products, values, additions = self.work(number)
-                if fold.table_entries(self.spec, number, self.sizes) <= fold.MOST_ENTRIES:
-                    slower = 1 if fold.fold(self.spec.text, number, self.sizes).is_flat else GROUPED
+                one = fold.fold(self.spec.text, number, self.sizes)
+                is_small = one.values(self.spec.order * self.channels) <= fold.MOST_VALUES
+                if is_small and fold.table_entries(self.spec, number, self.sizes) <= fold.MOST_ENTRIES:
+                    slower = 1 if one.is_flat else GROUPED
                     gains.append((self.dense - slower * products - rule.cost(values, additions), number))
             _, axes = max(gains)
             why = f"Sums along mirrored axes would cost more than they save{text}."
