@@ -28,12 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 import tritonsym
 from tritonsym import launch, plan, reference, tuned
 from tritonsym.perf.cases import CPU, GPU, Case, Function, cost, memory_format, roofline, select, smallest
-from tritonsym.perf.measure import Step, auto, gate, make_step, measure, paths, spread
+from tritonsym.perf.measure import Step, auto, gate, make_step, measure, paths, spread, tqdm
 
 #: The exit code of a run whose time was up before all cases were measured.
 UNFINISHED = 75

@@ -30,7 +30,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the compile
 
 import torch
 import triton
-from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -52,6 +51,7 @@ from tritonsym.kernels.tiles import (
     Tile,
     pick,
 )
+from tritonsym.perf.measure import tqdm
 from tritonsym.spec import ConvSpec, Geometry, orbit_spec, pool_spec
 from tritonsym.symmetry import FilterLayout, Symmetry
 

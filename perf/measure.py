@@ -8,7 +8,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,22 @@ from torch import Tensor, nn
 import tritonsym
 from tritonsym import launch, plan, testing
 from tritonsym.perf.cases import Function
+
+try:
+    from tqdm import tqdm
+except ImportError:
+
+    class tqdm:  # type: ignore[no-redef]
+        """No progress bar."""
+
+        write = staticmethod(print)
+
+        def __init__(self, items: Iterable[Any], **_: Any) -> None:
+            self.items = items
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.items)
+
 
 Step = Callable[[], object]
 

@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import tritonsym
 from tritonsym import launch, plan, tuned
 from tritonsym.perf.bench import UNFINISHED, kernels_if_interpreted, parser, prepare
 from tritonsym.perf.cases import Case
-from tritonsym.perf.measure import Step, gate, make_step, measure, paths
+from tritonsym.perf.measure import Step, gate, make_step, measure, paths, tqdm
 
 #: A tile is better if its median time is below this share of the best one's.
 BETTER = 0.98
@@ -109,7 +108,7 @@ def run(jobs: Sequence[Job], device: torch.device, budget: float, again: bool = 
     by_key: dict[str, Job] = {}
     for job in jobs:
         by_key.setdefault(job.problem.key, job)
-    file = tuned.user_file(tuned.gpu(str(device)))
+    file = tuned.user_file(tuned.table_name(str(device)))
     known = {} if again else tuned.read(file)
     entries = {key: known[key] for key in by_key if key in known}
     todo = [key for key in by_key if key not in entries]

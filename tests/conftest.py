@@ -5,7 +5,9 @@ Every run of a test draws the same numbers.
 
 import dataclasses
 import inspect
+import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 import tritonsym
 import tritonsym.nn as tnn
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tritonsym-tests-")  # plans by no table of this machine
 
 settings.register_profile("tritonsym", deadline=None, derandomize=True)
 settings.load_profile("tritonsym")

@@ -152,11 +152,25 @@ def test_demo_without_its_extra(tmp_path, capsys, monkeypatch, missing):
     assert capsys.readouterr().err == f'The demo needs {missing}: pip install "tritonsym[demo]"\n'
 
 
-@pytest.mark.parametrize("command", ["bench", "tune"])
-def test_measurements_without_their_extra(capsys, monkeypatch, command):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert main([command]) == 1
-    assert capsys.readouterr().err == f'The {command} needs tqdm: pip install "tritonsym[perf]"\n'
+def test_measurements_without_their_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench"]) == 1
+    assert capsys.readouterr().err == 'The bench needs matplotlib: pip install "tritonsym[perf]"\n'
+    with pytest.raises(SystemExit) as stop:  # no plots, so it starts: there is nothing to tune without a GPU
+        main(["tune"])
+    assert stop.value.code == 2 and "no kernels to tune on the CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "check", "demo", "advise", "bench", "tune"])
+def test_help_needs_no_extra(command):
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("matplotlib", "tqdm", "sklearn", "triton"), None))
+from tritonsym.__main__ import main
+main(sys.argv[1:])
+"""
+    result = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and f"tritonsym {command}" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -188,4 +202,11 @@ def test_help_lists_what_there_is(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert re.findall(r"^ {4}(\w+) ", capsys.readouterr().out, re.M) == ["info", "check", "demo", "bench", "tune"]
+    assert re.findall(r"^ {4}(\w+) ", capsys.readouterr().out, re.M) == [
+        "info",
+        "check",
+        "demo",
+        "advise",
+        "bench",
+        "tune",
+    ]

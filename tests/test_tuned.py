@@ -273,7 +273,7 @@ def test_a_gpu_that_is_there_has_its_table_by_its_name(monkeypatch):
     assert (here.path, here.tiles, here.why) == (there.path, there.tiles, there.why)
     put(tuned.user_file("nvidia-h200"), "implicit_gemm", MATRICES["strips"][1], here.problem)
     assert linear(n=4096, target="cuda").why.startswith("Measured on nvidia-h200")
-    assert tuned.gpu("sm_90") == "sm_90"
+    assert tuned.table_name("sm_90") == "sm_90"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -319,3 +319,30 @@ def test_a_user_without_a_home_has_no_tables(monkeypatch):
     assert tuned.user_file("sm_90").parent.name == "tritonsym"
     plan.forget()
     assert explain().path
+
+
+def test_a_measurement_on_this_cpu_comes_before_the_rule():
+    before = explain(target="cpu", dtype=torch.float32)
+    other = {"reference": "shift", "shift": "reference"}[before.path]
+    name = tuned.table_name("cpu")
+    assert name.startswith("cpu-") and name.endswith(f"-{torch.get_num_threads()}-threads")
+    put(tuned.user_file(name), other, [], before.problem)
+    after = explain(target="cpu", dtype=torch.float32)
+    assert after.path == other and after.why == f"Measured on {name}: the fastest path."
+    layer = tritonsym.nn.SymmetricConv2d(64, 64, 3, padding=1, symmetry="hv")
+    x = torch.randn(8, 64, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    with tritonsym.path(before.path):
+        assert explain(target="cpu", dtype=torch.float32).path == before.path
+    with tritonsym.backend("reference"):
+        assert explain(target="cpu", dtype=torch.float32).why == "Forced by the backend 'reference'."
+    put(tuned.user_file(name), "implicit_gemm", [], before.problem)
+    assert explain(target="cpu", dtype=torch.float32).path == before.path, "no such path on a CPU"
+
+
+def test_tables_are_written_where_no_file_can_be_locked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    file = tuned.user_file("some")
+    tuned.record(file, {"key": {"path": "reference", "tiles": []}})
+    assert tuned.read(file) == {"key": {"path": "reference", "tiles": []}}

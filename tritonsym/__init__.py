@@ -12,6 +12,8 @@ from tritonsym.plan import Plan, backend, explain, path
 from tritonsym.symmetry import FilterLayout, Symmetry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.nn import Module
 
@@ -29,14 +31,37 @@ def tune(model: Module, example_input: Tensor, budget_s: float = 300) -> dict[st
     Returns:
         The entries {key: {"path": .., "tiles": .., "seconds": ..}} of the model's layers.
     Raises:
-        ImportError: the packages of "tritonsym[perf]" are missing.
         ValueError: the input is not on a GPU, or no such layer is called in a dtype that kernels compute.
     """
-    try:
-        from tritonsym.perf import tune as perf
-    except ImportError as error:
-        raise ImportError(f'tune needs {error.name}: pip install "tritonsym[perf]"') from error
+    from tritonsym.perf import tune as perf
+
     return perf.tune(model, example_input, budget_s)
+
+
+def advise(
+    model: Module, x: Tensor, symmetries: Sequence[str] | None = None, rounds: int = 5, save: bool = False
+) -> Any:
+    """Measure on this machine what symmetric convolutions would gain in a model: layer by layer, and all of it.
+
+    Every convolution that `replace_layers` could replace is timed dense and symmetric, on the input that it gets from
+    ``model(x)``, forward and in training (with the gradients of its input and parameters); then the whole model.
+
+    Args:
+        model: any module; it stays as it is.
+        x: an input.
+        symmetries: names to try; by default 'h', 'hv' and 'd4' (2-D), 'hvz' (3-D).
+        rounds: samples of every time, of which the median counts.
+        save: put the fastest path of every layer into the user's table for this machine (`tritonsym.tuned`), so that
+            every later plan for such a layer says "Measured". On a GPU this searches for tiles, too, as `tune` does.
+    Returns:
+        An advice: `str` is a table, sorted by the time saved; ``.json()``; ``.plot(file)``, which needs matplotlib.
+    Raises:
+        ValueError: no convolution can be replaced, or an unknown symmetry.
+        TypeError: not a module, or x is no tensor.
+    """
+    from tritonsym.perf import advise as perf
+
+    return perf.advise(model, x, symmetries, rounds, save)
 
 
 __all__ = [
@@ -44,6 +69,7 @@ __all__ = [
     "Plan",
     "Symmetry",
     "__version__",
+    "advise",
     "backend",
     "explain",
     "functional",

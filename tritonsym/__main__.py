@@ -224,15 +224,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--output", type=_picture, default=Path("demo.png"), help="picture (default: %(default)s)")
-    for name, text in PERF.items():  # its options are its own: see tritonsym.perf
+    for name, (text, _) in PERF.items():  # its options are its own: see tritonsym.perf
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
-#: Commands that `tritonsym.perf` does.
-PERF = {
-    "bench": "time every path against the dense layer; plots, JSON, comparison with an older run",
-    "tune": "find the fastest path and tiles for layers on this GPU, and use them from now on",
+#: Commands that `tritonsym.perf` does, and what they need.
+PERF: dict[str, tuple[str, tuple[str, ...]]] = {
+    "advise": ("time the convolutions of your model dense and symmetric; table, JSON, plot", ()),
+    "bench": ("time every path against the dense layer; plots, JSON, comparison with an older run", ("matplotlib",)),
+    "tune": ("find the fastest path and tiles for layers on this GPU, and use them from now on", ()),
 }
 
 
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command in PERF:
-        if _lacks(args.command, "perf", ("matplotlib", "tqdm")):
+        if not {"-h", "--help"} & {*rest} and _lacks(args.command, "perf", PERF[args.command][1]):
             return 1
         return import_module(f"tritonsym.perf.{args.command}").main(rest)
     if rest:

@@ -830,7 +830,8 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
             f"{problem.dtype} on {problem.target}; Plan.tiles shows some that do"
         )
     never_unpack = not is_conv and getattr(problem, "never_unpack", False)
-    measured = tuned.find(problem) if runs and on_gpu and backend != "reference" else None
+    has_table = runs if on_gpu else is_conv and backend == "auto" and not forced
+    measured = tuned.find(problem) if has_table and backend != "reference" else None
     unwanted = ("reference",) * never_unpack + ("reference", "blocks") * (backend == "triton")
     if measured and measured[0] in unwanted:
         measured = None
@@ -848,7 +849,7 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         pays, why = problem.blocks_pay()
         chosen = "blocks" if pays else "reference"
     elif measured:
-        chosen, why = measured[0], f"Measured on {tuned.gpu(problem.target)}: the fastest path."
+        chosen, why = measured[0], f"Measured on {tuned.table_name(problem.target)}: the fastest path."
     elif is_conv:
         interpreted = backend == "triton" and not on_gpu
         pays, why = _pays(replace(problem, target="sm_90") if interpreted else problem)

@@ -1,8 +1,8 @@
-"""Tables of what was measured on a GPU: the fastest path for a layer or function, and the tiles of its kernels.
+"""Tables of what was measured on a machine: the fastest path for a layer or function, and the tiles of its kernels.
 
-A table is a JSON file named after its GPU, {"version": .., "entries": {key: {"path": .., "tiles": [[..], ..]}}}. Those
-that ship with the library lie in `kernels/tuned`; `tritonsym.tune` writes the user's into the cache directory
-(XDG_CACHE_HOME), and they come first.
+A table is a JSON file named after its GPU, or its CPU and the number of threads, {"version": .., "entries": {key:
+{"path": .., "tiles": [[..], ..]}}}. Those that ship with the library lie in `kernels/tuned`; `tritonsym.tune` and
+`advise` write the user's into the cache directory (XDG_CACHE_HOME), and they come first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +31,18 @@ Tiles = tuple[tuple[int, ...], ...]
 VERSION = 3
 
 
-def gpu(target: str) -> str:
-    """The name of the table for a target: of the GPU that is there, 'nvidia-h200', or of an architecture, 'sm_90'."""
-    if not target.startswith("cuda") or not torch.cuda.is_available():
+def table_name(target: str) -> str:
+    """Of the table for a target: 'cpu-...-2-threads', 'nvidia-h200' of the GPU that is there, or 'sm_90'."""
+    if target == "cpu":
+        name = f"cpu {device_name(torch.device('cpu'))} {torch.get_num_threads()} threads"
+    elif target.startswith("cuda") and torch.cuda.is_available():
+        name = torch.cuda.get_device_name(torch.device(target))
+    else:
         return target
-    return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(torch.device(target)).lower()).strip("-")
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+@lru_cache(maxsize=16)
 def device_name(device: torch.device) -> str:
     """What the machine calls its GPU or CPU."""
     if device.type == "cuda":
@@ -91,13 +96,15 @@ def read(file: Path) -> dict[str, Any]:
 
 def find(problem: Problem) -> tuple[str, Tiles] | None:
     """The path and tiles measured for such a problem, if they can run there."""
-    entry = table(gpu(problem.target)).get(problem.key)
+    entry = table(table_name(problem.target)).get(problem.key)
     if entry is None:
         return None
     try:
         tiles = tuple(tuple(map(int, tile)) for tile in entry["tiles"])
     except (TypeError, ValueError):
         return None
+    if problem.target == "cpu":
+        return (entry["path"], ()) if entry["path"] in ("reference", "shift") else None
     return (entry["path"], tiles) if problem.runs(entry["path"], tiles) else None
 
 
@@ -124,8 +131,9 @@ def write(file: Path, text: str) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    import fcntl  # where Triton runs
-
     with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, also by the death of the process
+        with suppress(ImportError):  # Windows has none: there the last of two writers wins
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, also by the death of the process
         yield
