@@ -4,8 +4,8 @@
 
 BUILDER is called without arguments and returns the model. Every convolution that `replace_layers` could replace is
 timed dense and symmetric, on the inputs that it gets in the model, forward and in training, then the model as a whole.
-What comes out wrong is not timed. --save puts the fastest paths into the user's table (`tritonsym.tuned`) for this machine,
-so that every later plan for such a layer says "Measured".
+What comes out wrong is not timed. --save puts the fastest paths into the user's table (`tritonsym.tuned`) for this
+machine, so that every later plan for such a layer says "Measured".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Advice(Sequence[Advised]):
 
     def __str__(self) -> str:
         names = ("layers", "kind", "input", "symmetry", "parameters", "forward, ms", "gain", "training, ms", "gain")
-        lines = [(*names, "saved, ms", "path")]
+        lines: list[tuple[str, ...]] = [(*names, "saved, ms", "path")]
         for row in (*self.rows, *self.models):
             times = []
             for mode in MODES:
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         if x.ndim not in (4, 5):
             program.error("--channels-last needs an input with two or three spatial axes")
         form: Any = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        model, x = model.to(memory_format=form), x.contiguous(memory_format=form)
+        model, x = cast(Any, model).to(memory_format=form), x.contiguous(memory_format=form)
     symmetries = args.symmetry.split(",") if args.symmetry else None
     try:
         advice = advise(model, x, symmetries, args.rounds, args.save, sys.argv[1:] if argv is None else argv)

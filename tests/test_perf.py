@@ -341,7 +341,7 @@ def test_tune_finds_the_fastest_and_plans_take_it(pretended_kernels, monkeypatch
     assert not layers[0]._forward_pre_hooks
     monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched again"))
     assert tritonsym.tune(model, x).keys() == entries.keys()
-    tuned.user_file("cpu").rename(tuned.user_file("sm_90"))  # as if it had been that GPU
+    tuned.user_file(tuned.table_name("cpu")).rename(tuned.user_file("sm_90"))  # as if it had been that GPU
     plan.forget()
     with torch.no_grad():
         found = tritonsym.explain(layers[0], x, "sm_90")
@@ -357,12 +357,12 @@ def test_interrupted_search_and_products_with_a_symmetric_result(pretended_kerne
         return right(job, deadline)
 
     monkeypatch.setattr(tune, "search", interrupted)
-    assert main(arguments) == 130 and len(tuned.read(tuned.user_file("cpu"))) == 1
+    assert main(arguments) == 130 and len(tuned.read(tuned.user_file(tuned.table_name("cpu")))) == 1
     monkeypatch.setattr(tune, "search", right)
     assert main([*arguments, "--budget", "0"]) == bench.UNFINISHED
     assert main(arguments) == 0
     assert "3 of 3 layers" in capsys.readouterr().out, "two modes, and one product"
-    entry = tuned.read(tuned.user_file("cpu"))["gram float32 n=8 k=8 batch=1"]
+    entry = tuned.read(tuned.user_file(tuned.table_name("cpu")))["gram float32 n=8 k=8 batch=1"]
     assert (entry["path"], entry["tiles"]) == ("implicit_gemm", [list(pretended_kernels[5][1])])
 
 
