@@ -4,6 +4,7 @@ Every model is converted, called, trained by one step, brought back, and has the
 """
 
 import copy
+import importlib
 import io
 import json
 import logging
@@ -24,6 +25,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
+
+
+@pytest.fixture
+def timm():
+    """Which needs a torchvision built for this torch."""
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"timm cannot be imported: {error}")
 
 
 def first_tensor(output):
@@ -174,15 +184,11 @@ def test_diffusers_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "least"), [("resnet18", 15), ("efficientnet_b0", 1)])
-def test_timm(name, least):
-    import timm
-
+def test_timm(timm, name, least):
     round_trip(timm.create_model(name, num_classes=5), torch.randn(2, 3, 64, 64), "hv", least)
 
 
-def test_timm_convolutions_with_a_forward_of_their_own_are_left_alone():
-    import timm
-
+def test_timm_convolutions_with_a_forward_of_their_own_are_left_alone(timm):
     model = timm.create_model("tf_efficientnet_b0", num_classes=5)
     _, report = replace_layers(model, "hv", subclasses=True)
     reasons = {skip.name: skip.reason for skip in report.skipped}
