@@ -701,6 +701,12 @@ def materialize(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     where = "materialize"
     functional.check_module(where, model)
+    for key, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{where}: {key} is a DTensor; materialize a model that is not sharded, with the full state_dict "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict)"
+            )
     hidden = _hidden(model, copied=not inplace)
     for name, module in model.named_modules():
         if isinstance(module, _TRITONSYM_LAYERS) and name in hidden:

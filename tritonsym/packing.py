@@ -32,6 +32,8 @@ def packed_shape(n: int) -> tuple[int, int]:
 def check_tensor(where: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "device_mesh"):
+        raise TypeError(f"{where}: {name} is a DTensor; gather it first: {name}.full_tensor()")
 
 
 def check_inexact(where: str, name: str, value: Tensor) -> None:
