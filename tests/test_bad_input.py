@@ -88,9 +88,18 @@ f_pool = partial(T.orbit_pool_conv2d, X, symmetry="h")
 f_global = partial(T.global_conv1d, x=SEQUENCE, center=CENTER, surround=CENTER)
 f_linear, matmul = T.symmetric_linear, T.symmetric_matmul
 
+
+def sharded():
+    """As a DTensor looks."""
+    value = torch.ones(3, 1)
+    value.device_mesh = None
+    return value
+
+
 #: Who says so (the first word of the message) and what is wrong: a call, the type of the error and what else is said.
 CASES = {
     "materialize: kind": (lambda: tritonsym.materialize([]), TypeError, "expected a torch.nn.Module, got list"),
+    "unpack: sharded": (lambda: tritonsym.unpack(sharded()), TypeError, "packed DTensor packed.full_tensor()"),
     "SymmetricConv2d: normalized": (
         lambda: nn.utils.parametrizations.spectral_norm(conv())(X),
         ValueError,
