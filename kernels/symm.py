@@ -6,6 +6,9 @@ With K = ceil(n / 2), N = n - K and even = 1 - n mod 2, the packed rectangle P o
     right:  S[K + r, K + c] = P[r, c + 1 - even]      r <= c < N
 
 so that either triangle is P[r K + c + base] with base = even K on the left and 1 - even on the right.
+
+Of a skew-symmetric S (SKEW) the rectangle is that of n - 1: K = ceil((n - 1) / 2), even = n mod 2, and base is
+(even - 1) K and -even, for r > c and r < c alone; those on the right have the other sign: P holds S[K + c, K + r].
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def _product_kernel(
     bias_ptr,  # [K + N]
     y_ptr,  # [B, K + N], contiguous
     B, K, N, x_b, x_k,
-    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, SKEW: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +47,7 @@ def _product_kernel(
     size = tl.where(is_left, K, N)  # columns of the half,
     end = tl.where(is_left, K + N, N)  # rows of its triangle, of which the left one goes on below,
     half = tl.where(is_left, 0, K)  # and where both begin
-    base = packed_ptr + tl.where(is_left, EVEN * K, 1 - EVEN)
+    base = packed_ptr + tl.where(is_left, (EVEN - SKEW) * K, 1 - EVEN - SKEW)
     j = first + tl.arange(0, BLOCK_N)
     live, inside = (m < B)[:, None], (j < size)[None, :]
     x = x_ptr + m[:, None] * x_b
@@ -54,21 +57,31 @@ def _product_kernel(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # S[j, k], k < K <= j: the left triangle's rows below
-    below = packed_ptr + tl.cast(K + EVEN, tl.int64) * K + row
+    below = packed_ptr + tl.cast(K + EVEN - SKEW, tl.int64) * K + row
     total = accumulate(total, x, below, 0, tl.where(is_left, 0, K), x_k, 1, live, inside, BLOCK_K, PRECISION)
     # S[k, j] and S[j, k] on either side of the diagonal: as stored, and transposed
     k_from, k_to = tl.where(is_left, after, 0), tl.where(is_left, end, first)
     total = accumulate(total, x_half, base + j[None, :], k_from, k_to, x_k, K, live, inside, BLOCK_K, PRECISION)
+    if SKEW:  # all this was read as the negative of what it is on the right
+        total = -total
     k_from, k_to = tl.where(is_left, 0, after), tl.where(is_left, first, end)
     total = accumulate(total, x_half, base + row, k_from, k_to, x_k, 1, live, inside, BLOCK_K, PRECISION)
+    if SKEW:
+        total = tl.where(is_left, -total, total)
     for k_first in tl.range(first, tl.minimum(after, end), BLOCK_K, num_stages=1):
         k = k_first + tl.arange(0, BLOCK_K)
         x_k_ptr = x_half + k.to(tl.int64)[None, :] * x_k
         a = tl.load(x_k_ptr, mask=live & (k < end)[None, :], other=0.0)
         stored = base + k.to(tl.int64)[:, None] * K + j[None, :]
-        s = tl.load(stored, mask=(k < end)[:, None] & inside, other=0.0)
-        mirrored = tl.load(base + row + k[:, None], mask=(k < size)[:, None] & inside, other=0.0)
+        is_s, is_mirrored = (k < end)[:, None] & inside, (k < size)[:, None] & inside
+        if SKEW:  # the first row and column begin outside of the rectangle
+            is_s &= tl.where(is_left, k[:, None], j[None, :]) > 0
+            is_mirrored &= tl.where(is_left, j[None, :], k[:, None]) > 0
+        s = tl.load(stored, mask=is_s, other=0.0)
+        mirrored = tl.load(base + row + k[:, None], mask=is_mirrored, other=0.0)
         s = tl.where((k[:, None] >= j[None, :]) == is_left, s, mirrored)
+        if SKEW:
+            s = tl.where(k[:, None] > j[None, :], s, tl.where(k[:, None] == j[None, :], 0.0, -s))
         total = tl.dot(a, s, total, input_precision=PRECISION)
 
     place = half + j
@@ -90,7 +103,8 @@ def _strip(
     columns,
     begin, end, K, B, x_k,
     live,  # [1, B]
-    IS_LEFT: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    IS_LEFT: tl.constexpr, DIAGONAL: tl.constexpr, SKEW: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total[r, m] += sum_c S[r, c] x[m, c] and partial[c, m] = sum_r S[r, c] x[m, r], c != r, over stored entries.
 
@@ -100,15 +114,20 @@ def _strip(
         c = first + tl.arange(0, BLOCK_C)
         inside = (c < columns)[:, None]
         stored = base + r.to(tl.int64)[:, None] * K + c[None, :]
-        s = tl.load(stored, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)  # [R, C]
+        is_inside = (r < rows)[:, None] & (c < columns)[None, :]
+        if SKEW and DIAGONAL:  # the first row and column begin outside of the rectangle
+            is_inside &= (r > 0)[:, None] if IS_LEFT else (c > 0)[None, :]
+        s = tl.load(stored, mask=is_inside, other=0.0)  # [R, C]
         x_c = tl.load(x + c.to(tl.int64)[:, None] * x_k, mask=inside & live, other=0.0)  # [C, B]
         mirrored = s
         if DIAGONAL:
             is_stored = r[:, None] > c[None, :] if IS_LEFT else r[:, None] < c[None, :]
             mirrored = tl.where(is_stored, s, 0.0)
-            s = tl.where(is_stored | (r[:, None] == c[None, :]), s, 0.0)
+            s = mirrored if SKEW else tl.where(is_stored | (r[:, None] == c[None, :]), s, 0.0)
         total = tl.dot(s, x_c, total, input_precision=PRECISION)
         sums = tl.dot(tl.trans(mirrored), x_rows, input_precision=PRECISION)  # [C, B]
+        if SKEW and not IS_LEFT:
+            sums = -sums
         tl.store(partial + c.to(tl.int64)[:, None] * B, sums, mask=inside & live)
     return total
 
@@ -119,7 +138,7 @@ def _strips_kernel(
     packed_ptr,  # [2 N + 1, K], contiguous
     partial_ptr,  # [strips + 2 segments, K + N, B] float32
     B, K, N, x_b, x_k, strips, segments,
-    EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr, SKEW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
     SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every stored entry S[i, j] into partial sums of y[m, i] and, i != j, of y[m, j]: a program is a strip of rows
@@ -142,14 +161,16 @@ def _strips_kernel(
         rows = (r < K + N)[:, None] & live
         x_rows = tl.load(x + r.to(tl.int64)[:, None] * x_k, mask=rows, other=0.0)
         total = tl.zeros((BLOCK_R, BLOCK_B), tl.float32)
-        base = packed_ptr + EVEN * K
+        base = packed_ptr + (EVEN - SKEW) * K
         of_strip = sums + strip * slot
         cut = tl.minimum(r_first, c_end)
         total = _strip(total, base, x, x_rows, of_strip, r, K + N, K, c_first, cut, K, B, x_k, live,
-                       True, False, BLOCK_C, PRECISION)  # fmt: skip
+                       True, False, SKEW, BLOCK_C, PRECISION)  # fmt: skip
         cut = tl.maximum(r_first, c_first)
         total = _strip(total, base, x, x_rows, of_strip, r, K + N, K, cut, c_end, K, B, x_k, live,
-                       True, True, BLOCK_C, PRECISION)  # fmt: skip
+                       True, True, SKEW, BLOCK_C, PRECISION)  # fmt: skip
+        if SKEW:
+            total = -total
         tl.store(sums + (strips + segment) * slot + r.to(tl.int64)[:, None] * B, total, mask=rows)
 
     c_end = tl.minimum(c_first + SEGMENT, N)
@@ -160,14 +181,14 @@ def _strips_kernel(
         rows = (r < N)[:, None] & live
         x_rows = tl.load(x + r.to(tl.int64)[:, None] * x_k, mask=rows, other=0.0)
         total = tl.zeros((BLOCK_R, BLOCK_B), tl.float32)
-        base = packed_ptr + (1 - EVEN)
+        base = packed_ptr + (1 - EVEN - SKEW)
         of_strip = sums + strip * slot
         cut = tl.minimum(r_first + BLOCK_R, c_end)
         total = _strip(total, base, x, x_rows, of_strip, r, N, N, c_first, cut, K, B, x_k, live,
-                       False, True, BLOCK_C, PRECISION)  # fmt: skip
+                       False, True, SKEW, BLOCK_C, PRECISION)  # fmt: skip
         cut = tl.maximum(r_first + BLOCK_R, c_first)
         total = _strip(total, base, x, x_rows, of_strip, r, N, N, cut, c_end, K, B, x_k, live,
-                       False, False, BLOCK_C, PRECISION)  # fmt: skip
+                       False, False, SKEW, BLOCK_C, PRECISION)  # fmt: skip
         tl.store(sums + (strips + segments + segment) * slot + r.to(tl.int64)[:, None] * B, total, mask=rows)
 
 
@@ -191,8 +212,9 @@ def _sum_kernel(
         written = tl.where(q < K, (strip + 1) * BLOCK_R > q, strip * BLOCK_R <= q - K)
         total += tl.load(sums + strip * slot, mask=mask & written[:, None], other=0.0)
     for segment in range(segments):
+        written = (segment * SEGMENT <= q) & (q * 0 + segment * SEGMENT < K)
         sums_left = sums + (strips + segment) * slot
-        total += tl.load(sums_left, mask=mask & (segment * SEGMENT <= q)[:, None], other=0.0)
+        total += tl.load(sums_left, mask=mask & written[:, None], other=0.0)
     for segment in range(segments):
         written = (q >= K) & (q * 0 + segment * SEGMENT < N) & ((segment + 1) * SEGMENT > q - K)
         sums_right = sums + (strips + segments + segment) * slot
@@ -209,14 +231,15 @@ def _gradient_kernel(
     dy_ptr,  # [B, K + N], any strides
     d_ptr,  # [2 N + 1, K], contiguous
     B, K, N, x_b, x_k, dy_b, dy_k,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, SKEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d of entry S[i, j] = sum_m x[m, i] dy[m, j] + dy[m, i] x[m, j], i != j, and sum_m x[m, i] dy[m, i] for S[i, i].
+    """d of entry S[i, j] = sum_m x[m, i] dy[m, j] + dy[m, i] x[m, j], i != j, and sum_m x[m, i] dy[m, i] for S[i, i];
+    SKEW: with a minus, and none for S[i, i].
 
     One program per tile of the rectangle, on or below its diagonal of the left triangle, else of the right one; and
     one more for every tile on the diagonal of the right one.
     """
-    tiles = tl.cdiv(K, BLOCK_M)  # in a row
+    tiles = tl.cdiv(tl.maximum(K, N), BLOCK_M)  # in a row
     pairs = tl.cdiv(K + N, BLOCK_M) * tiles
     p = tl.program_id(0)
     tile_r = tl.where(p < pairs, p // tiles, p - pairs)
@@ -231,20 +254,30 @@ def _gradient_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     x_i, dy_i, x_j, dy_j = x_ptr + i * x_k, dy_ptr + i * dy_k, x_ptr + j * x_k, dy_ptr + j * dy_k
     total = accumulate(total, x_i, dy_j, 0, B, x_b, dy_b, rows, columns, BLOCK_K, PRECISION)
+    if SKEW:
+        total = -total
     total = accumulate(total, dy_i, x_j, 0, B, dy_b, x_b, rows, columns, BLOCK_K, PRECISION)
-    base = d_ptr + tl.where(is_left, EVEN * K, 1 - EVEN)
+    if SKEW:
+        total *= tl.where(is_left, -1.0, 1.0)
+    base = d_ptr + tl.where(is_left, (EVEN - SKEW) * K, 1 - EVEN - SKEW)
     place = base + r.to(tl.int64)[:, None] * K + c[None, :]
     if tile_r == tile_c:
         d = tl.where(r[:, None] == c[None, :], total * 0.5, total).to(d_ptr.dtype.element_ty)
         sign = tl.where(is_left, 1, -1)
-        is_stored = (sign * r)[:, None] >= (sign * c)[None, :]
+        is_stored = (sign * r)[:, None] >= (sign * c)[None, :] + SKEW
         tl.store(place, d, mask=rows & columns & is_stored)
     else:
         tl.store(place, total.to(d_ptr.dtype.element_ty), mask=rows & columns)
 
 
 def product_by_tiles(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: GemmTile, precision: str
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    tile: GemmTile,
+    precision: str,
+    skew: bool = False,
 ) -> Tensor:
     """act(x S + bias) for x (B, n) of any strides; S is read once per `tile.block_m` rows of x."""
     batch, n = x.shape
@@ -255,14 +288,21 @@ def product_by_tiles(
     columns = triton.cdiv(k, tile.block_n) + triton.cdiv(n - k, tile.block_n)
     _product_kernel[(triton.cdiv(batch, tile.block_m) * columns,)](
         x, packed, x if bias is None else bias, y, batch, k, n - k, *x.stride(),
-        EVEN=1 - n % 2, HAS_BIAS=bias is not None, ACTIVATION=activation or "", GROUP=GROUP, PRECISION=precision,
+        EVEN=1 - (n - skew) % 2, SKEW=int(skew), HAS_BIAS=bias is not None, ACTIVATION=activation or "",
+        GROUP=GROUP, PRECISION=precision,
         **tile.constants, **tile.options,
     )  # fmt: skip
     return y
 
 
 def product_by_strips(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: GemmTile, precision: str
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    tile: GemmTile,
+    precision: str,
+    skew: bool = False,
 ) -> Tensor:
     """act(x S + bias) for x (B, n) of any strides, B <= tile.block_n; every entry of S is read once."""
     batch, n = x.shape
@@ -271,13 +311,13 @@ def product_by_strips(
         return y
     k = packed.shape[1]
     segment = SEGMENT_STEPS * tile.block_k
-    strips, segments = triton.cdiv(n, tile.block_m), triton.cdiv(k, segment)
+    strips, segments = triton.cdiv(n, tile.block_m), triton.cdiv(max(k, n - k), segment)
     partial = x.new_empty(strips + 2 * segments, n, batch, dtype=torch.float32)
     sizes = (batch, k, n - k)
     shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "SEGMENT": segment}
     _strips_kernel[(strips, segments)](
         x, packed, partial, *sizes, *x.stride(), strips, segments,
-        EVEN=1 - n % 2, BLOCK_C=tile.block_k, PRECISION=precision, **shape, **tile.options,
+        EVEN=1 - (n - skew) % 2, SKEW=int(skew), BLOCK_C=tile.block_k, PRECISION=precision, **shape, **tile.options,
     )  # fmt: skip
     block_q = 1024 // tile.block_n
     _sum_kernel[(triton.cdiv(n, block_q),)](
@@ -288,23 +328,30 @@ def product_by_strips(
 
 
 def product(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None, tile: GemmTile, precision: str
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    tile: GemmTile,
+    precision: str,
+    skew: bool = False,
 ) -> Tensor:
     """By strips up to `STRIP_ROWS` rows of x, else by tiles; the tile is the one that `pick_product` gives."""
     function = product_by_strips if x.shape[0] <= STRIP_ROWS else product_by_tiles
-    return function(x, packed, bias, activation, tile, precision)
+    return function(x, packed, bias, activation, tile, precision, skew)
 
 
-def gradient(x: Tensor, dy: Tensor, tile: GemmTile, precision: str) -> Tensor:
+def gradient(x: Tensor, dy: Tensor, tile: GemmTile, precision: str, skew: bool = False) -> Tensor:
     """The gradient of the packed S for y = x S, from x and dy (B, n) of any strides."""
     batch, n = x.shape
-    k = (n + 1) // 2
-    d = x.new_empty(2 * (n // 2) + 1, k)
-    if n == 0:
+    k = (n - skew + 1) // 2
+    d = x.new_empty(2 * ((n - skew) // 2) + 1, k)
+    if d.numel() == 0:
         return d
     tiles = [triton.cdiv(size, tile.block_m) for size in (n, k, n - k)]
-    _gradient_kernel[(tiles[0] * tiles[1] + tiles[2],)](
+    _gradient_kernel[(tiles[0] * max(tiles[1:]) + tiles[2],)](
         x, dy, d, batch, k, n - k, *x.stride(), *dy.stride(),
-        EVEN=1 - n % 2, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, PRECISION=precision, **tile.options,
+        EVEN=1 - (n - skew) % 2, SKEW=int(skew), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
+        PRECISION=precision, **tile.options,
     )  # fmt: skip
     return d

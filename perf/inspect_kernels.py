@@ -195,13 +195,13 @@ def matrix_constants(kernel: Any, tile: GemmTile, of_float32: str = "ieee") -> d
     precision = {"PRECISION": of_float32}
     if kernel is symm_kernels._strips_kernel:
         shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "BLOCK_C": tile.block_k}
-        return precision | shape | {"SEGMENT": SEGMENT_STEPS * tile.block_k, "EVEN": 1}
+        return precision | shape | {"SEGMENT": SEGMENT_STEPS * tile.block_k, "EVEN": 1, "SKEW": 0}
     fixed = precision | {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k}
     if kernel is gram_kernels._gram_kernel:
         return fixed | {"HAS_A": True, "GROUP": GROUP}
     if kernel is symm_kernels._product_kernel:
         fixed |= {"BLOCK_N": tile.block_n, "GROUP": GROUP, "HAS_BIAS": True, "ACTIVATION": "gelu"}
-    return fixed | {"EVEN": 1}
+    return fixed | {"EVEN": 1, "SKEW": 0}
 
 
 def _matrices() -> Iterator[Entry]:

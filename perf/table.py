@@ -1,6 +1,7 @@
 """Print, or write into README.md, the tables of results and of estimates, and draw the plot.
 
     python -m tritonsym.perf.table perf/results/NAME.json [--one-thread perf/results/OTHER.json] [--write README.md]
+        [--matrices perf/results/MATRICES.json]
 
 `--write` replaces what stands between ``<!-- table -->`` and ``<!-- /table -->`` in that file, and the same for
 ``estimate``. The plot goes beside the results.
@@ -9,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ from typing import Any
 
 from tritonsym import plan
 from tritonsym.perf.bench import Row, load, speedups
-from tritonsym.perf.cases import GPU, MEANT, SYMMETRIES, shape_and_kind
+from tritonsym.perf.cases import FUNCTIONS, GPU, MEANT, SYMMETRIES, shape_and_kind
 
 MODES = ("forward", "training")
 
@@ -53,6 +55,38 @@ def means(rows: Iterable[Row], variant: str) -> list[str]:
             known = [speed for speed in chosen if speed]
             cells.append(f"{statistics.geometric_mean(known):.2f}" if known else "-")
     return cells
+
+
+def matrices(result: dict[str, Any], name: str) -> str:
+    """Products with symmetric matrices by size, as 'auto' computes them."""
+    found = {(row["case"], row["mode"]): row for row in result["rows"]}
+    shapes = [(*map(int, re.findall(r"[nc](\d+)", case)[:2]), case.split("-", 2)[2]) for case, _ in found]
+    sizes, batches = ({shape[i] for shape in shapes if shape[2] == "linear"} for i in (1, 0))
+    functions = list(dict.fromkeys(kind for *_, kind in shapes if kind in FUNCTIONS))
+    columns = [(b, mode) for mode in MODES for b in sorted(batches)]
+    return "\n".join(
+        [
+            f"Times of the dense product over ours: {result['device']}, {result['threads']} threads, float32, torch "
+            f"{result['torch']}, medians; *in italics where it is unpacked, or computed whole*. `SymmetricLinear` for "
+            "so many rows, inference and training:\n",
+            _markdown(
+                ["n", *(str(b) for b, _ in columns)],
+                *(
+                    [str(n), *(_cell(found.get((f"n{b}-c{n}-linear", mode))) for b, mode in columns)]
+                    for n in sorted(sizes)
+                ),
+            ),
+            "\nOf n x n matrices; a step of `newton_schulz` beside plain products and sums, not fused ones:\n",
+            _markdown(
+                ["n", *(f"`{kind}`" for kind in functions)],
+                *(
+                    [str(n), *(_cell(found.get((f"n{n}-c{n}-{kind}", "forward"))) for kind in functions)]
+                    for n in sorted({n for _, n, kind in shapes if kind in FUNCTIONS})
+                ),
+            ),
+            f"\nRaw samples: `{name}`, made by `{' '.join(result['command'])}`.",
+        ]
+    )
 
 
 def table(result: dict[str, Any], name: str, one_thread: dict[str, Any] | None = None, other: str = "") -> str:
@@ -183,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path)
     parser.add_argument("--one-thread", type=Path, help="results of the same layers with one thread: adds their means")
     parser.add_argument("--groups", type=Path, help="results of the layers of equivariant networks: their table, too")
+    parser.add_argument("--matrices", type=Path, help="results of matrices: their table, too")
     parser.add_argument("--write", type=Path, help="the file whose tables to replace")
     args = parser.parse_args(argv)
     result = load(args.results, parser)
@@ -191,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = {"table": text, "estimate": estimate()}
     if args.groups:
         parts["groups"] = groups(load(args.groups, parser), args.groups.as_posix())
+    if args.matrices:
+        parts["matrices"] = matrices(load(args.matrices, parser), args.matrices.as_posix())
     if args.write is None:
         print(*parts.values(), sep="\n\n")
         return 0

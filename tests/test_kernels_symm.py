@@ -21,7 +21,7 @@ torch.use_deterministic_algorithms(True)  # what is not written is NaN
 torch.manual_seed(0)
 symm.SEGMENT_STEPS = 2
 tile, wide, strip = GemmTile(16, 16, 16, 4, 2), GemmTile(16, 32, 16, 4, 2), GemmTile(32, 64, 16, 4, 2)
-for n, batch, layout, has_bias, activation, dtype in json.load(sys.stdin):
+for n, batch, layout, has_bias, activation, dtype, skew in json.load(sys.stdin):
     def draw(*shape):
         return torch.randint(-2, 3, shape).to(getattr(torch, dtype))
     def draw_x():
@@ -31,16 +31,16 @@ for n, batch, layout, has_bias, activation, dtype in json.load(sys.stdin):
             "sliced": lambda: draw(2 * batch, 3 * n)[::2, ::3],
             "expanded": lambda: draw(n).expand(batch, n),
         }[layout]()
-    x, dy, packed = draw_x(), draw_x(), pack(draw(n, n), "lower")
+    x, dy, packed = draw_x(), draw_x(), pack(draw(n, n), "lower", skew=skew)
     bias = draw(n) if has_bias else None
     exact = packed.double().requires_grad_()
-    y = x.double() @ unpack(exact) + (bias.double() if has_bias else 0)
+    y = x.double() @ unpack(exact, skew=skew) + (bias.double() if has_bias else 0)
     y.backward(dy.double())
     expected = y.relu() if activation else y
     print(json.dumps([
-        torch.equal(function(x, packed, bias, activation, t, "ieee").double(), expected)
+        torch.equal(function(x, packed, bias, activation, t, "ieee", skew).double(), expected)
         for function, t in ((symm.product_by_tiles, wide), (symm.product_by_strips, strip))
-    ] + [torch.equal(symm.gradient(x, dy, tile, "ieee").double(), exact.grad)]))
+    ] + [torch.equal(symm.gradient(x, dy, tile, "ieee", skew).double(), exact.grad)]))
 """
 
 #: Odd and even, size 1, either side of tiles (16 columns), strips (32 rows), segments (32 columns) and their multiples.
@@ -60,11 +60,13 @@ def run(code, text=""):
 def test_kernels_equal_torch(sizes):
     """Small integers: every sum is exact in fp32 and fp16."""
     cases = [
-        (n, (1, 3, 17, 33)[i % 4], LAYOUTS[i // 2 % 4], i % 3 > 0, "relu" if i % 3 > 1 else None, dtype)
+        (n, (1, 3, 17, 33)[i % 4], LAYOUTS[i // 2 % 4], i % 3 > 0, "relu" if i % 3 > 1 else None, dtype, skew)
         for i, n in enumerate(sizes)
-        for dtype in ("float32", "float16")
+        for dtype, skew in (("float32", False), ("float16", False), ("float32", True))
     ]
-    cases += [(5, 0, "contiguous", True, None, "float32"), (34, 50, "contiguous", True, None, "float32")]
+    cases += [
+        (n, batch, "contiguous", True, None, "float32", skew) for n, batch in ((5, 0), (34, 50)) for skew in (0, 1)
+    ]
     results = [json.loads(line) for line in run(INTERPRET, json.dumps(cases)).splitlines()]
     assert len(results) == len(cases)
     assert [(case, right) for case, right in zip(cases, results, strict=True) if not all(right)] == []
@@ -117,8 +119,8 @@ with tritonsym.backend("triton"):
         ((1, (2, 1)), (7, (7,)), (8, (2, 3, 8)), (33, (70, 33)), (20, (0, 20)), (6, (0, 2, 6))),
         itertools.cycle([None, "relu", "gelu", "silu", "sigmoid", "tanh"]),
     ):
-        for dtype in (torch.float32, torch.float16):
-            layer = nn.SymmetricLinear(n, n, activation=activation, bias=n != 8, dtype=dtype)
+        for dtype, kind in itertools.product((torch.float32, torch.float16), (nn.SymmetricLinear, nn.SkewLinear)):
+            layer = kind(n, n, activation=activation, bias=n != 8, dtype=dtype)
             x = torch.randn(shape).to(dtype)
             plan = tritonsym.explain(layer, x)
             assert plan.path == "implicit_gemm" and len(plan.tiles) == 2 and "'triton'" in str(plan)
@@ -223,10 +225,13 @@ def shipped():
         places = [place for place, tile in enumerate(of_dtype) if tiles.fits(tile, ITEMSIZE[dtype], target)]
         for kernel, place in product(KERNELS[table], places):
             marks = () if (target, dtype, place) == ("sm_90", "bf16", 0) else pytest.mark.slow
-            yield pytest.param(kernel, dtype, table, place, target, True, marks=marks)
+            yield pytest.param(kernel, dtype, table, place, target, True, False, marks=marks)
     for target in ("sm_90", "sm_100"):  # unaligned rows; elsewhere a few registers spill
         for kernel in KERNELS["SQUARE_TILES"]:
-            yield pytest.param(kernel, "bf16", "SQUARE_TILES", 0, target, False, marks=pytest.mark.slow)
+            yield pytest.param(kernel, "bf16", "SQUARE_TILES", 0, target, False, False, marks=pytest.mark.slow)
+    for target, table in product(("sm_90", "gfx942"), KERNELS):
+        for kernel in KERNELS[table]:
+            yield pytest.param(kernel, "bf16", table, -1, target, True, True, marks=pytest.mark.slow)
 
 
 def constants(kernel, tile, of_float32="ieee"):
@@ -236,18 +241,18 @@ def constants(kernel, tile, of_float32="ieee"):
     return inspect_kernels.matrix_constants(getattr(symm, kernel), tile, of_float32)
 
 
-@pytest.mark.parametrize(("kernel", "dtype", "table", "place", "target", "is_even"), [*shipped()])
-def test_shipped_tiles_compile(ahead_of_time, kernel, dtype, table, place, target, is_even):
+@pytest.mark.parametrize(("kernel", "dtype", "table", "place", "target", "is_even", "skew"), [*shipped()])
+def test_shipped_tiles_compile(ahead_of_time, kernel, dtype, table, place, target, is_even, skew):
     from tritonsym.kernels import symm, tiles
 
     itemsize = ITEMSIZE[dtype]
     tile = getattr(tiles, table)[itemsize][place]
     strides = {"x_k": 1, "dy_k": 1} if kernel == "_gradient_kernel" else {"x_k": 1}
     for precision in ("ieee", "tf32")[: itemsize // 2]:
-        fixed = constants(kernel, tile, precision) | strides | {"EVEN": int(is_even)}
+        fixed = constants(kernel, tile, precision) | strides | {"EVEN": int(is_even), "SKEW": int(skew)}
         found = ahead_of_time(getattr(symm, kernel), dtype, fixed, tile, target, partial_ptr="*fp32")
         found.check(multiplies=itemsize == 2 or precision == "tf32")
-    if found.count and is_even and dtype == "bf16":
+    if found.count and is_even and not skew and dtype == "bf16":
         assert found.narrow_loads == 0
 
 

@@ -9,7 +9,7 @@ from torch import nn as torch_nn
 
 import tritonsym
 from tritonsym.__main__ import PERF
-from tritonsym.perf.table import estimate, groups, table
+from tritonsym.perf.table import estimate, groups, matrices, table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +50,12 @@ def test_network_runs():
     names = {"x": torch.randn(2, 3, 9, 9)}
     exec(code, names)
     assert names["net"](names["x"]).shape == (2, 16, 9, 9)
+
+
+def test_table_of_matrices_is_generated():
+    [shown] = re.findall(r"<!-- matrices -->\n(.*?)\n<!-- /matrices -->", README, re.S)
+    [name] = re.findall(r"`(perf/results/[^`]+\.json)`", shown)
+    assert shown == matrices(json.loads((ROOT / name).read_text()), name)
 
 
 def test_estimate_is_generated_and_says_so():

@@ -43,7 +43,7 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | N
         from tritonsym.kernels import symm, tiles
 
         bias = None if bias is None else bias.contiguous()
-        return symm.product(x, packed.contiguous(), bias, activation, tiles.GemmTile(*tile), _precision())
+        return symm.product(x, packed.contiguous(), bias, activation, tiles.GemmTile(*tile), _precision(), skew)
 
 
 def _gradient(x: Tensor, dy: Tensor, skew: bool, tile: Tile) -> Tensor:
@@ -53,7 +53,7 @@ def _gradient(x: Tensor, dy: Tensor, skew: bool, tile: Tile) -> Tensor:
     with launch.launching("implicit_gemm", tile, x, dy):
         from tritonsym.kernels import symm, tiles
 
-        return symm.gradient(x, dy, tiles.GemmTile(*tile), _precision())
+        return symm.gradient(x, dy, tiles.GemmTile(*tile), _precision(), skew)
 
 
 def _gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:

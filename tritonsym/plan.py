@@ -331,10 +331,6 @@ class LinearProblem(Problem):
     skew: bool = False  # S = -S^T
 
     @property
-    def has_kernel(self) -> bool:
-        return super().has_kernel and not self.skew
-
-    @property
     def dense(self) -> int:
         return self.rows * self.n * self.n
 
@@ -358,7 +354,7 @@ class LinearProblem(Problem):
         """Rows are rounded up, so that a strip holds all that are rounded to as many; strips end at a power of two."""
         mode = "training" if self.training else "inference"
         rows = 1 << max(self.rows - 1, 0).bit_length()
-        return f"SymmetricLinear {self.dtype} {mode} n={self.n} rows={rows}" + " packed" * self.never_unpack
+        return f"{self.layer} {self.dtype} {mode} n={self.n} rows={rows}" + " packed" * self.never_unpack
 
     def tiles(self, path: str) -> Tiles:
         """Of the product and of the gradient."""
@@ -386,6 +382,8 @@ class LinearProblem(Problem):
         from tritonsym.kernels.tiles import SEGMENT_STEPS, STRIP_ROWS, pick_product
 
         n, rows = self.n, self.rows
+        if self.skew:
+            return False, "There is no estimate for skew-symmetric matrices, whose packed rows are not aligned"
         if n <= SMALL_N:
             return False, f"Up to n = {SMALL_N} the vendor library multiplies, by the unpacked matrix"
         if n % 16:

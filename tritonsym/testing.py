@@ -95,6 +95,12 @@ def _dense_linear(layer: Any, x: Tensor) -> Tensor:
     return reference.activate(F.linear(x, layer.expanded_weight(), layer.expanded_bias()), layer.activation)
 
 
+def _linear_by_products(layer: Any, x: Tensor) -> Tensor:
+    """The sums in the order of another memory format: x W^T with a W^T that is contiguous."""
+    y = x @ layer.expanded_weight().mT.contiguous()
+    return reference.activate(y if layer.bias is None else y + layer.bias, layer.activation)
+
+
 def _dense_global_conv(layer: Any, x: Tensor) -> Tensor:
     """y_i = sum_j W[L + j - i] x_j + b with the wrap-around kernel W of width 2 L + 1."""
     length = x.shape[-1]
@@ -133,11 +139,12 @@ _DENSE: Forwards = {
     TopKPool1d: _dense_topk,
     Symmetrize: _dense_symmetrize,
 }
-#: The same, with convolutions as matrix products.
+#: The same by `torch.matmul`: convolutions as products of the unfolded input.
 _PRODUCTS: Forwards = {
     **_DENSE,
     _SharedConv: partial(_dense_conv, _by_products),
     _GroupConv: partial(_dense_group_conv, _by_products),
+    SymmetricLinear: _linear_by_products,
 }
 
 
@@ -279,7 +286,8 @@ def _truth_and_dense(
     narrow = torch.float32 if is_wide else None
     with plan.backend("reference"), plan.path("reference"):
         truth, naive = dense(torch.float64), [dense(narrow)]
-        if any(isinstance(m, _SharedConv) for m in module.modules()) and not any(t.is_complex() for t in tensors):
+        has_products = any(isinstance(m, (_SharedConv, SymmetricLinear)) for m in module.modules())
+        if has_products and not any(t.is_complex() for t in tensors):
             naive.append(dense(narrow, _PRODUCTS))
     return truth, naive, 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if is_wide else 1.0
 

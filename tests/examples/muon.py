@@ -36,22 +36,24 @@ class Muon(torch.optim.Optimizer):
 
 
 if __name__ == "__main__":
-    import json
     import statistics
     import time
+
+    from tritonsym.perf import bench
 
     MODELS = {
         "126 small matrices of 42 shapes": [(16 + 2 * i, 40 + 3 * i) for i in range(42)] * 3,
         "12 layers of a transformer, d = 256": [(768, 256), (256, 256), (1024, 256), (256, 1024)] * 12,
         "a layer of a transformer, d = 1024": [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)],
     }
+    rows = []
     for name, shapes in MODELS.items():
         found = {}
-        for optimiser in (torch.optim.Muon, Muon):
+        for kind in (torch.optim.Muon, Muon):
             torch.manual_seed(0)
             params = [nn.Parameter(torch.randn(shape) / shape[1] ** 0.5) for shape in shapes]
             targets = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
-            found[optimiser] = ([], [], params, targets, optimiser(params, lr=0.01))
+            found[kind] = ([], [], params, targets, kind(params, lr=0.01))
         for _ in range(6):
             for seconds, losses, params, targets, optimiser in found.values():
                 loss = sum((p - t).square().sum() for p, t in zip(params, targets, strict=True))
@@ -61,6 +63,9 @@ if __name__ == "__main__":
                 optimiser.step()
                 seconds.append(round(time.perf_counter() - start, 5))
                 losses.append(round(loss.item(), 3))
-        (theirs, their_loss, *_), (ours, our_loss, *_) = found.values()
-        row = {"torch.optim.Muon": theirs, "ours": ours, "losses": [their_loss[-1], our_loss[-1]]}
-        print(json.dumps({"model": name, "speedup": statistics.median(theirs) / statistics.median(ours), **row}))
+        (torchs, their_losses, *_), (ours, our_losses, *_) = found.values()
+        speedup = round(statistics.median(torchs) / statistics.median(ours), 2)
+        rows.append({"model": name, "speedup": speedup, "torch.optim.Muon": torchs, "ours": ours})
+        rows[-1] |= {"last losses": [their_losses[-1], our_losses[-1]]}
+    command = {"command": ["python", "tests/examples/muon.py"]}
+    print(bench.dumped({**bench.machine("", None, torch.device("cpu")), **command, "rows": rows}), end="")

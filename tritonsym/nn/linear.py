@@ -196,7 +196,8 @@ class SkewLinear(SymmetricLinear):
     """y = act(x W^T + b) with an exactly skew-symmetric W (W = -W^T to the bit) of which n(n-1)/2 values are stored.
 
     `weight` is W as `tritonsym.pack` packs it with ``skew=True``, shape `tritonsym.packing.packed_shape(n - 1)`. The
-    rest is as in `SymmetricLinear`; `from_dense` projects to (W - W^T) / 2. No Triton kernel: blocks or the reference.
+    rest is as in `SymmetricLinear`; `from_dense` projects to (W - W^T) / 2. On a GPU
+    its Triton kernel runs where it is asked for (``tritonsym.backend("triton")``, `never_unpack`).
     """
 
     _skew = True
