@@ -200,7 +200,9 @@ def parser(program: str, description: str | None) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     shared = argparse.ArgumentParser(f"python -m tritonsym {program}", None, description, formatter_class=formatter)
     shared.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one")
-    shared.add_argument("--filter", default="", help="only cases whose name contains this, or one of these,those")
+    shared.add_argument(
+        "--filter", default="", help="only cases whose name contains this, or one of these,^but-not-this"
+    )
     shared.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
     shared.add_argument("--tiny", action="store_true", help="one case of every kind, tiny: to try the program")
     return shared

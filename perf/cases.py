@@ -219,11 +219,18 @@ GPU: list[Case] = [
 
 
 def select(cases: list[Case], words: str) -> list[Case]:
-    """The cases whose name has one of the words, separated by commas, in it; ValueError if none has one of them."""
+    """The cases whose name has one of the words, separated by commas, in it, and none of those behind a '^'.
+
+    Raises:
+        ValueError: a word is in no name.
+    """
     for word in words.split(","):
-        if not any(word in case.name for case in cases):
+        if not any(word.lstrip("^") in case.name for case in cases):
             raise ValueError(f"no case contains {word!r}; known: {', '.join(case.name for case in cases)}")
-    return [case for case in cases if any(word in case.name for word in words.split(","))]
+    wanted = [word for word in words.split(",") if not word.startswith("^")] or [""]
+    unwanted = [word[1:] for word in words.split(",") if word.startswith("^")]
+    chosen = [case for case in cases if any(word in case.name for word in wanted)]
+    return [case for case in chosen if not any(word in case.name for word in unwanted)]
 
 
 def smallest(cases: list[Case]) -> list[Case]:

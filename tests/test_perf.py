@@ -190,6 +190,12 @@ def test_code_compiled_for_one_path_is_not_taken_for_another():
     assert len(graphs) == 2
 
 
+def test_cases_are_selected_by_words_and_left_out_by_words_behind_a_circumflex():
+    some = [cases.Case(kind, 1, 8, (3, 3)) for kind in ("h", "hv", "tied-hv", "group-h")]
+    words = {"": some, "hv": some[1:3], "tied,group": some[2:], "^group": some[:3], "hv,^tied": some[1:2]}
+    assert {word: cases.select(some, word) for word in words} == words
+
+
 @pytest.mark.parametrize("program", ["bench", "tune"])
 def test_bad_options(tmp_path, capsys, monkeypatch, program):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
