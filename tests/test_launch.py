@@ -36,19 +36,25 @@ def dense_weight(spec, weights):
     return dense
 
 
+def stored_rows(spec, weights):
+    """(groups, R, C): block by block, slot by slot, filter by filter."""
+    return torch.cat([rows.flatten(1, 2) for rows in reference.block_rows(spec, weights)], 1)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_stored_weights(name):
     spec = build(**CASES[name][0])
     weights = [torch.randn(shape).double().requires_grad_() for shape in spec.weight_shapes(3)]
-    rows = reference.stored_rows(spec, *weights)
-    assert rows.shape == (spec.groups, spec.rows, 3) and rows.is_contiguous()
+    rows = stored_rows(spec, weights)
+    assert rows.shape == (spec.groups, spec.rows, 3)
     dense = dense_weight(spec, [w.detach() for w in weights])
     of_table = torch.tensor(spec.row_table)
     found = of_table.sign().unsqueeze(-1) * rows[:, of_table.abs() - 1].detach()
     torch.testing.assert_close(found.transpose(2, 3), dense, rtol=0, atol=0)
-    drows = torch.randn_like(rows)
-    expected = torch.autograd.grad(rows, weights, drows)
-    for got, of_weight in zip(reference.stored_gradients(spec, drows, spec.weight_shapes(3)), expected, strict=True):
+    by_block = reference.block_rows(spec, weights)
+    drows = [torch.randn_like(rows) for rows in by_block]
+    expected = torch.autograd.grad(by_block, weights, drows)
+    for got, of_weight in zip(reference.block_gradients(spec, drows, spec.weight_shapes(3)), expected, strict=True):
         torch.testing.assert_close(got, of_weight, rtol=0, atol=0)
 
 
@@ -60,7 +66,7 @@ def test_rows_that_kernels_take(name):
     for form in (weights, [w.mT.contiguous().mT if w.ndim > 1 else w for w in weights]):
         stored = launch.Rows(spec, range(len(spec.blocks)), [False] * len(spec.geometry.kernel_size), form)
         rows = stored.of(form)
-        assert rows.is_contiguous() and torch.equal(rows, reference.stored_rows(spec, *weights))
+        assert rows.is_contiguous() and torch.equal(rows, stored_rows(spec, weights))
         back = [torch.empty_like(w) for w in form]
         stored.write(back, rows)  # every row is a stored weight
         torch.testing.assert_close(back, weights, rtol=0, atol=0)

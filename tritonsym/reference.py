@@ -230,18 +230,6 @@ def block_gradients(spec: ConvSpec, drows: Sequence[Tensor], shapes: Sequence[Se
     return [d.reshape(tuple(shape)) for d, shape in zip(found, shapes, strict=True)]
 
 
-def stored_rows(spec: ConvSpec, *weights: Tensor) -> Tensor:
-    """The rows (groups, R, C) of all blocks, one after the other."""
-    return torch.cat([rows.flatten(1, 2) for rows in block_rows(spec, weights)], 1)
-
-
-def stored_gradients(spec: ConvSpec, drows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The adjoint of `stored_rows`."""
-    parts = drows.split([block.filters * spec.slots(block) for block in spec.blocks], 1)
-    by_slot = [part.unflatten(1, (spec.slots(b), b.filters)) for part, b in zip(parts, spec.blocks, strict=True)]
-    return block_gradients(spec, by_slot, shapes)
-
-
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
