@@ -310,12 +310,13 @@ class ConvProblem(Problem):
             return (astuple(tiles.pick_depthwise(self.spec.groups)),) * 3
         itemsize, target = self.where
         skip = 0 if itemsize == 2 and self.last else 1  # in float32, and of channels-first images, the widest spills
+        narrow = 2 if itemsize == 4 and target not in tiles.WIDE_TARGETS else skip  # and the next one on older GPUs
         return tuple(
             astuple(tiles.pick_gemm(some, columns, length, itemsize, target))
             for some, columns, length in (
                 (tiles.CONV_TILES[skip:], self.outputs, self.channels),
                 (tiles.CONV_TILES[skip:], self.channels, self.outputs),
-                (tiles.WEIGHT_TILES[skip:], self.channels, 64),  # positions of an image: most have more
+                (tiles.WEIGHT_TILES[narrow:], self.channels, 64),  # positions of an image: most have more
             )
         )
 
