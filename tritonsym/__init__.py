@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritonsym import functional, nn, testing
 from tritonsym.convert import init_, materialize, replace_layers
-from tritonsym.importers import load_cnn_symmetry
+from tritonsym.importers import load_cnn_symmetry, load_escnn
 from tritonsym.packing import pack, pack_tril, pack_triu, unpack, unpack_tril, unpack_triu
 from tritonsym.plan import Plan, backend, explain, path
 from tritonsym.symmetry import FilterLayout, Symmetry
@@ -75,6 +75,7 @@ __all__ = [
     "functional",
     "init_",
     "load_cnn_symmetry",
+    "load_escnn",
     "materialize",
     "nn",
     "pack",

@@ -6,10 +6,13 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tritonsym import functional, reference
-from tritonsym.nn.conv import _OrbitConv
+from tritonsym.nn.conv import SymmetricConv2d, _OrbitConv
+from tritonsym.symmetry import Symmetry, taps
 
 # --- checkpoints of CNN-Symmetry --------------------------------------------------------------------------------------
 
@@ -73,3 +76,75 @@ def _shared_bias(key: str, bias: Tensor, layer: _OrbitConv) -> Tensor:
             "bias, even with share_bias=True: build the layer with share_bias=False"
         )
     return stored
+
+
+# --- layers of escnn --------------------------------------------------------------------------------------------------
+
+
+def load_escnn(r2conv: Any) -> tuple[SymmetricConv2d, Tensor]:
+    """The layer that equals an ``escnn.nn.R2Conv`` from trivial to regular representations, and the channels' order.
+
+    For groups of flips and quarter turns every filter of a field is an image of the field's first. Ours orders the
+    output channels by elements (element * fields + field, elements as in ``Symmetry.elements``), escnn by fields
+    (field * elements + element, its own elements): ``layer(x)[:, order]`` equals ``r2conv(x).tensor``. With conv groups
+    that holds inside every group. The layer trains every tap; escnn's basis may span fewer filters (`rings`, `sigma`).
+    escnn itself (github.com/QUVA-Lab/escnn) is not imported.
+
+    Args:
+        r2conv: the layer, whose group flips an axis or both, or turns by 180 or 90 degrees with or without flips
+            (``'h'``, ``'v'``, ``'hv'``, ``'c2'``, ``'c4'``, ``'d4'``).
+    Returns:
+        ``(layer, order)``: the layer with one bias per field, and the indices (out_channels,).
+    Raises:
+        ValueError: another group, other representations, or filters or biases that are no images of each other to 1e-5
+            of the largest.
+        TypeError: no `R2Conv`.
+    """
+    options = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    if hasattr(r2conv, "output_padding") or not all(
+        hasattr(r2conv, name) for name in ("expand_parameters", "in_type", "out_type", *options)
+    ):
+        raise TypeError(f"load_escnn: expected an escnn.nn.R2Conv, got {type(r2conv).__name__}")
+    into, out, gspace = r2conv.in_type.representations, r2conv.out_type.representations, r2conv.out_type.gspace
+    fits = "only layers from trivial to regular representations of 'h', 'v', 'hv', 'c2', 'c4' or 'd4' fit"
+    theirs = gspace.fibergroup.elements or ()
+    found = _symmetry_of([np.asarray(gspace.basespace_action(g)) for g in theirs])
+    if found is None:
+        raise ValueError(f"load_escnn: the group is {gspace}, which flips or turns otherwise; {fits}")
+    symmetry, position = found
+    elements = [theirs[at] for at in position]
+    for representation in into:
+        if not all(np.array_equal(np.round(representation(g), 6), [[1]]) for g in elements):
+            raise ValueError(f"load_escnn: in_type has {representation}, which is not trivial; {fits}")
+    rows: list[int] = []  # of the filters: fields with our elements
+    for representation in out:  # g moves the first channel to the one of g
+        columns = np.stack([np.asarray(representation(g))[:, 0] for g in elements])
+        if columns.shape != (len(elements),) * 2 or not np.allclose(columns, np.eye(len(elements))[columns.argmax(1)]):
+            raise ValueError(f"load_escnn: out_type has {representation}, which is not regular; {fits}")
+        rows.extend((len(rows) + columns.argmax(1)).tolist())
+    with torch.enable_grad():
+        weight, bias = r2conv.expand_parameters()
+    sizes = {name: getattr(r2conv, name) for name in options}
+    dense = nn.Conv2d(len(into), len(rows), **sizes, bias=bias is not None, device="meta").train(r2conv.training)
+    dense.weight = nn.Parameter(weight[rows].detach(), weight.requires_grad)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias[rows].detach(), bias.requires_grad)
+    layer = SymmetricConv2d.from_dense(dense, symmetry=symmetry, share_bias=True, init="keep", order="field")
+    order = torch.empty(len(rows), dtype=torch.long, device=weight.device)
+    order[rows] = order.new_tensor(layer.layout.by_field)
+    for name, ours, given in (("filter", layer.expanded_weight(), weight), ("bias", layer.expanded_bias(), bias)):
+        if ours is not None and not (error := (ours[order] - given).abs().max()) <= 1e-5 * given.abs().max():
+            raise ValueError(f"load_escnn: a {name} differs from the image of its field's first by {error:.3g}; {fits}")
+    return layer, order
+
+
+def _symmetry_of(matrices: list[Any]) -> tuple[str, list[int]] | None:
+    """The symmetry whose elements move points (x, y) by these matrices, and where each of its elements stands there."""
+    points = np.array([(j - 1, 1 - i) for i, j in taps((3, 3))])
+    for name in ("h", "v", "hv", "c2", "c4", "d4"):
+        ours = [points[list(g.slots((3, 3)))] for g in Symmetry(name).elements]  # tap p of an image is A^-1 p
+        if len(ours) == len(matrices) and all(a.shape == (2, 2) for a in matrices):
+            same = [[k for k, a in enumerate(matrices) if np.allclose(points @ a, moved)] for moved in ours]
+            if all(len(k) == 1 for k in same):
+                return name, [k for (k,) in same]
+    return None

@@ -443,6 +443,13 @@ class FilterLayout:
         return tuple(stored + images)
 
     @property
+    def by_field(self) -> tuple[int, ...]:
+        """The output channels with every orbit in one piece, in the order of its elements: ``y[:, by_field]``."""
+        size = len(self.filters)
+        order = sorted(range(size), key=lambda channel: self.filters[channel][0])
+        return tuple(group * size + channel for group in range(self.groups) for channel in order)
+
+    @property
     def bases(self) -> tuple[tuple[Symmetry, range], ...]:
         """For every symmetry, the range of stored filters (within a group) that are its base filters."""
         ends = accumulate(count for _, count in self.orbits)

@@ -357,14 +357,26 @@ class _OrbitConv(_SharedConv):
         share_bias: bool = False,
         activation: functional.Activation | None = None,
         init: Init = "rescale",
+        order: Literal["element", "field"] = "element",
     ) -> Self:
         """Convert a plain torch layer: 'project' its weight (nearest in the Frobenius norm), which averages filters,
         'rescale' them to their norms after that, 'keep' it, or 'reset'.
 
         'keep' takes the first filters of every group, where the base and free filters stand, as they are.
+        ``order="field"``: the dense filters have every orbit in one piece (field * elements + element); the outputs of
+        the new layer are still ordered as by `FilterLayout`, and ``y[:, layer.layout.by_field]`` as by the dense layer.
         """
+        functional.check_choice(f"{cls.__name__}.from_dense", "order", order, ("element", "field"))
         options = {"symmetry": symmetry, "share_bias": share_bias, "activation": activation}
-        return cls._from_dense(layer, init, options)
+        self = cls._from_dense(layer, init, options)
+        if order == "field" and init != "reset":
+            dense: Any = layer
+            by_element = torch.tensor(self.layout.by_field, device=dense.weight.device).argsort()
+            with torch.no_grad():
+                inside = by_element[: self.out_channels // self.groups]
+                weight = dense.weight[:, inside] if self.transposed else dense.weight[by_element]
+                self._adopt(weight, None if dense.bias is None else dense.bias[by_element], init)
+        return self
 
 
 class _SymmetricConv(_OrbitConv):
