@@ -569,6 +569,7 @@ def test_every_message_has_a_case():
         "__main__",
         "convert",
         "demo",
+        "equivariant",
         "importers",
         "testing",
     )  # whose messages are tested beside what they do

@@ -504,7 +504,7 @@ def late(answer):
 
 
 BAD = {
-    "nothing": ({}, ValueError, "nothing to replace; pass conv='hv', linear=True or a rule"),
+    "nothing": ({}, ValueError, "nothing to replace; pass conv='hv', linear=True, group='hv' or a rule"),
     "linear off": ({"linear": False}, ValueError, "nothing to replace"),
     "name": ({"conv": "hw"}, ValueError, "unknown symmetry 'hw'"),
     "key": ({"conv": {"h": 2, "q": 2}}, ValueError, "unknown symmetry 'q'"),

@@ -31,6 +31,7 @@ ORDER = [
     {"functional"},
     {"nn"},
     {"aliases"},
+    {"equivariant"},
     {"convert", "importers"},
     {"testing"},
     {"demo"},

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 
 #: Methods of a layer that its replacement answers to in the same way.
@@ -33,6 +34,16 @@ class Reference(NamedTuple):
     place: str
     is_certain: bool
     in_function: bool
+
+
+def attached(module: nn.Module) -> str | None:
+    """What somebody has attached to this very module and no other module would do."""
+    if "forward" in vars(module):
+        return "a patched forward"
+    hooks = [hook for kind, held in vars(module).items() if kind.endswith("_hooks") for hook in held.values()]
+    ours = [getattr(hook, "hook", hook) for hook in hooks]
+    # torch's weight_norm leaves one, to load old checkpoints
+    return "hooks" if any(getattr(hook, "__module__", "") != parametrizations.__name__ for hook in ours) else None
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
-from tritonsym import functional, reference
+from tritonsym import equivariant, fold, functional, reference
 from tritonsym import nn as tnn
 from tritonsym._compat import assert_at_run_time
 from tritonsym._table import aligned
-from tritonsym.aliases import references, repoint, warn_of_optimizers, weight_readers
+from tritonsym.aliases import attached, references, repoint, warn_of_optimizers, weight_readers
 from tritonsym.nn.conv import INITS, Init, _OrbitConv, _OrbitPoolConv, _SharedConv, _TiedConv
-from tritonsym.nn.group import GROUP_LAYERS
+from tritonsym.nn.group import GROUP_LAYERS, _GroupConv
 from tritonsym.symmetry import FilterLayout, Symmetry, as_mapping
 
 Spec = str | Mapping[str, int | str]
@@ -212,10 +212,11 @@ def replace_layers(
     rule: Rule | None = None,
     inplace: bool = False,
     *,
+    group: str | None = None,
     init: Init = "rescale",
     subclasses: bool = False,
 ) -> tuple[nn.Module, Report]:
-    """Replace the convolutions and linear layers of a model by symmetric ones.
+    """Replace the convolutions and linear layers of a model by symmetric ones, or make a stack equivariant.
 
     Hyper-parameters, dtype, device, memory format, training flag, `requires_grad` and bias are kept. A layer used in
     several places is replaced once and stays shared, also where lists, tuples, dicts, `functools.partial` or a bound
@@ -234,6 +235,13 @@ def replace_layers(
             ``TiedConv2d.from_dense(layer, symmetry='hv')``.
         inplace: edit `model` instead of a deep copy. A model that is itself a layer cannot become another one: use the
             returned module either way.
+        group: the name of a group: makes a plain stack equivariant, a `torch.nn.Sequential` of any nesting, all or
+            nothing. The first convolution lifts, the others become `GroupConv*d`, norms `GroupBatchNorm*d` and dropout
+            `GroupDropout`; pooling and element-wise activations stay. ``Flatten`` must follow a pooling to one
+            position. The first ``Linear`` then takes the means of the fields, with the sums of its weights over the
+            elements; what follows stays. A stack without one ends with an appended ``GroupPool(group, 'mean')``, and
+            has channels / |G|. Nearest weights throughout: equivariant filters keep their outputs. Notes of the report
+            say on which sizes strided layers are equivariant.
         init: 'project' (nearest symmetric weight in the Frobenius norm: a mean over filters and taps, whose norm is
             smaller, about 1 / sqrt of their number for random weights), 'rescale' (that, and every filter scaled to the
             norm it had, root mean square over an orbit), 'keep' (base filters, or the lower triangle, keep their
@@ -246,9 +254,10 @@ def replace_layers(
         a parameter with another module, that something else than lists and the like holds (closures, sets, objects),
         or whose weight a ``forward`` reads as far as its code shows it.
     Raises:
-        ValueError: nothing to do (no `conv`, `linear` or `rule`), an unknown symmetry, a count or percent that no layer
-            could have, an unknown `linear` or `init`, a rule that returns True where there is no default, or a recipe
-            that does not fit the model.
+        ValueError: nothing to do (no `conv`, `linear`, `rule` or `group`), a `group` with one of the others or for a
+            model with layers that have no counterpart (the reason for each is given), an unknown symmetry, a count or
+            percent that no layer could have, an unknown `linear` or `init`, a rule that returns True where there is no
+            default, or a recipe that does not fit the model.
         TypeError: an argument, or what the rule returned, is of the wrong kind.
         After an error, also one raised by the rule, the model is as it was.
     Warns:
@@ -257,8 +266,10 @@ def replace_layers(
     where = "replace_layers"
     functional.check_module(where, model)
     recipe = _layers_of(conv, where) if isinstance(conv, Mapping) and "layers" in conv else None
-    if conv is None and not linear and rule is None:
-        raise ValueError(f"{where}: nothing to replace; pass conv='hv', linear=True or a rule")
+    if group is not None and (conv is not None or linear or rule is not None):
+        raise ValueError(f"{where}: group={group!r} replaces every layer; pass no conv, linear or rule with it")
+    if conv is None and not linear and rule is None and group is None:
+        raise ValueError(f"{where}: nothing to replace; pass conv='hv', linear=True, group='hv' or a rule")
     if recipe is not None and (linear or rule is not None):
         raise ValueError(f"{where}: a recipe names all that is replaced; pass no linear and no rule with it")
     if conv is not None and recipe is None:
@@ -276,6 +287,11 @@ def replace_layers(
     obstacle = _obstacles(model, hidden, subclasses or recipe is not None)
     replacements: dict[int, nn.Module] = {}
     rows, skipped = [], []
+    if group is not None:
+        found, stay = equivariant.counterparts(model, group, init, obstacle, hidden)
+        replacements = {id(layer): new for _, layer, new, _ in found}
+        rows = [replace(_row(*row), symmetry=group, recipe=None) for row in found]
+        skipped = [Skipped(*row) for row in stay]
     for name, layer in model.named_modules():
         is_linear = isinstance(layer, nn.Linear)
         default = ("symmetric" if linear else None) if is_linear else conv
@@ -413,7 +429,7 @@ def _obstacles(
             return "its weight is a DTensor; convert the model before sharding it"
         if getattr(layer, "_compiled_call_impl", None) is not None:
             return "it is compiled; convert the model before compiling it"
-        if has := _attached(layer):
+        if has := attached(layer):
             return f"it has {has}, which its replacement would lose"
         further = [*(layer._parameters.keys() - {"weight", "bias"}), *layer._buffers, *layer._modules]
         if further:
@@ -440,16 +456,6 @@ def _dense_shape(layer: Any) -> tuple[int, ...]:
     if layer.transposed:
         ends = (layer.in_channels, layer.out_channels // layer.groups)
     return (*ends, *layer.kernel_size)
-
-
-def _attached(module: nn.Module) -> str | None:
-    """What somebody has attached to this very module and no other module would do."""
-    if "forward" in vars(module):
-        return "a patched forward"
-    hooks = [hook for kind, held in vars(module).items() if kind.endswith("_hooks") for hook in held.values()]
-    ours = [getattr(hook, "hook", hook) for hook in hooks]
-    # torch's weight_norm leaves one, to load old checkpoints
-    return "hooks" if any(getattr(hook, "__module__", "") != parametrizations.__name__ for hook in ours) else None
 
 
 def _build(name: str, layer: Any, choice: Any, init: Init) -> tuple[Any, str]:
@@ -596,12 +602,18 @@ def _check_complete(recipe: Mapping[str, Any], rows: Sequence[Replacement], skip
 
 
 def _row(name: str, layer: Any, new: nn.Module, note: str) -> Replacement:
-    recipe, multiply_adds = _recipe_of(new), None
-    if isinstance(new, _SharedConv):
+    recipe, dense, multiply_adds = _recipe_of(new), isinstance(layer, _PLAIN_LAYERS), None
+    if isinstance(new, _GroupConv):
+        multiply_adds = layer.weight.numel() >> len(new.symmetry.mirrors)  # of the path `fold`
+    elif isinstance(new, _SharedConv):
         multiply_adds = new.in_channels * new.spec.rows
     elif isinstance(new, tnn.SymmetricLinear):
         multiply_adds = layer.weight.numel()  # storage saves memory here, not arithmetic
-    error, scale = _changes_of(layer.weight, new)
+    elif isinstance(new, nn.Sequential) and [type(m) for m in new] == [tnn.GroupPool, nn.Linear]:
+        multiply_adds = new.get_parameter("1.weight").numel()
+    elif not dense:
+        multiply_adds = 0
+    error, scale = _changes_of(layer.weight, new) if dense else (None, None)
     return Replacement(
         name=name,
         before=type(layer).__name__,
@@ -609,7 +621,7 @@ def _row(name: str, layer: Any, new: nn.Module, note: str) -> Replacement:
         symmetry=_text_of(recipe),
         parameters_before=_count(layer),
         parameters_after=_count(new),
-        multiply_adds_before=layer.weight.numel(),
+        multiply_adds_before=layer.weight.numel() if dense else 0,
         multiply_adds_after=multiply_adds,
         projection_error=error,
         scale=scale,
@@ -627,7 +639,9 @@ def _changes_of(weight: Tensor, new: Any) -> tuple[float | None, float | None]:
     dense, expanded = (w.cpu().to(wide) for w in (weight, new.expanded_weight()))
     if expanded.shape != dense.shape:
         return None, None
-    if isinstance(new, _SharedConv):
+    if isinstance(new, _GroupConv):
+        projected = fold.expand(fold.project(dense, new.spec), new.spec)
+    elif isinstance(new, _SharedConv):
         projected = reference.expand(new.spec, reference.project(new.spec, dense))
     else:
         projected = dense + (dense.mT - dense) / 2
@@ -728,7 +742,7 @@ def _materialized(name: str, module: nn.Module, done: dict[int, nn.Module]) -> n
     """The plain form of a tritonsym layer, noted in `done`; any other module as it is."""
     if id(module) in done or not isinstance(module, _TRITONSYM_LAYERS):
         return done.get(id(module), module)
-    has = _attached(module)
+    has = attached(module)
     if not type(module).forward.__module__.startswith("tritonsym."):
         has = "a forward of its own"
     if has:

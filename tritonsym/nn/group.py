@@ -137,7 +137,8 @@ class _GroupConv(_SharedConv):
         init: Init = "project",
     ) -> Self:
         """Convert a plain torch layer without groups, whose channels are fields: 'project' its weight onto the
-        equivariant ones (nearest in the Frobenius norm), 'keep' the filters of the identity, or 'reset'."""
+        equivariant ones (nearest in the Frobenius norm), 'rescale' the filters to their norms (root mean square over a
+        field) after that, 'keep' those of the identity, or 'reset'."""
         where = f"{cls.__name__}.from_dense"
         functional.check_choice(where, "init", init, INITS)
         if not isinstance(layer, cls._dense_class()) or isinstance(layer, _SharedConv):
@@ -160,6 +161,10 @@ def _adopted(self: Any, layer: Any, spec: GroupSpec, init: Init) -> Any:
                 psi = dense[: self.weight.shape[0]].unflatten(1, (spec.order, -1)).transpose(1, 2)
             else:
                 psi = fold.project(dense, spec)
+                if init == "rescale":
+                    now = psi.flatten(1).norm(dim=1) * math.sqrt(spec.order)
+                    norms = dense.unflatten(0, (spec.order, -1)).transpose(0, 1).flatten(1).norm(dim=1)
+                    psi *= (norms / now).where(now > 0, 1).view(-1, *[1] * (psi.ndim - 1))
             self.weight.copy_(psi.reshape(self.weight.shape))
             if layer.bias is not None:
                 parts = layer.bias.unflatten(0, (spec.order, -1))
