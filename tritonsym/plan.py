@@ -708,7 +708,7 @@ GROUP_CPU = Rule(60, 2, 0)
 GROUPED = 1.2
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
-#: Positions from which axes that no image moves stay inside the product on the CPU.
+#: Positions from which axes that no image moves stay inside the product on the CPU (by hand, without a result file).
 FOLD_POSITIONS = 512
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
 MOST_TERMS = 512

@@ -41,11 +41,11 @@ from tritonsym.reference import block_gradients, block_rows
 from tritonsym.spec import ConvSpec, Geometry, Ints
 
 #: Most bytes of z at a time: a chunk of images, or a band of rows of one image, that the caches hold.
-#: ``tritonsym.shift.CHUNK_BYTES = ...`` changes it.
+#: ``tritonsym.shift.CHUNK_BYTES = ...`` changes it. Measured: perf/results/2026-11-25-cpu-chunks.json.
 CHUNK_BYTES = 16 << 20
 
 #: From so many channels per group on, and in bands, no axes stay inside the products of the gradients: matrix products
-#: are faster than the gradients of a convolution.
+#: are faster than the gradients of a convolution (by hand, without a result file).
 GRADIENT_CHANNELS = 192
 
 #: Most bytes of index tables that are kept for later calls; the least recently used go first.
