@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,18 +107,18 @@ def load_escnn(r2conv: Any) -> tuple[SymmetricConv2d, Tensor]:
     into, out, gspace = r2conv.in_type.representations, r2conv.out_type.representations, r2conv.out_type.gspace
     fits = "only layers from trivial to regular representations of 'h', 'v', 'hv', 'c2', 'c4' or 'd4' fit"
     theirs = gspace.fibergroup.elements or ()
-    found = _symmetry_of([np.asarray(gspace.basespace_action(g)) for g in theirs])
+    found = _symmetry_of([_matrix(gspace.basespace_action(g)) for g in theirs])
     if found is None:
         raise ValueError(f"load_escnn: the group is {gspace}, which flips or turns otherwise; {fits}")
     symmetry, position = found
     elements = [theirs[at] for at in position]
     for representation in into:
-        if not all(np.array_equal(np.round(representation(g), 6), [[1]]) for g in elements):
+        if not all(_equal(_matrix(representation(g)), torch.eye(1)) for g in elements):
             raise ValueError(f"load_escnn: in_type has {representation}, which is not trivial; {fits}")
     rows: list[int] = []  # of the filters: fields with our elements
     for representation in out:  # g moves the first channel to the one of g
-        columns = np.stack([np.asarray(representation(g))[:, 0] for g in elements])
-        if columns.shape != (len(elements),) * 2 or not np.allclose(columns, np.eye(len(elements))[columns.argmax(1)]):
+        columns = torch.stack([_matrix(representation(g))[:, 0] for g in elements])
+        if not _equal(columns, torch.eye(columns.shape[1])[columns.argmax(1)]) or columns.shape[1] != len(elements):
             raise ValueError(f"load_escnn: out_type has {representation}, which is not regular; {fits}")
         rows.extend((len(rows) + columns.argmax(1)).tolist())
     with torch.enable_grad():
@@ -138,13 +137,22 @@ def load_escnn(r2conv: Any) -> tuple[SymmetricConv2d, Tensor]:
     return layer, order
 
 
+def _matrix(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Up to rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+
+
 def _symmetry_of(matrices: list[Any]) -> tuple[str, list[int]] | None:
     """The symmetry whose elements move points (x, y) by these matrices, and where each of its elements stands there."""
-    points = np.array([(j - 1, 1 - i) for i, j in taps((3, 3))])
+    points = torch.tensor([(j - 1.0, 1.0 - i) for i, j in taps((3, 3))])
     for name in ("h", "v", "hv", "c2", "c4", "d4"):
         ours = [points[list(g.slots((3, 3)))] for g in Symmetry(name).elements]  # tap p of an image is A^-1 p
         if len(ours) == len(matrices) and all(a.shape == (2, 2) for a in matrices):
-            same = [[k for k, a in enumerate(matrices) if np.allclose(points @ a, moved)] for moved in ours]
+            same = [[k for k, a in enumerate(matrices) if _equal(points @ a, moved)] for moved in ours]
             if all(len(k) == 1 for k in same):
                 return name, [k for (k,) in same]
     return None
