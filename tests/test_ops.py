@@ -12,12 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import ops, plan, shift
+from tritonsym import ops, plan, reference, shift
 from tritonsym.plan import current_backend
 
 
@@ -408,3 +409,54 @@ def test_many_gradients_at_once(convolution):
     for i, dy in enumerate(many):
         for found, expected in zip(batched, torch.autograd.grad(y, inputs, dy, retain_graph=True), strict=True):
             torch.testing.assert_close(found[i], expected)
+
+
+# --- dense weights by look-up -----------------------------------------------------------------------------------------
+
+# what the dense weight is looked up by if the stored one is contiguous, and if it is channels-last
+LOOKED_UP = {
+    "orbits": (lambda: tnn.SymmetricConv2d(4, 16, 3, symmetry="d4"), "values", "values"),
+    "mixed": (lambda: tnn.SymmetricConv2d(4, 32, 3, groups=2, symmetry={"d4": 16, "h": 4}), "values", "values"),
+    "many": (lambda: tnn.SymmetricConv2d(64, 64, 3, symmetry="hv"), None, "rows"),
+    "transposed": (lambda: tnn.SymmetricConvTranspose2d(4, 16, 3, symmetry="hv"), "values", "values"),
+    "many transposed": (lambda: tnn.SymmetricConvTranspose2d(64, 64, 3, symmetry="hv"), None, None),
+    "ties": (lambda: tnn.TiedConv2d(4, 16, 5, symmetry="radial"), "values", "values"),
+    "odd ties": (lambda: tnn.TiedConv2d(4, 16, 5, symmetry="hv", parity="odd"), None, None),
+    "ties and free": (lambda: tnn.TiedConv2d(4, 16, 5, symmetry="hv", free=4), None, None),
+    "free": (lambda: tnn.SymmetricConv2d(4, 16, 3, symmetry=None), None, None),
+    "one axis": (lambda: tnn.SymmetricConv1d(4, 16, 5, symmetry="h"), "values", "values"),
+    "volumes": (lambda: tnn.SymmetricConv3d(4, 16, 3, symmetry="hvz"), "values", "values"),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("layer, first_by, last_by", LOOKED_UP.values(), ids=LOOKED_UP.keys())
+def test_dense_weights_are_looked_up(layer, first_by, last_by, last):
+    """The look-up and its derivatives equal those of the images one by one, but for the order of sums."""
+    layer = layer().double()
+    if last and layer.weight.ndim > 3:
+        layer = layer.to(memory_format=(torch.channels_last, torch.channels_last_3d)[layer.weight.ndim - 4])
+    weights = layer._stored()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        dense = reference.look_up(layer._spec(), weights)
+    called = {event.key for event in seen.key_averages()}
+    by = last_by if last else first_by
+    assert {"aten::take", "aten::embedding"} & called == {
+        None: set(),
+        "values": {"aten::take"},
+        "rows": {"aten::embedding"},
+    }[by]
+    expected = reference.expand(layer.spec, weights)
+    assert torch.equal(dense, expected)
+    upstream = torch.randn_like(dense).requires_grad_()
+    (got,), (truth,) = (torch.autograd.grad(d, weights[0], upstream, create_graph=True) for d in (dense, expected))
+    torch.testing.assert_close(got, truth)
+    again = torch.randn_like(got)
+    got, truth = (torch.autograd.grad(d, upstream, again)[0] for d in (got, truth))
+    torch.testing.assert_close(got, truth, rtol=0, atol=0)
+    basis = torch.eye(dense.numel())[:3].view(3, *dense.shape).double()
+    got, truth = (
+        torch.autograd.grad(d, weights[0], basis, is_grads_batched=True)[0]
+        for d in (reference.look_up(layer._spec(), weights), reference.expand(layer.spec, weights))
+    )
+    torch.testing.assert_close(got, truth)

@@ -261,35 +261,11 @@ def test_a_whole_model_is_explained(capsys):
     assert {layer.problem.target for _, layer in tritonsym.explain(model, x, "sm_90")} == {"sm_90"}
 
 
-# --- dense weights ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("symmetry", ["c4", "d4", {"d4": 8, "c4": 4, "h": 2}])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_dense_weights_are_gathered(symmetry, groups, monkeypatch):
-    """The gather, its adjoint and their derivatives equal the reference's to the bit, but for the order of sums."""
-    factor = groups if isinstance(symmetry, dict) else 1
-    symmetry = {k: n * factor for k, n in symmetry.items()} if factor > 1 else symmetry
-    layer = tnn.SymmetricConv2d(4, 16 * groups, 3, groups=groups, symmetry=symmetry, bias=False)
-    layer = layer.to(memory_format=torch.channels_last)
-    assert shift.can_expand(layer.spec, [layer.weight])
-    dense, expected = shift.expand(layer._spec(), layer.weight), layer.expanded_weight()
-    assert torch.equal(dense, expected) and shift.is_last(dense)
-    upstream = torch.randn_like(dense).requires_grad_()
-    (got,), (truth,) = (torch.autograd.grad(d, layer.weight, upstream, create_graph=True) for d in (dense, expected))
-    torch.testing.assert_close(got, truth)
-    again = torch.randn_like(got)
-    (got,), (truth,) = (torch.autograd.grad(d, upstream, again) for d in (got, truth))
-    torch.testing.assert_close(got, truth, rtol=0, atol=0)
-    basis = torch.eye(dense.numel())[:3].view(3, *dense.shape)
-    args = layer.weight, basis
-    got, truth = (
-        torch.autograd.grad(d, *args, is_grads_batched=True)[0]
-        for d in (shift.expand(layer._spec(), layer.weight), layer.expanded_weight())
-    )
-    torch.testing.assert_close(got, truth)
-    with monkeypatch.context() as patch, tritonsym.path("reference"):
-        found = []
-        patch.setattr(shift, "expand", lambda *args: found.append(args) or layer.expanded_weight())
-        layer(torch.randn(1, 4, 5, 5))
-        assert found
+def test_bags_read_whole_rows(monkeypatch):
+    """An expanded gradient, as of a sum, is copied first: torch is slow at adding up rows of other strides."""
+    add, tables = torch.embedding_bag, []
+    monkeypatch.setattr(torch, "embedding_bag", lambda table, *args: tables.append(table) or add(table, *args))
+    layer, x = tnn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="d4"), torch.randn(2, 8, 6, 6)
+    with tritonsym.path("shift"):
+        layer(x.to(memory_format=torch.channels_last)).sum().backward()
+    assert len(tables) == 2 and all(table.is_contiguous() for table in tables)

@@ -57,8 +57,7 @@ def conv(
     if bias is not None and bias.shape[0] != conv_spec.out_channels:
         bias = reference.expand_bias(bias, conv_spec)
     if path == "reference":
-        gathers = _is_eager(x, *weights) and shift.can_expand(conv_spec, weights)
-        dense = shift.expand(spec, weights[0]) if gathers else reference.expand(conv_spec, weights)
+        dense = reference.look_up(spec, weights) if _is_eager(x, *weights) else reference.expand(conv_spec, weights)
         y = reference.conv(batched, dense, bias, conv_spec)
         return reference.activate(y if batched is x else y[0], activation)
     batched, weights = batched.to(dtype), [w.to(dtype) for w in weights]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,6 +76,49 @@ def expand(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
         parts.update((there, image(base, g)) for there, g in block.images[1:])
     dense = torch.cat([parts[there] for there in sorted(parts)], at) if len(parts) > 1 else parts[0]
     return dense if spec.geometry.transposed or at == 0 else dense.flatten(0, 1)
+
+
+#: Dense weights of at most so many values are looked up value by value: the gradient of more is slow.
+LOOKED_UP = 1 << 14
+
+
+def look_up(text: str, weights: Sequence[Tensor]) -> Tensor:
+    """`expand` for eager calls: on the CPU by one look-up in a kept table, where that is faster than image by image.
+
+    Of values if there are few, else of rows of channels if the weight is channels-last.
+    """
+    w, *others = weights
+    rows = w.movedim(1, -1)
+    is_first = w.is_contiguous()
+    last = w.ndim > 3 and not is_first and rows.is_contiguous()
+    on_cpu = w.device.type == "cpu" and w.is_floating_point() and (last or is_first)
+    index = None if others or not on_cpu else _places(text, w.shape, last)
+    if index is None:
+        return expand(ConvSpec.of(text), weights)
+    if index.ndim < w.ndim:
+        return torch.embedding(rows.flatten(0, -2), index).movedim(-1, 1)
+    return rows.take(index).movedim(-1, 1) if last else w.take(index)
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)
+def _places(text: str, shape: Sequence[int], last: bool) -> Tensor | None:
+    """Where in the stored weight every value, or row of channels, of the dense one stands; None if that is slower."""
+    spec = ConvSpec.of(text)
+    if 0 in shape or all(len(block.images) == 1 and block.orbits is None for block in spec.blocks):
+        return None  # there is nothing, or nothing to do
+    if bool((expand(spec, [torch.ones(shape, dtype=torch.int8)]) != 1).any()):
+        return None  # there are signs
+
+    def dense(channels: int) -> Tensor:
+        counted = torch.arange(math.prod(shape) // shape[1] * channels)
+        if last:
+            return expand(spec, [counted.view(shape[0], *shape[2:], channels).movedim(-1, 1)]).movedim(1, -1)
+        return expand(spec, [counted.view(shape)])
+
+    if math.prod(shape) <= LOOKED_UP and (values := dense(shape[1])).numel() <= LOOKED_UP:
+        return values.contiguous()
+    return dense(1)[..., 0].contiguous() if last and not spec.geometry.transposed else None
 
 
 def _by_group(w: Tensor, spec: ConvSpec) -> tuple[Tensor, int]:

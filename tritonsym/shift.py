@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonsym._compat import is_mapped
 from tritonsym.reference import block_gradients, block_rows
 from tritonsym.spec import ConvSpec, Geometry, Ints
 
@@ -647,6 +646,7 @@ def backward(
         for number, step in enumerate(chunk.steps):
             runs = [dy_chunk[..., channels] for channels, _ in _runs(step.part)]
             table = (runs[0] if len(runs) == 1 else torch.cat(runs, -1)).reshape(-1, step.part.filters)
+            table = table.contiguous()  # an expanded gradient stays one, and bags of it are slow
             sums = None if step.part.is_plain else plan.sums(chunk, step)
             for i, (phase, of) in enumerate(step.products):
                 d = table if sums is None else sums.adjoint[i].add(table, chunk.images)
@@ -667,73 +667,6 @@ class _Kernels:
         if key not in self.found:
             self.found[key] = product.weights(self.rows[number])
         return self.found[key]
-
-
-# --- dense weights ----------------------------------------------------------------------------------------------------
-
-
-def expand(spec: str, weight: Tensor) -> Tensor:
-    """`reference.expand` of a channels-last weight: every tap of a dense filter is a row of C values of the stored one.
-
-    Its adjoint is one bag of the rows where a stored one stands.
-    """
-    return _Expand.apply(weight, spec)
-
-
-def can_expand(spec: ConvSpec, weights: Sequence[Tensor]) -> bool:
-    """Whether `expand` takes these weights, and is faster than the reference."""
-    is_plain = len(weights) == 1 and spec.blocks[0].orbits is None and not spec.geometry.transposed
-    if not (is_plain and any(g.turns % 2 for block in spec.blocks for _, g in block.images)):
-        return False  # cat and flip copy rows, too, but not what is transposed
-    w = weights[0]
-    is_summed = w.dtype in (torch.float32, torch.bfloat16, torch.float16) and w.device.type == "cpu" and is_fast()
-    return is_summed and is_last(w) and w.movedim(1, -1).is_contiguous()
-
-
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _places(text: str) -> tuple[Tensor, Bags]:
-    """By dense row (filter, tap) the stored row that stands there, and by stored row the bag of dense ones."""
-    spec, taps = ConvSpec.of(text), math.prod(ConvSpec.of(text).geometry.kernel_size)
-    rows = torch.empty(spec.filters // spec.groups, taps, dtype=torch.int64)
-    start = 0
-    for block, images in zip(spec.blocks, spec.slot_table, strict=True):
-        base = torch.arange(start, start + block.filters)[:, None] * taps
-        for first, slots, _ in images:
-            rows[first : first + block.filters] = base + torch.tensor(slots)
-        start += block.filters
-    place = (rows + torch.arange(spec.groups)[:, None, None] * start * taps).flatten()
-    return place, _bags(torch.arange(len(place)), place, None, spec.stored_filters * taps, len(place), 1)
-
-
-class _Expand(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, spec: str) -> Tensor:
-        ctx.spec, stored = spec, weight.movedim(1, -1)
-        rows = stored.flatten(0, -2).index_select(0, _places(spec)[0])
-        return rows.view(-1, *stored.shape[1:]).movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx: Any, dense: Tensor) -> tuple[Tensor, None]:
-        if is_mapped(dense):
-            rows, (place, bags) = dense.movedim(1, -1), _places(ctx.spec)
-            stored = (
-                torch.zeros(bags.bags, rows.shape[-1]).to(rows).index_add(0, place, rows.reshape(-1, rows.shape[-1]))
-            )
-            return stored.view(-1, *rows.shape[1:]).movedim(-1, 1), None
-        return _Collapse.apply(dense, ctx.spec), None
-
-
-class _Collapse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dense: Tensor, spec: str) -> Tensor:
-        ctx.spec, rows = spec, dense.movedim(1, -1)
-        found = _places(spec)[1].add(rows.reshape(-1, rows.shape[-1]), 1)
-        return found.view(-1, *rows.shape[1:]).movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
-        return _Expand.apply(channels_last(weight), ctx.spec), None
 
 
 @cache
