@@ -32,7 +32,7 @@ LAYERS = {
 def bounds(monkeypatch):
     def set_to(chunk_bytes, positions):
         monkeypatch.setattr(shift, "CHUNK_BYTES", chunk_bytes)
-        monkeypatch.setattr(plan, "FOLD_POSITIONS", positions)
+        monkeypatch.setattr(shift, "INSIDE", (positions, positions))
         plan.forget()
 
     yield set_to

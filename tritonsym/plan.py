@@ -205,9 +205,7 @@ class ConvProblem(Problem):
 
     @cached_property
     def positions(self) -> int:
-        """Of y, or of x if transposed, in the batch: where the dense layer multiplies by all its weights."""
-        geometry = self.spec.geometry
-        return self.batch * math.prod(self.sizes if geometry.transposed else geometry.out_sizes(self.sizes))
+        return shift.positions(self.spec.geometry, (self.batch, self.channels, *self.sizes))
 
     @property
     def taps(self) -> int:
@@ -238,7 +236,7 @@ class ConvProblem(Problem):
     def fold(self) -> bool:
         """Whether axes that no image moves stay inside the product of the shift path."""
         if self.target == "cpu":
-            return self.positions >= FOLD_POSITIONS
+            return self.positions >= shift.INSIDE[0] * self.taps
         geometry, blocks = self.spec.geometry, self.spec.blocks
         can = self.dtype in ("bfloat16", "float32") and self.spec.groups == 1 and not geometry.transposed
         can &= not any(geometry.extra) and not any(block.orbits for block in blocks) and self.has_kernel
@@ -708,8 +706,6 @@ GROUP_CPU = Rule(60, 2, 0)
 GROUPED = 1.2
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
-#: Positions from which axes that no image moves stay inside the product on the CPU (by hand, without a result file).
-FOLD_POSITIONS = 512
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
 MOST_TERMS = 512
 #: Sizes of matrices from which blocks pay on the CPU: of a packed one, for rows up to 3/4 of what n has more than that;

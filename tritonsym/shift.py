@@ -43,9 +43,10 @@ from tritonsym.spec import ConvSpec, Geometry, Ints
 #: ``tritonsym.shift.CHUNK_BYTES = ...`` changes it. Measured: perf/results/2026-11-25-cpu-chunks.json.
 CHUNK_BYTES = 16 << 20
 
-#: From so many channels per group on, and in bands, no axes stay inside the products of the gradients: matrix products
-#: are faster than the gradients of a convolution (by hand, without a result file).
-GRADIENT_CHANNELS = 192
+#: Axes that no image moves stay inside the products from so many positions per tap on, and in the gradients if there
+#: are besides so many per filter of a group: below, a few large matrix products are faster than convolutions.
+#: Measured: perf/results/2026-11-25-cpu-inside.json.
+INSIDE = 250, 200
 
 #: Most bytes of index tables that are kept for later calls; the least recently used go first.
 TABLE_BYTES = 256 << 20
@@ -552,6 +553,12 @@ def program(spec: str, fold: bool, shape: Ints, itemsize: int, chunk_bytes: int)
     return Program(conv, geometry, blocks, axes, tuple(chunks), True)
 
 
+def positions(geometry: Geometry, shape: Sequence[int]) -> int:
+    """Of y, or of x (N, C, *sizes) if transposed: where the dense layer multiplies by all its weights."""
+    sizes = shape[2 : 2 + len(geometry.kernel_size)]
+    return shape[0] * math.prod(sizes if geometry.transposed else geometry.out_sizes(sizes))
+
+
 def z_values(part: Part, axes: Sequence[Axis]) -> int:
     """Values of z of one group of one image, as if every phase needed all slots."""
     sizes = [axis.out if stays else axis.size for stays, axis in zip(part.inside, axes, strict=True)]
@@ -627,7 +634,8 @@ def backward(
     if x.ndim == 3:
         dx, dws = backward(dy.unsqueeze(-1), x.unsqueeze(-1), weights, spec, fold, need_x, need_weights)
         return None if dx is None else dx.squeeze(-1), dws
-    fold = fold and x.shape[1] < GRADIENT_CHANNELS * ConvSpec.of(spec).groups
+    conv = ConvSpec.of(spec)
+    fold = fold and positions(conv.geometry, x.shape) * conv.groups >= INSIDE[1] * conv.stored_filters
     plan = program(spec, fold, x.shape, x.element_size(), CHUNK_BYTES)
     if fold and plan.bands:
         plan = program(spec, False, x.shape, x.element_size(), CHUNK_BYTES)
