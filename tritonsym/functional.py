@@ -205,10 +205,12 @@ def _remembered(function: Callable[P, str]) -> Callable[P, str]:
     @constant
     @functools.wraps(function)
     def call(*args: Any) -> str:
-        try:
-            return remember(*map(_frozen, args))
-        except TypeError:  # an argument cannot be hashed, or is wrong
-            return function(*args)  # type: ignore[call-arg]
+        for key in (args, [*map(_frozen, args)]):
+            try:
+                return remember(*key)
+            except TypeError:  # an argument cannot be hashed, or is wrong
+                pass
+        return function(*args)  # type: ignore[call-arg]
 
     return call  # type: ignore[return-value]
 

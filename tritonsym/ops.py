@@ -60,8 +60,9 @@ def conv(
         dense = reference.look_up(spec, weights) if _is_eager(x, *weights) else reference.expand(conv_spec, weights)
         y = reference.conv(batched, dense, bias, conv_spec)
         return reference.activate(y if batched is x else y[0], activation)
-    batched, weights = batched.to(dtype), [w.to(dtype) for w in weights]
-    bias = None if bias is None else bias.to(dtype)
+    if any(t is not None and t.dtype != dtype for t in (batched, bias, *weights)):
+        batched, weights = batched.to(dtype), [w.to(dtype) for w in weights]
+        bias = None if bias is None else bias.to(dtype)
     pooled = None
     if conv_spec.pool and not (path == "shift" and tiles):  # torch pools the images
         pooled, spec = conv_spec, _without_pool(spec)

@@ -345,8 +345,11 @@ class Product:
         self.is_whole = all(m == 1 for m in steps)
         self.multiplies = groups == 1 and not any(part.inside)
         self.transposed = g.transposed and not self.multiplies
-        #: Which slots of the part's rows stand at every slot and tap inside.
+        #: Which slots of the part's rows stand at every slot and tap inside, and whether in that order, or tap by tap.
         self.order = [part.order[s] for s in phase.slots]
+        stored = list(range(sum(map(len, part.order))))
+        self.is_sorted = [s for at in self.order for s in at] == stored
+        self.is_by_tap = [s for at in zip(*self.order, strict=True) for s in at] == stored
         self.is_all = len(phase.slots) == len(part.order)
         self.kernel = [k if stays else 1 for k, stays in zip(g.kernel_size, part.inside, strict=True)]
         stride, pads, dilation, extra, around = [], [], [], [], []
@@ -373,10 +376,10 @@ class Product:
 
     def _ordered(self, rows: Tensor) -> Tensor:
         """(groups, slots of the part, ...) -> (groups, slots, taps inside, ...): a view if their order allows it."""
-        flat, slots, inside = [s for at in self.order for s in at], len(self.order), len(self.order[0])
-        if flat == list(range(rows.shape[1])):
+        slots, inside = len(self.order), len(self.order[0])
+        if self.is_sorted:
             return rows.unflatten(1, (slots, inside))
-        if [at[j] for j in range(inside) for at in self.order] == list(range(rows.shape[1])):
+        if self.is_by_tap:
             return rows.unflatten(1, (inside, slots)).transpose(1, 2)
         return rows[:, torch.tensor(self.order)]
 
