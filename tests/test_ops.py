@@ -417,7 +417,9 @@ def test_many_gradients_at_once(convolution):
 LOOKED_UP = {
     "orbits": (lambda: tnn.SymmetricConv2d(4, 16, 3, symmetry="d4"), "values", "values"),
     "mixed": (lambda: tnn.SymmetricConv2d(4, 32, 3, groups=2, symmetry={"d4": 16, "h": 4}), "values", "values"),
-    "many": (lambda: tnn.SymmetricConv2d(64, 64, 3, symmetry="hv"), None, "rows"),
+    "many": (lambda: tnn.SymmetricConv2d(64, 64, 3, symmetry="h"), None, "rows"),
+    "many images": (lambda: tnn.SymmetricConv2d(32, 128, 3, groups=2, symmetry="d4"), "rows", "rows"),
+    "many values of ties": (lambda: tnn.TiedConv2d(64, 64, 5, symmetry="radial"), None, None),
     "transposed": (lambda: tnn.SymmetricConvTranspose2d(4, 16, 3, symmetry="hv"), "values", "values"),
     "many transposed": (lambda: tnn.SymmetricConvTranspose2d(64, 64, 3, symmetry="hv"), None, None),
     "ties": (lambda: tnn.TiedConv2d(4, 16, 5, symmetry="radial"), "values", "values"),
@@ -447,14 +449,14 @@ def test_dense_weights_are_looked_up(layer, first_by, last_by, last):
         "rows": {"aten::embedding"},
     }[by]
     expected = reference.expand(layer.spec, weights)
-    assert torch.equal(dense, expected)
+    assert torch.equal(dense, expected) and dense.is_contiguous() is weights[0].is_contiguous()
     upstream = torch.randn_like(dense).requires_grad_()
     (got,), (truth,) = (torch.autograd.grad(d, weights[0], upstream, create_graph=True) for d in (dense, expected))
     torch.testing.assert_close(got, truth)
     again = torch.randn_like(got)
     got, truth = (torch.autograd.grad(d, upstream, again)[0] for d in (got, truth))
     torch.testing.assert_close(got, truth, rtol=0, atol=0)
-    basis = torch.eye(dense.numel())[:3].view(3, *dense.shape).double()
+    basis = torch.randn(3, *dense.shape, dtype=torch.float64)
     got, truth = (
         torch.autograd.grad(d, weights[0], basis, is_grads_batched=True)[0]
         for d in (reference.look_up(layer._spec(), weights), reference.expand(layer.spec, weights))

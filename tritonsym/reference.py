@@ -83,42 +83,44 @@ LOOKED_UP = 1 << 14
 
 
 def look_up(text: str, weights: Sequence[Tensor]) -> Tensor:
-    """`expand` for eager calls: on the CPU by one look-up in a kept table, where that is faster than image by image.
-
-    Of values if there are few, else of rows of channels if the weight is channels-last.
-    """
+    """`expand` for eager calls: on the CPU by one look-up in a kept table, where that is faster than image by image."""
     w, *others = weights
-    rows = w.movedim(1, -1)
+    by_tap = w.movedim(1, -1)
     is_first = w.is_contiguous()
-    last = w.ndim > 3 and not is_first and rows.is_contiguous()
+    last = w.ndim > 3 and not is_first and by_tap.is_contiguous()
     on_cpu = w.device.type == "cpu" and w.is_floating_point() and (last or is_first)
-    index = None if others or not on_cpu else _places(text, w.shape, last)
-    if index is None:
+    table = None if others or not on_cpu else _places(text, w.shape, last)
+    if table is None:
         return expand(ConvSpec.of(text), weights)
-    if index.ndim < w.ndim:
-        return torch.embedding(rows.flatten(0, -2), index).movedim(-1, 1)
-    return rows.take(index).movedim(-1, 1) if last else w.take(index)
+    places, of_rows = table
+    if not of_rows:
+        return by_tap.take(places).movedim(-1, 1) if last else w.take(places)
+    dense = torch.embedding(by_tap.flatten(0, -2), places).movedim(-1, 1)
+    return dense if last else dense.contiguous()
 
 
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
-def _places(text: str, shape: Sequence[int], last: bool) -> Tensor | None:
-    """Where in the stored weight every value, or row of channels, of the dense one stands; None if that is slower."""
-    spec = ConvSpec.of(text)
+def _places(text: str, shape: Sequence[int], last: bool) -> tuple[Tensor, bool] | None:
+    """Where in the stored weight everything in the dense one stands; None if a look-up is slower, or there are signs.
+
+    Values if there are few, else rows of channels (True), of a contiguous weight only if they have many images.
+    """
+    spec, axes = ConvSpec.of(text), tuple(shape[2:])
     if 0 in shape or all(len(block.images) == 1 and block.orbits is None for block in spec.blocks):
-        return None  # there is nothing, or nothing to do
+        return None
     if bool((expand(spec, [torch.ones(shape, dtype=torch.int8)]) != 1).any()):
-        return None  # there are signs
-
-    def dense(channels: int) -> Tensor:
-        counted = torch.arange(math.prod(shape) // shape[1] * channels)
-        if last:
-            return expand(spec, [counted.view(shape[0], *shape[2:], channels).movedim(-1, 1)]).movedim(1, -1)
-        return expand(spec, [counted.view(shape)])
-
-    if math.prod(shape) <= LOOKED_UP and (values := dense(shape[1])).numel() <= LOOKED_UP:
-        return values.contiguous()
-    return dense(1)[..., 0].contiguous() if last and not spec.geometry.transposed else None
+        return None
+    if math.prod(shape) <= LOOKED_UP:
+        number = torch.arange(math.prod(shape))
+        number = number.view(shape[0], *axes, shape[1]).movedim(-1, 1) if last else number.view(shape)
+        values = expand(spec, [number])
+        if values.numel() <= LOOKED_UP:
+            return (values.movedim(1, -1) if last else values).contiguous(), False
+    if spec.geometry.transposed or not (last or spec.filters >= 4 * spec.stored_filters):
+        return None
+    rows = torch.arange(math.prod(shape) // shape[1]).view(shape[0], 1, *axes)
+    return expand(spec, [rows])[:, 0].contiguous(), True
 
 
 def _by_group(w: Tensor, spec: ConvSpec) -> tuple[Tensor, int]:
