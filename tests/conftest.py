@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
+from interpret import Interpreter
 from torch import Tensor, nn
 
 import tritonsym
@@ -174,7 +175,14 @@ def layers() -> list[Layer]:
     return LAYERS
 
 
-# --- kernels compiled ahead of time -----------------------------------------------------------------------------------
+# --- kernels, interpreted and compiled ahead of time ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @dataclass(frozen=True)

@@ -302,6 +302,53 @@ def layer(kind, options, shape, dtype, path, scale=1):
         return tritonsym.explain(module, x).tiles
 
 
+def matrices(n, batch, skew, tile):
+    """Whether products with a packed matrix, by tiles and by strips, its gradient and X X^T are exactly torch's."""
+    import torch
+
+    from tritonsym.kernels import gram, symm
+    from tritonsym.kernels.tiles import GemmTile
+    from tritonsym.packing import pack, unpack
+
+    x, dy, bias, full = (torch.randint(-2, 3, shape).float() for shape in ((batch, n), (batch, n), (n,), (n, n)))
+    packed = pack(full, "lower", skew=skew).requires_grad_()
+    expected = x @ unpack(packed, skew=skew) + bias
+    expected.backward(dy)
+    tile, symm.SEGMENT_STEPS = GemmTile(*tile), 2
+    for product in (symm.product_by_tiles, symm.product_by_strips):
+        assert torch.equal(product(x.mT.contiguous().mT, packed.detach(), bias, None, tile, "ieee", skew), expected)
+    assert torch.equal(symm.gradient(x, dy, tile, "ieee", skew), packed.grad)
+    square = x[None] @ x.mT
+    assert torch.equal(gram.gram(x[None], square, 1.0, 1.0, tile, "ieee"), 2 * square)
+    return True
+
+
+def sanitized(function, **arguments):
+    """The kernels that this function above launches, and what the sanitizer finds."""
+    from sanitizer import Sanitizer
+
+    with Sanitizer() as seen:
+        try:
+            globals()[function](**arguments)
+        except AssertionError as error:
+            seen.found.add(str(error))
+    return sorted(seen.kernels), sorted(seen.found)
+
+
+def planted():
+    """What the sanitizer finds, and should find, of kernels with bugs, for integers and for floating-point numbers."""
+    import torch
+    from sanitizer import PLANTED, Sanitizer
+
+    answers = []
+    for kernel, expected in PLANTED.items():
+        for dtype in (torch.float32, torch.float16, torch.int32, torch.uint8):
+            with Sanitizer() as seen:
+                kernel[(2,)](torch.ones(6, dtype=dtype), torch.empty(6, dtype=dtype))
+            answers.append([sorted(seen.found), [f"{kernel.__name__}: {expected}"]])
+    return answers
+
+
 #: conv (`build`), batch, channels per group, sizes. Sizes 1, primes, H != W; filters and channels below, at and
 #: above the tiles (16 and 32); every kind of symmetry; strides, also larger than the kernel; even kernels; groups.
 CASES = {

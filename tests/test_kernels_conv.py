@@ -5,7 +5,7 @@ from dataclasses import astuple, replace
 
 import pytest
 import torch
-from interpret import BFLOAT16, CASES, DEVICE, Interpreter, variants
+from interpret import BFLOAT16, CASES, DEVICE, variants
 
 import tritonsym
 
@@ -13,14 +13,6 @@ pytest.importorskip("triton")  # Linux only
 
 from tritonsym import plan
 from tritonsym.kernels import tiles
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
-
 
 TILES = {"shift": [[32, 16, 4] * 2, [64, 32, 4] * 2], "implicit_gemm": [[32, 16, 32, 4, 2] * 3, [64, 32, 16, 4, 2] * 3]}
 

@@ -5,18 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpret import DEVICE, Interpreter, variants
+from interpret import DEVICE, variants
 
 import tritonsym
 
 pytest.importorskip("triton")  # Linux only
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
 
 
 TILES = [[16, 16, 1], [32, 4, 4], [128, 32, 4]]
