@@ -222,24 +222,24 @@ def not_finite(conv, batch, channels, sizes, path, tiles, dtype, activation=None
 def large(path, tiles):
     """Whether float16 overflows only where the dense convolution does: products that cancel, gradients of many images.
 
-    Of 4 channels of 200 and weights of 100 and -100, and of gradients of 30000 and weights of 1 / 128.
+    Of 4 channels of 200 and weights of 100 and -100, and of gradients of 30000, inputs of 1 / 32, weights of 1 / 128.
     """
     import torch
 
     spec = build(orbits="hv", filters=8, padding=0)
-    x = torch.full((1, 4, 5, 6), 200.0).double()
-    for weight, of_dy in ((100.0, 1.0), (0.0078125, 30000.0)):
+    for of_x, weight, of_dy in ((200.0, 100.0, 1.0), (0.03125, 0.0078125, 30000.0)):
+        x = torch.full((1, 4, 5, 6), of_x).double()
         rows = torch.full((1, spec.rows, 4), weight).double()
         rows[:, : 3 * spec.rows // 9 if weight > 1 else 0] = -weight
         rows[:, 6 * spec.rows // 9 if weight > 1 else spec.rows :] = 0
         x, rows = x.requires_grad_(), rows.requires_grad_()
         y = dense_conv(x, rows, spec)
         dy = torch.full_like(y, of_dy)
-        (dx,) = torch.autograd.grad(y, x, dy)
+        dx, drows = torch.autograd.grad(y, (x, rows), dy)
         halves = [t.detach().half().to(DEVICE) for t in (x, rows, dy)]
         got, _ = forward(halves[0], halves[1], None, spec, path, tiles)
-        got_dx, _ = backward(halves[2], halves[0], halves[1], None, spec, path, tiles, need_rows=False)
-        for found, exact in ((got, y), (got_dx, dx)):
+        got_dx, (got_dw,) = backward(halves[2], halves[0], halves[1], None, spec, path, tiles)
+        for found, exact in ((got, y), (got_dx, dx), (got_dw, weights_of(drows, spec)[0])):
             assert exact.abs().max() < 65504
             torch.testing.assert_close(found.cpu().double(), exact.detach(), rtol=2e-3, atol=1e-2)
     return True

@@ -459,3 +459,22 @@ def test_every_target_has_tiles(itemsize, target):
         assert rows > STRIP_ROWS or tile.block_n >= rows
     square = pick_square(itemsize, target)
     assert square.block_m == square.block_n and fits(square, itemsize, target)
+
+
+@pytest.mark.parametrize("skew", [False, True])
+def test_blocks_of_float16_overflow_where_dense_matrices_do(skew):
+    """Blocks whose products cancel, gradients on the diagonal, quadratic forms."""
+    n = 300
+    s = torch.full((n, n), 512.0).double()
+    s = s.tril(-1) - s.triu(1) if skew else s
+    x = torch.ones(1, n).double()
+    x[:, n // 2 :] = -1
+    of_200 = torch.full((1, n), 200.0).double()
+    gradient = of_200.mT @ of_200
+    gradient = gradient - gradient.mT if skew else gradient + gradient.mT - gradient.diag().diag()
+    packed = tritonsym.pack(s, skew=skew).half()
+    assert torch.equal(blocks.product(x.half(), packed, None, skew), (x @ s).half())
+    found = blocks.gradient(of_200.half(), of_200.half(), skew)
+    assert torch.equal(found, tritonsym.pack(gradient, "lower", skew=skew).half())
+    if not skew:
+        assert not blocks.quadratic_form(x.half(), packed)

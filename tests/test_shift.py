@@ -269,3 +269,18 @@ def test_bags_read_whole_rows(monkeypatch):
     with tritonsym.path("shift"):
         layer(x.to(memory_format=torch.channels_last)).sum().backward()
     assert len(tables) == 2 and all(table.is_contiguous() for table in tables)
+
+
+def test_float16_overflows_where_dense_layers_do():
+    """Products of 80000 that cancel, and sums of four gradients of 30000."""
+    layer = tnn.SymmetricConv2d(4, 8, 3, symmetry="hv", bias=False, dtype=torch.float16)
+    for of_x, weights, of_dy in ((200, (-100, 100, 0), 1), (1 / 32, (1 / 128,) * 3, 30000)):
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor(weights)[:, None].expand_as(layer.weight))
+        x = torch.full((1, 4, 5, 6), of_x, dtype=torch.float16, requires_grad=True)
+        with tritonsym.path("shift"):
+            y = layer(x)
+            dx, dw = torch.autograd.grad(y, [x, layer.weight], torch.full_like(y, of_dy))
+        assert torch.equal(y, torch.full_like(y, 36 * of_x * weights[2]))
+        assert dx.max() == 36 * of_dy * 2 * weights[2] if weights[2] else dx.isfinite().all()
+        assert torch.equal(dw, torch.full_like(dw, 48 * of_x * of_dy))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonsym.packing import mirror, order_of, packed_shape
+from tritonsym.packing import mirror, order_of, packed_shape, widens_float16
 
 #: Rows and columns of the blocks on the diagonal, of which copies are made.
 EDGE = 128
@@ -51,6 +51,7 @@ def _batched(x: Tensor, start: int, blocks: Tensor) -> Tensor:
     return x[:, start : start + count * edge].unflatten(1, (count, edge)).transpose(0, 1)
 
 
+@widens_float16
 def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, skew: bool = False) -> Tensor:
     """x S + bias for x (B, n); sums over blocks are kept in float32 at least.
 
@@ -81,6 +82,7 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, skew: bool = 
     return y.to(x.dtype)
 
 
+@widens_float16
 def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
     """x S x^T for every row of x (B, n): half of the multiply-adds of a product; in float32 at least."""
     below, diagonal = _parts(packed)
@@ -101,6 +103,7 @@ def product_work(n: int) -> int:
     return n * n + squares
 
 
+@widens_float16
 def gradient(x: Tensor, dy: Tensor, skew: bool = False) -> Tensor:
     """The gradient of the packed S for y = x S, from x and dy (B, n)."""
     end = x.shape[1] - skew

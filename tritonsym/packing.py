@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from operator import index
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,23 @@ from torch import Tensor
 def packed_shape(n: int) -> tuple[int, int]:
     """(rows, columns) of the rectangle that stores a symmetric n x n matrix."""
     return 2 * (n // 2) + 1, (n + 1) // 2
+
+
+def widens_float16(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function computes float16 tensors, x first, in float32: parts of a sum may overflow where it does not."""
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(cast(v, dtype) for v in value)
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    @wraps(function)
+    def wrapped(x: Tensor, *others: Any, **options: Any) -> Any:
+        if x.dtype != torch.float16:
+            return function(x, *others, **options)
+        return cast(function(*cast((x, *others), torch.float32), **options), torch.float16)
+
+    return wrapped
 
 
 def check_tensor(where: str, name: str, value: object) -> None:

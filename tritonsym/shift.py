@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonsym.packing import widens_float16
 from tritonsym.reference import block_gradients, block_rows
 from tritonsym.spec import ConvSpec, Geometry, Ints
 
@@ -598,6 +599,7 @@ def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], vector: int = 1) -> t
     return z, products, sums
 
 
+@widens_float16
 def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, fold: bool, last: bool) -> Tensor:
     """y = conv(x) + bias of stored weights and a bias per filter, channels-last or not; without pooling."""
     if x.ndim == 3:
@@ -630,6 +632,7 @@ def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, 
     return y
 
 
+@widens_float16
 def backward(
     dy: Tensor, x: Tensor, weights: Sequence[Tensor], spec: str, fold: bool, need_x: bool, need_weights: bool
 ) -> tuple[Tensor | None, list[Tensor] | None]:
