@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonsym.kernels.prepared import Form, Launch, form
 from tritonsym.kernels.tiles import GROUP, GemmTile
 
 
@@ -84,16 +87,27 @@ def _gram_kernel(
     tl.store(c_ptr + i.to(tl.int64)[:, None] * M + j[None, :], c, mask=rows & columns)
 
 
+@lru_cache(maxsize=4096)
+def _of_gram(x: Form, a: Form | None, alpha: float, beta: float, tile: GemmTile, precision: str) -> Launch:
+    """Of x, a or else x, and c."""
+    (batch, m, k), strides, *_ = x
+    tile_rows = triton.cdiv(m, tile.block_m)
+    return Launch(
+        _gram_kernel,
+        (tile_rows * (tile_rows + 1) // 2 * batch,) if batch * m else (),
+        (m, k, *strides, *((0, 0, 0) if a is None else a[1]), alpha, beta),
+        {
+            "HAS_A": a is not None, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "GROUP": GROUP,
+            "PRECISION": precision,
+        },
+        tile.options,
+    )  # fmt: skip
+
+
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: GemmTile, precision: str) -> Tensor:
     """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M) or None, of any strides; of a, the part i >= j."""
-    batch, m, k = x.shape
+    batch, m, _ = x.shape
     c = x.new_empty(batch, m, m)
-    if c.numel() == 0:
-        return c
-    tile_rows = triton.cdiv(m, tile.block_m)
-    _gram_kernel[(tile_rows * (tile_rows + 1) // 2 * batch,)](
-        x, x if a is None else a, c, m, k, *x.stride(), *((0, 0, 0) if a is None else a.stride()), alpha, beta,
-        HAS_A=a is not None, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, GROUP=GROUP, PRECISION=precision,
-        **tile.options,
-    )  # fmt: skip
+    launch = _of_gram(form(x), None if a is None else form(a), alpha, beta, tile, precision)
+    launch(x, x if a is None else a, c)
     return c

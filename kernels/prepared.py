@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+#: What a launch is prepared for: shape, strides, dtype and device of a tensor.
+Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+
+
+def form(t: Tensor) -> Form:
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 class Launch:
@@ -23,7 +31,10 @@ class Launch:
         self.compiled: Callable[..., object] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        is_aligned = not any(t is not None and t.data_ptr() & 15 for t in tensors)
+        is_aligned = True
+        for t in tensors:
+            if t is not None and t.data_ptr() & 15:
+                is_aligned = False
         if self.compiled is not None and is_aligned:
             self.compiled(*tensors, *self.numbers, *self.rest)
         elif self.grid:

@@ -13,6 +13,9 @@ Of a skew-symmetric S (SKEW) the rectangle is that of n - 1: K = ceil((n - 1) / 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from tritonsym.kernels.epilogue import activate
 from tritonsym.kernels.gram import accumulate
+from tritonsym.kernels.prepared import Form, Launch, form
 from tritonsym.kernels.tiles import GROUP, SEGMENT_STEPS, STRIP_ROWS, GemmTile
 
 
@@ -270,6 +274,70 @@ def _gradient_kernel(
         tl.store(place, total.to(d_ptr.dtype.element_ty), mask=rows & columns)
 
 
+@lru_cache(maxsize=4096)
+def _by_tiles(x: Form, activation: str | None, with_bias: bool, tile: GemmTile, precision: str, skew: bool) -> Launch:
+    """Of x, packed, bias or else x, and y."""
+    (batch, n), strides, *_ = x
+    k, n_right = halves(n, skew)
+    columns = triton.cdiv(k, tile.block_n) + triton.cdiv(n_right, tile.block_n)
+    more = {"HAS_BIAS": with_bias, "ACTIVATION": activation or "", "GROUP": GROUP, "PRECISION": precision}
+    return Launch(
+        _product_kernel,
+        (triton.cdiv(batch, tile.block_m) * columns,) if batch * n else (),
+        (batch, k, n_right, *strides),
+        {**parity(n, skew), **more, **tile.constants},
+        tile.options,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _by_strips(
+    x: Form, activation: str | None, with_bias: bool, tile: GemmTile, precision: str, skew: bool
+) -> tuple[Launch, Launch, tuple[int, ...]]:
+    """Of x, packed and the partial sums; of these, bias or else x, and y; and the shape of the partial sums."""
+    (batch, n), strides, *_ = x
+    k, n_right = halves(n, skew)
+    segment = SEGMENT_STEPS * tile.block_k
+    count = triton.cdiv(n, tile.block_m), triton.cdiv(max(k, n_right), segment)
+    shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "SEGMENT": segment}
+    block_q = 1024 // tile.block_n
+    of_y = {"HAS_BIAS": with_bias, "ACTIVATION": activation or "", "BLOCK_Q": block_q}
+    of_strips = {**parity(n, skew), "BLOCK_C": tile.block_k, "PRECISION": precision}
+    grids: Any = (count, (triton.cdiv(n, block_q),)) if batch * n else ((), ())
+    sizes = batch, k, n_right
+    return (
+        Launch(_strips_kernel, grids[0], (*sizes, *strides, *count), shape | of_strips, tile.options),
+        Launch(_sum_kernel, grids[1], (*sizes, *count), shape | of_y, {"num_warps": 4}),
+        (count[0] + 2 * count[1], n, batch),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _of_gradient(x: Form, dy: Form, tile: GemmTile, precision: str, skew: bool) -> tuple[Launch, tuple[int, int]]:
+    """Of x, dy and the gradient; and the shape of that."""
+    (batch, n), strides, *_ = x
+    k, n_right = halves(n, skew)
+    rows, *tiles = (triton.cdiv(size, tile.block_m) for size in (n, k, n_right))
+    launch = Launch(
+        _gradient_kernel,
+        (rows * max(tiles) + tiles[1],) if n > skew else (),
+        (batch, k, n_right, *strides, *dy[1]),
+        {**parity(n, skew), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "PRECISION": precision},
+        tile.options,
+    )
+    return launch, (2 * ((n - skew) // 2) + 1, k)
+
+
+def halves(n: int, skew: bool) -> tuple[int, int]:
+    """K and N."""
+    k = (n - skew + 1) // 2
+    return k, n - k
+
+
+def parity(n: int, skew: bool) -> dict[str, int]:
+    return {"EVEN": 1 - (n - skew) % 2, "SKEW": int(skew)}
+
+
 def product_by_tiles(
     x: Tensor,
     packed: Tensor,
@@ -280,18 +348,9 @@ def product_by_tiles(
     skew: bool = False,
 ) -> Tensor:
     """act(x S + bias) for x (B, n) of any strides; S is read once per `tile.block_m` rows of x."""
-    batch, n = x.shape
-    y = x.new_empty(batch, n)
-    if y.numel() == 0:
-        return y
-    k = packed.shape[1]
-    columns = triton.cdiv(k, tile.block_n) + triton.cdiv(n - k, tile.block_n)
-    _product_kernel[(triton.cdiv(batch, tile.block_m) * columns,)](
-        x, packed, x if bias is None else bias, y, batch, k, n - k, *x.stride(),
-        EVEN=1 - (n - skew) % 2, SKEW=int(skew), HAS_BIAS=bias is not None, ACTIVATION=activation or "",
-        GROUP=GROUP, PRECISION=precision,
-        **tile.constants, **tile.options,
-    )  # fmt: skip
+    y = x.new_empty(*x.shape)
+    launch = _by_tiles(form(x), activation, bias is not None, tile, precision, skew)
+    launch(x, packed, x if bias is None else bias, y)
     return y
 
 
@@ -305,53 +364,21 @@ def product_by_strips(
     skew: bool = False,
 ) -> Tensor:
     """act(x S + bias) for x (B, n) of any strides, B <= tile.block_n; every entry of S is read once."""
-    batch, n = x.shape
-    y = x.new_empty(batch, n)
-    if y.numel() == 0:
-        return y
-    k = packed.shape[1]
-    segment = SEGMENT_STEPS * tile.block_k
-    strips, segments = triton.cdiv(n, tile.block_m), triton.cdiv(max(k, n - k), segment)
-    partial = x.new_empty(strips + 2 * segments, n, batch, dtype=torch.float32)
-    sizes = (batch, k, n - k)
-    shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "SEGMENT": segment}
-    _strips_kernel[(strips, segments)](
-        x, packed, partial, *sizes, *x.stride(), strips, segments,
-        EVEN=1 - (n - skew) % 2, SKEW=int(skew), BLOCK_C=tile.block_k, PRECISION=precision, **shape, **tile.options,
-    )  # fmt: skip
-    block_q = 1024 // tile.block_n
-    _sum_kernel[(triton.cdiv(n, block_q),)](
-        partial, x if bias is None else bias, y, *sizes, strips, segments,
-        HAS_BIAS=bias is not None, ACTIVATION=activation or "", BLOCK_Q=block_q, **shape, num_warps=4,
-    )  # fmt: skip
+    strips, sums, shape = _by_strips(form(x), activation, bias is not None, tile, precision, skew)
+    y, partial = x.new_empty(*x.shape), x.new_empty(shape, dtype=torch.float32)
+    strips(x, packed, partial)
+    sums(partial, x if bias is None else bias, y)
     return y
 
 
-def product(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    tile: GemmTile,
-    precision: str,
-    skew: bool = False,
-) -> Tensor:
+def product(x: Tensor, *others: Any) -> Tensor:
     """By strips up to `STRIP_ROWS` rows of x, else by tiles; the tile is the one that `pick_product` gives."""
-    function = product_by_strips if x.shape[0] <= STRIP_ROWS else product_by_tiles
-    return function(x, packed, bias, activation, tile, precision, skew)
+    return (product_by_strips if x.shape[0] <= STRIP_ROWS else product_by_tiles)(x, *others)
 
 
 def gradient(x: Tensor, dy: Tensor, tile: GemmTile, precision: str, skew: bool = False) -> Tensor:
     """The gradient of the packed S for y = x S, from x and dy (B, n) of any strides."""
-    batch, n = x.shape
-    k = (n - skew + 1) // 2
-    d = x.new_empty(2 * ((n - skew) // 2) + 1, k)
-    if d.numel() == 0:
-        return d
-    tiles = [triton.cdiv(size, tile.block_m) for size in (n, k, n - k)]
-    _gradient_kernel[(tiles[0] * max(tiles[1:]) + tiles[2],)](
-        x, dy, d, batch, k, n - k, *x.stride(), *dy.stride(),
-        EVEN=1 - (n - skew) % 2, SKEW=int(skew), BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
-        PRECISION=precision, **tile.options,
-    )  # fmt: skip
+    launch, shape = _of_gradient(form(x), form(dy), tile, precision, skew)
+    d = x.new_empty(shape)
+    launch(x, dy, d)
     return d

@@ -3,9 +3,11 @@
 A driver stands in for the GPU's: calls go through Triton's JIT, which specializes and compiles, and launch nothing.
 """
 
+import contextlib
+import json
 import re
 import time
-from types import SimpleNamespace
+from itertools import product
 
 import pytest
 import torch
@@ -76,64 +78,13 @@ def test_rows_that_kernels_take(name):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu():
     """`launched`: names of kernels; `compiled`: what was compiled for them."""
     pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-    from triton.compiler import compiler
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+    from tritonsym.perf.host import stub_driver
 
-    from tritonsym.kernels import conv, depthwise, shift
-
-    seen = SimpleNamespace(launched=[], compiled=[])
-
-    class Launcher:
-        def __init__(self, src, metadata):
-            self.name = metadata.name
-
-        def __call__(self, x, y, z, *args):
-            assert 0 < x < 2**31 and 0 < y < 65536 and z == 1
-            seen.launched.append(self.name)
-
-    class Driver(DriverBase):
-        utils = SimpleNamespace(load_binary=lambda *_: (None, 1, 0, 0, 1024))
-        launcher_cls = Launcher
-
-        def __init__(self):
-            self.get_current_device = lambda: 0
-            self.get_current_stream = lambda device: 0
-
-        is_active = classmethod(lambda cls: True)
-        map_python_to_cpp_type = get_active_torch_device = get_benchmarker = None
-
-        def get_current_target(self):
-            return GPUTarget("cuda", 90, 32)
-
-    right = JITFunction._do_compile
-
-    def compile(self, *args, **kwargs):
-        seen.compiled.append(self.__name__)
-        return right(self, *args, **kwargs)
-
-    kernels = [v for module in (conv, depthwise, shift) for v in vars(module).values() if isinstance(v, JITFunction)]
-
-    def forget():
-        for kernel in kernels:
-            kernel.device_caches.clear()
-        for cache in (launch._layer, launch._forward, launch._backward):
-            cache.cache_clear()
-
-    Driver.__abstractmethods__ = frozenset()
-    monkeypatch.setattr(JITFunction, "_do_compile", compile)
-    monkeypatch.setattr(compiler, "max_shared_mem", lambda device: 227 << 10)
-    monkeypatch.setattr(launch, "runs_on", lambda device: True)
-    forget()
-    monkeypatch.setattr(driver, "_active", Driver())
-    with tritonsym.backend("triton"):
+    with stub_driver() as seen:
         yield seen
-    forget()
 
 
 def step(layer, x):
@@ -146,15 +97,44 @@ def step(layer, x):
 
 
 LAST = {"memory_format": torch.channels_last}
-OF_SHIFT, OF_GEMM = ["_shift_sum_kernel"], ["_implicit_gemm_kernel", "_wgrad_kernel"]
+CONV = lambda: nn.SymmetricConv2d(16, 16, 3, padding=1, symmetry="hv"), torch.randn(1, 16, 4, 4).to(**LAST)
+STRIPS, TILES = ["_strips_kernel", "_sum_kernel"], ["_product_kernel"]
 
 
-@pytest.mark.parametrize("path, once, twice", [("shift", OF_SHIFT, OF_SHIFT), ("implicit_gemm", OF_GEMM[:1], OF_GEMM)])
-def test_a_repeated_call_is_a_few_launches(gpu, path, once, twice, monkeypatch):
+@pytest.mark.parametrize(
+    "path, build, x, once, others, most",
+    [
+        ("shift", *CONV, ["_shift_sum_kernel"], ["_shift_sum_kernel"], (80e-6, 270e-6)),
+        (
+            "implicit_gemm",
+            *CONV,
+            ["_implicit_gemm_kernel"],
+            ["_implicit_gemm_kernel", "_wgrad_kernel"],
+            (70e-6, 250e-6),
+        ),
+        (
+            None,
+            lambda: nn.SymmetricLinear(64, 64),
+            torch.randn(1, 64),
+            STRIPS,
+            [*STRIPS, "_gradient_kernel"],
+            (70e-6, 220e-6),
+        ),
+        (
+            None,
+            lambda: nn.SymmetricLinear(64, 64),
+            torch.randn(99, 64),
+            TILES,
+            [*TILES, "_gradient_kernel"],
+            (60e-6, 210e-6),
+        ),
+    ],
+)
+def test_a_repeated_call_is_a_few_launches(gpu, path, build, x, once, others, most, monkeypatch):
     """The least of many: what other processes do is not counted. The products are the vendor's: not counted either."""
     monkeypatch.setattr(launch, "_multiply", lambda a, b, out, scale=1: out)
-    layer, x = nn.SymmetricConv2d(16, 16, 3, padding=1, symmetry="hv").bfloat16(), torch.randn(1, 16, 4, 4).bfloat16()
-    inputs = [x.to(**LAST).requires_grad_(), *layer.parameters()]
+    layer = build().bfloat16()
+    inputs = [x.bfloat16().requires_grad_(), *layer.parameters()]
     dy = torch.ones_like(inputs[0])
 
     def infer():
@@ -164,8 +144,8 @@ def test_a_repeated_call_is_a_few_launches(gpu, path, once, twice, monkeypatch):
     def train():
         torch.autograd.grad(layer(inputs[0]), inputs, dy)
 
-    with tritonsym.path(path):
-        for run, names, most in ((infer, once, 90e-6), (train, once + twice, 300e-6)):
+    with tritonsym.path(path) if path else contextlib.nullcontext():
+        for run, names, seconds in zip((infer, train), (once, once + others), most, strict=True):
             run()
             gpu.launched.clear()
             run()
@@ -177,7 +157,18 @@ def test_a_repeated_call_is_a_few_launches(gpu, path, once, twice, monkeypatch):
                 run()
                 least = min(least, time.perf_counter() - start)
             assert not gpu.compiled
-            assert least < most, f"{1e6 * least:.0f} us"
+            assert least < seconds, f"{1e6 * least:.0f} us"
+
+
+def test_times_as_a_file(tmp_path, capsys):
+    pytest.importorskip("triton")
+    from tritonsym.perf import host
+
+    assert host.main(["--rounds", "2", "--output", str(tmp_path / "host.json")]) == 0
+    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
+    assert [(row["case"], row["mode"]) for row in rows] == [*product(host.CASES, ("forward", "training"))]
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert all(len(row["seconds"]) == 2 and 1e-6 < min(row["seconds"]) for row in rows)
 
 
 @pytest.mark.parametrize("path, count", [("shift", 2), ("implicit_gemm", 3)])

@@ -205,7 +205,7 @@ def _remembered(function: Callable[P, str]) -> Callable[P, str]:
     @constant
     @functools.wraps(function)
     def call(*args: Any) -> str:
-        for key in (args, [*map(_frozen, args)]):
+        for key in (args, map(_frozen, args)):
             try:
                 return remember(*key)
             except TypeError:  # an argument cannot be hashed, or is wrong

@@ -295,6 +295,12 @@ def _backward(
     return layer, layer.prepare_backward(*metas, need_x, need_rows)
 
 
+def forget() -> None:
+    """Prepare anew."""
+    for prepared in (_layer, _forward, _backward):
+        prepared.cache_clear()
+
+
 # --- shift ------------------------------------------------------------------------------------------------------------
 
 

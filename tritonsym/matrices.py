@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tritonsym import blocks, launch, plan, reference
-from tritonsym._compat import is_exporting, transforms_are_active
-from tritonsym.ops import _are_plain, _has_static_sizes
+from tritonsym._compat import is_exporting, is_mapped, transforms_are_active
+from tritonsym.ops import _are_plain, _has_static_sizes, cast, takes_positions
 from tritonsym.packing import packed_shape, unpack
 from tritonsym.plan import computing_dtype, needs_gradient
 
@@ -87,8 +87,14 @@ def _(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Ten
 
 
 def _run(function: Any, op: Any, *args: Any) -> Any:
-    """Blocks without the dispatcher's detours, but where a compiler traces."""
-    return op(*args) if args[-1] or torch.compiler.is_compiling() else function(*args)
+    """Without the dispatcher's detours, but where a compiler traces, or maps over what kernels take."""
+    is_plain = not args[-1] or all(_are_plain(t) and not is_mapped(t) for t in args[:2] if t is not None)
+    return function(*args) if is_plain and not torch.compiler.is_compiling() else op(*args)
+
+
+def _apply(function: Any, *args: Any) -> Any:
+    """Of an autograd function, where it may be differentiated again."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
 
 
 def _conj(x: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ class _Product(torch.autograd.Function):
         x, packed = ctx.saved_tensors
         needs_x, needs_packed, needs_bias, *_ = ctx.needs_input_grad
         dx = _transposed(dy, _conj(packed), *ctx.options) if needs_x else None
-        dpacked = _Gradient.apply(_conj(x), dy, *ctx.options) if needs_packed else None
+        dpacked = _apply(_Gradient, _conj(x), dy, *ctx.options) if needs_packed else None
         return dx, dpacked, dy.sum(0) if needs_bias else None, None, None, None, None
 
 
@@ -141,13 +147,13 @@ class _Gradient(torch.autograd.Function):
         x, dy = ctx.saved_tensors
         needs_x, needs_dy, *_ = ctx.needs_input_grad
         dx = _transposed(_conj(dy), dpacked, *ctx.options) if needs_x else None
-        ddy = _Product.apply(_conj(x), dpacked, None, None, *ctx.options) if needs_dy else None
+        ddy = _apply(_Product, _conj(x), dpacked, None, None, *ctx.options) if needs_dy else None
         return dx, ddy, None, None, None
 
 
 def _transposed(x: Tensor, packed: Tensor, skew: bool, *tiles: Tile) -> Tensor:
     """x U(packed)^T."""
-    return _Product.apply(-x if skew else x, packed, None, None, skew, *tiles)
+    return _apply(_Product, -x if skew else x, packed, None, None, skew, *tiles)
 
 
 class _QuadraticForm(torch.autograd.Function):
@@ -190,6 +196,10 @@ class _Gram(torch.autograd.Function):
         return dx, da, None, None, None
 
 
+for _function in (_Product, _Gradient, _QuadraticForm, _Gram):
+    takes_positions(_function.forward)
+
+
 def _may_plan(*tensors: Tensor) -> bool:
     """Whether kernels may compute it: of sizes that are known, plain tensors, and nothing but plain autograd."""
     if torch.compiler.is_compiling():
@@ -220,11 +230,13 @@ def linear(
     path, tiles = _route(x, packed, never_unpack, skew, training)
     if path == "reference":
         return reference.symmetric_linear(x, packed, bias, activation, skew)
-    dtype = computing_dtype(x)
-    rows = x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows, packed, bias = cast(computing_dtype(x), x, packed, bias)
+    if x.ndim != 2:
+        rows = rows.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     fused = None if training else activation
-    bias = None if bias is None else bias.to(dtype)
-    y = _Product.apply(rows, packed.to(dtype), bias, fused, skew, *(tiles or ((), ()))).view(x.shape)
+    compute = _Product.apply if training else _Product.forward
+    y = compute(rows, packed, bias, fused, skew, *(tiles or ((), ())))
+    y = y if x.ndim == 2 else y.view(x.shape)
     return y if fused else reference.activate(y, activation)
 
 

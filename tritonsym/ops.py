@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from operator import index
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,8 @@ def conv(
     if scale is not None:
         weights = [orbit_mean(where, w, conv_spec, scale) for w in weights]
     batched = x[None] if x.ndim == len(conv_spec.geometry.kernel_size) + 1 else x
-    path, tiles, fold = _route(where, spec, batched, weights, bias)
     dtype = computing_dtype(x)  # as autocast would
+    path, tiles, fold = _route(where, spec, batched, weights, bias, dtype)
     if bias is not None and bias.shape[0] != conv_spec.out_channels:
         bias = reference.expand_bias(bias, conv_spec)
     if path == "reference":
@@ -81,6 +82,23 @@ def conv(
         y = reference.pool(y, bias, pooled)
     y = y if fused else reference.activate(y, activation)
     return y if batched.ndim == x.ndim else y[0]
+
+
+def cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
+    """Those that are there."""
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+class _Positions(inspect.Signature):
+    """Of a function that is given all its arguments by position."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
+
+
+def takes_positions(function: Any) -> None:
+    """Spare `torch.autograd.Function` looking at the signature of its `forward`, and binding to it, in every call."""
+    function.__signature__ = _Positions.from_callable(function)
 
 
 def orbit_mean(where: str, w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
@@ -116,11 +134,18 @@ def check_beside(where: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{where}: x is on {x.device} but {name} is on {tensor.device}; move one of them")
 
 
-def _route(where: str, spec: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> plan.Route:
-    """The path for these tensors, all checked."""
+def _route(
+    where: str, spec: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> plan.Route:
+    """The path for these tensors, all checked, in that dtype."""
     training = needs_gradient(x, bias, *weights)
     shapes = tuple(tuple(map(index, w.shape)) for w in weights)
-    form = (shapes, None if bias is None else tuple(map(index, bias.shape)), plan.target_of(x), plan.dtype_name(x))
+    form = (
+        shapes,
+        None if bias is None else tuple(map(index, bias.shape)),
+        plan.target_of(x),
+        str(dtype).removeprefix("torch."),
+    )
     last = shift.is_last(x)
     if torch.compiler.is_compiling() and not is_exporting():
         if _has_static_sizes(x):
@@ -269,7 +294,7 @@ def _laid_out(*args: Any) -> tuple[Tensor, ...]:
     return dx, *(torch.empty_like(w).copy_(d) if d.numel() else d for w, d in zip(args[2:4], dws, strict=True))
 
 
-_fprop.__signature__ = inspect.signature(_fprop)  # type: ignore[attr-defined]  # which autograd asks for in every call
+takes_positions(_fprop)
 _conv_op = torch.library.custom_op("tritonsym::conv", _fprop, mutates_args=())
 _schema = torch.library.infer_schema(_backward, mutates_args=())
 _backward_op = torch.library.custom_op("tritonsym::conv_backward", _laid_out, mutates_args=(), schema=_schema)

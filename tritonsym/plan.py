@@ -615,7 +615,8 @@ MARGIN = 1.2
 
 def target_of(x: Tensor) -> str:
     """The `Problem.target` of a tensor: 'cpu', or of a machine whose GPUs may differ 'cuda:1'."""
-    return str(x.device) if x.device.type == "cuda" else x.device.type
+    device = x.device
+    return str(device) if device.type == "cuda" else device.type
 
 
 def architecture(target: str) -> str:
