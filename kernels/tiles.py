@@ -158,16 +158,17 @@ def pick_gemm(tiles: Sequence[GemmTile], columns: int, length: int, itemsize: in
 GROUP = 8
 
 #: Square tiles of products with symmetric matrices, by the bytes of an operand, the preferred first. From compiled code
-#: (no spills, but a few of the gram kernel in tf32 on sm_100; in 16 bits the prototypes' choice), not from timings.
+#: (no spills; in 16 bits the prototypes' choice), not from timings.
 SQUARE_TILES = {
     2: (GemmTile(128, 128, 64, 8, 4), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 128, 32, 8, 2)),
-    4: (GemmTile(64, 64, 16, 4, 3),),
+    4: (GemmTile(64, 64, 16, 4, 3), GemmTile(64, 64, 16, 4, 2)),
 }
 
 
 def fits_square(tile: GemmTile, itemsize: int, target: str) -> bool:
-    """`fits`, for a product that is computed on one side of its diagonal."""
-    return tile.block_m == tile.block_n and fits(tile, itemsize, target)
+    """`fits`, for a product that is computed on one side of its diagonal: of float32 with few registers to spare."""
+    spills = itemsize == 4 and target in ("sm_100", "sm_103") and tile.stages > 2
+    return tile.block_m == tile.block_n and fits(tile, itemsize, target) and not spills
 
 
 def pick_square(itemsize: int, target: str) -> GemmTile:

@@ -213,6 +213,15 @@ def test_auto_estimates_gpus(size, dtype, path):
     assert bool(plan.tiles) == (path != "reference")
 
 
+@pytest.mark.parametrize("kernel_size, symmetry, fits", [(5, "d4", True), (7, "hv", True), (7, "d4", False)])
+def test_sums_that_would_compile_for_long_are_not_taken(kernel_size, symmetry, fits):
+    layer = tritonsym.nn.SymmetricConv2d(512, 512, kernel_size, padding=2, symmetry=symmetry, device="meta")
+    planned = tritonsym.explain(
+        layer.bfloat16(), torch.empty(64, 512, 28, 28, device="meta").bfloat16(), target="sm_90"
+    )
+    assert ("too many terms to compile" in planned.why) != fits and (planned.path == "shift") == fits
+
+
 def convolutions():
     """What `inspect_kernels` lists of this file's kernels."""
     from tritonsym.kernels import conv, shift

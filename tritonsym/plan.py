@@ -707,8 +707,9 @@ GROUP_CPU = Rule(60, 2, 0)
 GROUPED = 1.2
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
-#: Terms of all sums together above which the kernel of the additions, which unrolls them, would compile for minutes.
-MOST_TERMS = 512
+#: Terms of all sums together above which the kernel of the additions, which unrolls them, compiles for more than about
+#: 10 seconds (sm_90, Triton 3.7, one core: 8 to 11 for the 196 to 216 terms of hv and c4 7x7, d4 5x5, hvz 3x3x3).
+MOST_TERMS = 216
 #: Sizes of matrices from which blocks pay on the CPU: of a packed one, for rows up to 3/4 of what n has more than that;
 #: and of a product with a symmetric result (measured: `perf/results/2026-11-25-cpu-matrices.json`).
 PACKED_FROM, HALF_FROM = 640, 384
