@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ import tritonsym
 from tritonsym import launch, nn, plan, tuned
 from tritonsym.__main__ import main
 from tritonsym.perf import bench, cases, measure, table, tune
+from tritonsym.perf.questions import QUESTIONS, Setting
+from tritonsym.perf.questions import main as ask
 
 ROOT = Path(__file__).parents[1]
 TINY = ["bench", "--tiny", "--device", "cpu", "--filter"]
@@ -433,6 +436,8 @@ def test_run_all(tmp_path):
         if run.returncode == 0:
             break
         assert "run the same command again" in run.stdout
+    questions = (tmp_path / "questions.log").read_text().splitlines()
+    assert [re.split(r"[ :]+", line)[1] for line in questions] == [f.__name__ for f in QUESTIONS]
     assert "All done" in run.stdout and "2 passed" in (tmp_path / "tests.log").read_text()
     rows = {row["case"]: row for row in json.loads((tmp_path / "bench-tuned.json").read_text())["rows"]}
     for case, paths in {"n1-c8-3x3-hv": {"shift"}, "n8-c8-linear": {"blocks"}, "n8-c8-gram": {"blocks"}}.items():
@@ -440,15 +445,34 @@ def test_run_all(tmp_path):
         assert names == {"auto", "reference", "implicit_gemm", *paths}
     entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
     assert sorted(key.split()[0] for key in entries) == ["SymmetricLinear"] * 2 + ["conv"] * 2 + ["gram"]
-    for step in ("bench", "tune"):
+    for step in ("bench", "tune", "tests"):
         (tmp_path / f"{step}.done").unlink()
-    again = run_all(tmp_path, "--dry")
-    assert again.returncode == 0 and again.stdout.count("done before") == 3
+    again = run_all(tmp_path, "--dry", "info", "bench", "tune")
+    assert again.returncode == 0 and again.stdout.count("done before") == 1
+    assert not (tmp_path / "tests.done").exists(), "it was not asked for"
     assert "forward" not in (tmp_path / "bench.log").read_text(), "all its rows were there"
     assert " us" not in (tmp_path / "tune.log").read_text(), "all its entries were there"
+
+
+def test_questions(monkeypatch, capsys):
+    """On the CPU, without kernels; what is wrong, and what fails, is an error."""
+    names = [question.__name__ for question in QUESTIONS if question.__name__ != "large"]
+    assert ask(["--tiny", *names]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [f"{name}:" for name in names]
+    monkeypatch.setattr(Setting, "image", lambda *_: 1 / 0)
+    assert ask(["--tiny", "graphs"]) == 1 and "NO  graphs" in capsys.readouterr().out
+    monkeypatch.undo()
+    right = tritonsym.shift.fprop
+    monkeypatch.setattr(tritonsym.shift, "fprop", lambda *args: 1.1 * right(*args))
+    assert ask(["--tiny", "tf32", "large"]) == 1 and capsys.readouterr().out.count("NO ") == 2
+    for arguments in (["--tiny", "why"], []):
+        with pytest.raises(SystemExit):
+            ask(arguments)
+    error = capsys.readouterr().err
+    assert "unknown question 'why'; known: host, padding" in error and "no CUDA device" in error
 
 
 def test_run_all_says_how_to_call_it():
     assert "usage: perf/run_all.sh OUTDIR" in run_all().stderr
     wrong = run_all("/tmp", "--fast")
-    assert wrong.returncode == 2 and "unknown option --fast" in wrong.stderr
+    assert wrong.returncode == 2 and "unknown option or step --fast" in wrong.stderr

@@ -29,6 +29,8 @@ from tritonsym.spec import ConvSpec, Geometry, Ints
 #: Most bytes of z, or of its gradient, at a time: the batch is computed in chunks of as many images as fit, at least
 #: one. Every chunk takes launches of its own.
 SCRATCH_BYTES = 1 << 30
+#: What divides the channels of z: kernels read 128 bits at a time.
+PITCH = 16
 
 
 def runs_on(device: torch.device) -> bool:
@@ -297,7 +299,7 @@ def _backward(
 
 def forget() -> None:
     """Prepare anew."""
-    for prepared in (_layer, _forward, _backward):
+    for prepared in (_layer, _forward, _backward, stages):
         prepared.cache_clear()
 
 
@@ -322,7 +324,7 @@ class Stage:
 
     @property
     def width(self) -> int:
-        """Channels of z per group: 16 divides them, so that kernels may read 128 bits at a time."""
+        """Channels of z per group: `PITCH` divides them."""
         return int(self.to_y.source_channels)
 
 
@@ -379,7 +381,7 @@ def _stage(spec: ConvSpec, inside: tuple[bool, ...], blocks: Ints, found: Sequen
         phases.append((residue, tuple(rows)))
         done += len(rows)
     sums_y, sums_d = (tuple((*key, tuple(sums[key])) for key in sorted(sums)) for sums in (to_y, to_d))
-    one, width, channels = (1, 1, 1), -(-done // 16) * 16, spec.out_channels // spec.groups
+    one, width, channels = (1, 1, 1), -(-done // PITCH) * PITCH, spec.out_channels // spec.groups
     apart = [1 if i else s for i, s in zip(inside, geometry.stride, strict=True)]
     div = _three(apart, 1) if geometry.transposed else one
     to = Table(len(inside), width, channels, sums_y, one, div, spec.pool or "")
