@@ -147,9 +147,9 @@ WEIGHT_TILES = (GemmTile(64, 128, 32, 4, 4), GemmTile(64, 64, 32, 4, 4), GemmTil
 
 
 def pick_gemm(tiles: Sequence[GemmTile], columns: int, length: int, itemsize: int, target: str) -> GemmTile:
-    """Of the tiles that fit the target, with steps no longer than the sums: the narrowest that holds all columns, else
-    the widest. A starting point from compiled code, not from timings."""
-    fitting = [tile for tile in tiles if fits(tile, itemsize, target, taps=True) and tile.block_k <= max(length, 32)]
+    """Of the tiles that fit the target, with steps of which half is too short for the sums: the narrowest that holds
+    all columns, else the widest. A starting point from compiled code, not from timings."""
+    fitting = [tile for tile in tiles if fits(tile, itemsize, target, taps=True) and tile.block_k < 2 * max(length, 32)]
     holding = [tile for tile in fitting if tile.block_n >= columns]
     return min(holding, key=lambda tile: tile.block_n) if holding else fitting[0]
 

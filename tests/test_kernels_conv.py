@@ -213,6 +213,13 @@ def test_auto_estimates_gpus(size, dtype, path):
     assert bool(plan.tiles) == (path != "reference")
 
 
+def test_steps_are_no_shorter_than_they_need_be():
+    for length, step in ((3, 32), (32, 32), (33, 64), (64, 64), (100, 64)):
+        for columns, block_n in ((5, 16), (17, 32), (60, 64)):
+            tile = tiles.pick_gemm(tiles.CONV_TILES, columns, length, 2, "sm_90")
+            assert (tile.block_n, tile.block_k) == (block_n, step)
+
+
 @pytest.mark.parametrize("kernel_size, symmetry, fits", [(5, "d4", True), (7, "hv", True), (7, "d4", False)])
 def test_sums_that_would_compile_for_long_are_not_taken(kernel_size, symmetry, fits):
     layer = tritonsym.nn.SymmetricConv2d(512, 512, kernel_size, padding=2, symmetry=symmetry, device="meta")
