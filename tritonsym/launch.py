@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonsym.reference import block_filters
 from tritonsym.shift import Part, channels_last, is_last, like, parts
 from tritonsym.spec import ConvSpec, Geometry, Ints
 
@@ -154,18 +155,6 @@ class View:
         return torch.empty_strided(self.size, self.stride, dtype=dtype or x.dtype, device=x.device)
 
 
-def _blocks(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Views (groups, filters, C, *kernel) of the weights of every block, (groups, filters, C, orbits) of tied ones."""
-    grouped = [w.unflatten(0, (spec.groups, -1)) for w in weights]
-    plain = [block.filters for block in spec.blocks if not block.orbits]
-    shared: Any = iter(())
-    if plain:
-        last = grouped.pop()
-        shared = iter((last.transpose(1, 2) if spec.geometry.transposed else last).split(plain, 1))
-    tied = iter(grouped)
-    return [next(tied if block.orbits else shared) for block in spec.blocks]
-
-
 class Rows:
     """The stored weights of some blocks as the rows (groups, R, C, *kernel of the axes inside) of products, and back.
 
@@ -181,7 +170,7 @@ class Rows:
         moved, stay = ([a for a, i in zip(axes, inside, strict=True) if i == which] for which in (False, True))
         self.views = []
         for of in (weights, [torch.empty_like(w) for w in weights]):
-            every = _blocks(spec, of)
+            every = block_filters(spec, of)
             ordered = [
                 every[b].permute(0, 3, 1, 2) if is_tied[b] else every[b].permute(0, *moved, 1, 2, *stay) for b in blocks
             ]

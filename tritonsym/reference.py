@@ -253,16 +253,22 @@ def orbit_mean(w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
     return mean if scale == 1 else mean * scale
 
 
-def block_rows(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Views (groups, slots, filters, C) of every block, of the stored weights of `ConvSpec.weight_shapes`."""
-    by_group = [w.unflatten(0, (spec.groups, w.shape[0] // spec.groups)).flatten(3) for w in weights]  # [G, F, C, S]
+def block_filters(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Views (groups, filters, C, *kernel), or of tied ones (.., orbits), of what every block stores, of the weights of
+    `ConvSpec.weight_shapes`."""
+    by_group = [w.unflatten(0, (spec.groups, w.shape[0] // spec.groups)) for w in weights]
     plain = [block.filters for block in spec.blocks if block.orbits is None]
     shared: Any = iter(())
     if plain:
         last = by_group[-1].transpose(1, 2) if spec.geometry.transposed else by_group[-1]
         shared = iter(last.split(plain, 1) if len(plain) > 1 else [last])
     tied = iter(by_group)
-    return [next(shared if block.orbits is None else tied).permute(0, 3, 1, 2) for block in spec.blocks]
+    return [next(shared if block.orbits is None else tied) for block in spec.blocks]
+
+
+def block_rows(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
+    """`block_filters` as (groups, slots, filters, C)."""
+    return [filters.flatten(3).permute(0, 3, 1, 2) for filters in block_filters(spec, weights)]
 
 
 def block_gradients(spec: ConvSpec, drows: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
