@@ -98,6 +98,16 @@ def sharded():
 
 #: Who says so (the first word of the message) and what is wrong: a call, the type of the error and what else is said.
 CASES = {
+    "GroupConv2d: another number of fields": (
+        lambda: assigned(tnn.GroupConv2d(1, 1, 3, symmetry="hv"), "weight", torch.ones(4, 1, 4, 3, 3))(X),
+        ValueError,
+        "(4, 1, 4, 3, 3) (1, 1) in front out_fields",
+    ),
+    "TiedConv2d: fused": (
+        lambda: nn.utils.fuse_conv_bn_eval(tied().eval(), nn.BatchNorm2d(4).eval()),
+        ValueError,
+        "torch.nn.utils.fusion stored weight materialize",
+    ),
     "materialize: kind": (lambda: tritonsym.materialize([]), TypeError, "expected a torch.nn.Module, got list"),
     "unpack: sharded": (lambda: tritonsym.unpack(sharded()), TypeError, "packed DTensor packed.full_tensor()"),
     "SymmetricConv2d: normalized": (
@@ -595,7 +605,7 @@ def test_every_message_has_a_case():
 @pytest.mark.parametrize("normalize", [
     nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal, nn.utils.spectral_norm
 ])  # fmt: skip
-@pytest.mark.parametrize("make", [conv, tied, partial(linear, 4)])
+@pytest.mark.parametrize("make", [conv, tied, group, partial(linear, 4)])
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated:FutureWarning")
 def test_norms_of_a_stored_weight_are_refused(make, normalize):
     module = normalize(make())

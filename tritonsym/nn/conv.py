@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -30,6 +31,10 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
 }
+
+
+#: Modules of torch that fuse or convert layers by the weight and the bias that they read.
+DENSE_READERS = ("torch.nn.utils.fusion", "torch.utils.mkldnn")
 
 
 def with_activation(layer: nn.Module, activation: str | None) -> nn.Module:
@@ -64,7 +69,21 @@ def check_normalized(module: nn.Module) -> None:
 
 
 class Checkpoints(nn.Module):
-    """A layer that `load_state_dict` leaves as it is where a shape differs; the error names every key, and a fix."""
+    """A layer with a stored weight, which is another than the dense one.
+
+    `load_state_dict` leaves it as it is where a shape differs; the error names every key, and a fix. Tools that take
+    the parameters for those of a plain layer are refused.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and not torch.compiler.is_compiling():
+            reader = sys._getframe(1).f_globals.get("__name__")
+            if reader in DENSE_READERS:
+                raise ValueError(
+                    f"{type(self).__name__}: {reader} takes the stored weight for that of a plain layer, and would "
+                    "compute something else; give it what tritonsym.materialize(model) returns"
+                )
+        return super().__getattr__(name)
 
     def _dense_shapes(self) -> Mapping[str, Sequence[int]]:
         """Of the parameters of the torch layer, by name."""
@@ -423,7 +442,7 @@ class _SymmetricConvTranspose(_OrbitConv):
         if output_size is None:
             return self._run(input, self._spec())
         functional.check_input(type(self).__name__, input, self.in_channels, len(self.kernel_size))
-        output_padding = self._output_padding(  # type: ignore[operator]
+        output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
         )
         return self._run(input, self._spec(tuple(output_padding)))

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from tritonsym import fold, functional, groups, plan
 from tritonsym._compat import BatchNorm
 from tritonsym.fold import GroupSpec
-from tritonsym.nn.conv import INITS, Checkpoints, Init, _hyperparameters, _SharedConv, learns, with_activation
+from tritonsym.nn.conv import (
+    INITS,
+    Checkpoints,
+    Init,
+    _hyperparameters,
+    _SharedConv,
+    check_normalized,
+    learns,
+    with_activation,
+)
 from tritonsym.reference import REDUCTIONS
 from tritonsym.symmetry import Symmetry
 
@@ -36,6 +45,18 @@ def _fields(where: str, name: str, channels: int, symmetry: str) -> int:
             f"are {channels // order * order} and {(channels // order + 1) * order}"
         )
     return channels // order
+
+
+def _check_stored(layer: Any) -> None:
+    """Refuse a normalized weight, and one of another number of fields, which would be a layer of its own."""
+    if layer._modules or layer._forward_pre_hooks:
+        check_normalized(layer)
+    expected = (layer.out_fields, layer.in_fields // getattr(layer, "groups", 1))
+    if tuple(layer.weight.shape[:2]) != expected:
+        raise ValueError(
+            f"{type(layer).__name__}: weight has shape {tuple(layer.weight.shape)}, expected {expected} in front: "
+            "(out_fields, in_fields / groups, elements, *kernel)"
+        )
 
 
 class _GroupConv(_SharedConv):
@@ -94,6 +115,7 @@ class _GroupConv(_SharedConv):
         return GroupSpec.of(self._spec())
 
     def _run(self, input: Tensor, spec: str) -> Tensor:
+        _check_stored(self)
         x = input if self.padding_mode == "zeros" else self._padded(input)
         return groups.group_conv(type(self).__name__, spec, x, self.weight, self.bias, self.activation)
 
@@ -247,6 +269,7 @@ class GroupLinear(Checkpoints, nn.Linear):
         return GroupSpec.of(self._spec())
 
     def forward(self, input: Tensor) -> Tensor:
+        _check_stored(self)
         return groups.group_linear("GroupLinear", self._spec(), input, self.weight, self.bias, self.activation)
 
     def problem(self, x: Tensor, target: str, training: bool) -> plan.GroupProblem:
