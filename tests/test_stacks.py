@@ -1,6 +1,7 @@
 """`replace_layers(model, group=...)`: plain stacks made equivariant, and what is refused."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -86,7 +87,7 @@ def test_equivariant_filters_keep_their_outputs(group):
     model, report = replace_layers(top, group=group)
     torch.testing.assert_close(model(x), top(x))
     assert all(row.projection_error is None or row.projection_error < 1e-6 for row in report)
-    torch.testing.assert_close([row.scale for row in report if row.scale], [1.0] * 2)
+    torch.testing.assert_close([row.scale for row in report if row.scale], [1.0] * 3)
 
 
 def test_rescaled_filters_have_the_norms_they_had():
@@ -223,3 +224,40 @@ def test_groups_go_with_nothing_else():
     for options in ({"conv": "hv"}, {"linear": True}, {"rule": lambda *_: None}):
         with pytest.raises(ValueError, match=r"^replace_layers: group='hv' replaces every layer; pass no conv"):
             replace_layers(nn.Sequential(conv()), group="hv", **options)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_recipe_builds_the_stack_again(with_head):
+    plain = nn.Sequential(trunk(), head()) if with_head else trunk()
+    model, report = replace_layers(plain, group="d4")
+    recipe = json.loads(json.dumps(report.recipe))
+    again, second = replace_layers(copy.deepcopy(plain).apply(reset), recipe)
+    assert repr(again) == repr(model) and second.recipe == report.recipe
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    names = list(dict(plain.named_modules()))
+    for other, options in ((recipe | {"layers": ["9"]}, {}), (recipe, {"group": "hv"}), (recipe, {"linear": True})):
+        with pytest.raises(ValueError, match=r"^replace_layers: .*(recipe|group)"):
+            replace_layers(plain, other, inplace=True, **options)
+    assert list(dict(plain.named_modules())) == names
+    with pytest.raises(ValueError, match="the recipe has version 2, expected 1"):
+        replace_layers(plain, recipe | {"tritonsym": 2})
+
+
+def reset(module):
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def test_the_report_tells_what_became_of_the_head():
+    plain = nn.Sequential(trunk(), head())
+    weight = plain[1][2].weight.detach()
+    nearest = weight.unflatten(1, (4, 4)).mean(1, keepdim=True).expand(-1, 4, -1).flatten(1)
+    row = {row.name: row for row in replace_layers(plain, group="hv")[1]}["1.2"]
+    assert row.projection_error == pytest.approx(((nearest - weight).norm() / weight.norm()).item(), rel=1e-5)
+    assert row.scale == pytest.approx(1, rel=1e-6)
+    with torch.no_grad():
+        plain[1][2].weight.copy_(nearest)
+    row = {row.name: row for row in replace_layers(plain, group="hv")[1]}["1.2"]
+    assert row.projection_error < 1e-6

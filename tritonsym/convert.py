@@ -89,6 +89,7 @@ class Report(Sequence[Replacement]):
     skipped: tuple[Skipped, ...]
     model_parameters_before: int
     model_parameters_after: int
+    group: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,6 +125,8 @@ class Report(Sequence[Replacement]):
         Raises:
             ValueError: a rule chose a module that is not a layer of `tritonsym.nn` made from the dense one.
         """
+        if self.group is not None:
+            return {"tritonsym": RECIPE_VERSION, "group": self.group, "layers": [row.name for row in self]}
         for row in self:
             if row.recipe is None:
                 raise ValueError(
@@ -227,7 +230,7 @@ def replace_layers(
         conv: symmetry of the convolutions and transposed convolutions, a name, a mapping to counts or percents, or
             text, as in `tritonsym.nn.SymmetricConv2d`; percents fit layers of every width. 'tied:hv' (further words:
             'odd', 'odd:h', 'free:4') makes `TiedConv2d`, for depthwise layers too, 'pool:hv max' `OrbitPoolConv2d`.
-            Or the `recipe` of a report: exactly its layers are replaced.
+            Or the `recipe` of a report: exactly its layers are replaced, or the same stack for the same group.
         linear: True or 'symmetric' replaces square `torch.nn.Linear` layers by `SymmetricLinear`.
         rule: called as ``rule(name, layer)`` for every convolution and linear layer that could be replaced. Returns
             None or False to leave it alone, True to apply `conv` or `linear` (the default without a rule), a symmetry
@@ -266,11 +269,15 @@ def replace_layers(
     where = "replace_layers"
     functional.check_module(where, model)
     recipe = _layers_of(conv, where) if isinstance(conv, Mapping) and "layers" in conv else None
+    if recipe is not None and "group" in conv:  # type: ignore[operator]
+        if group is not None:
+            raise ValueError(f"{where}: the recipe has group={conv['group']!r}; pass no other")  # type: ignore[index]
+        conv, group = None, conv["group"]  # type: ignore[index]
     if group is not None and (conv is not None or linear or rule is not None):
         raise ValueError(f"{where}: group={group!r} replaces every layer; pass no conv, linear or rule with it")
     if conv is None and not linear and rule is None and group is None:
         raise ValueError(f"{where}: nothing to replace; pass conv='hv', linear=True, group='hv' or a rule")
-    if recipe is not None and (linear or rule is not None):
+    if recipe is not None and conv is not None and (linear or rule is not None):
         raise ValueError(f"{where}: a recipe names all that is replaced; pass no linear and no rule with it")
     if conv is not None and recipe is None:
         _check_spec(conv, where)
@@ -287,8 +294,9 @@ def replace_layers(
     obstacle = _obstacles(model, hidden, subclasses or recipe is not None)
     replacements: dict[int, nn.Module] = {}
     rows, skipped = [], []
+    tail: dict[str, nn.Module] = {}
     if group is not None:
-        found, stay = equivariant.counterparts(model, group, init, obstacle, hidden)
+        found, stay, tail = equivariant.counterparts(model, group, init, obstacle, hidden)
         replacements = {id(layer): new for _, layer, new, _ in found}
         rows = [replace(_row(*row), symmetry=group, recipe=None) for row in found]
         skipped = [Skipped(*row) for row in stay]
@@ -296,7 +304,12 @@ def replace_layers(
         is_linear = isinstance(layer, nn.Linear)
         default = ("symmetric" if linear else None) if is_linear else conv
         has_choice = rule is not None or default is not None if recipe is None else name in recipe
-        if not has_choice or not isinstance(layer, _PLAIN_LAYERS) or isinstance(layer, _SharedConv):
+        if (
+            group is not None
+            or not has_choice
+            or not isinstance(layer, _PLAIN_LAYERS)
+            or isinstance(layer, _SharedConv)
+        ):
             continue
         new, note = obstacle(name, layer), ""
         if new is None and recipe is not None:
@@ -318,13 +331,14 @@ def replace_layers(
     if not rows:
         why = "; ".join(dict.fromkeys(f"{s.name or '(model)'}: {s.reason}" for s in skipped[:3]))
         warnings.warn(f"{where}: nothing was replaced ({why or 'there is no such layer'})", stacklevel=2)
+    model._modules.update(tail)
     gone = [p for layer in model.modules() if id(layer) in replacements for p in layer.parameters()]
     model = repoint(model, replacements)
     if inplace:
         kept = {id(p) for p in model.parameters()}
         warn_of_optimizers(where, [p for p in gone if id(p) not in kept])
     after = _count(model)
-    return model, Report(tuple(rows), tuple(skipped), before, after)
+    return model, Report(tuple(rows), tuple(skipped), before, after, group)
 
 
 def _count(module: nn.Module) -> int:
@@ -571,6 +585,8 @@ def _layers_of(recipe: Recipe, where: str) -> Mapping[str, Any]:
         version = recipe.get("tritonsym")
         raise ValueError(f"{where}: the recipe has version {version!r}, expected {RECIPE_VERSION}: see Report.recipe")
     layers = recipe["layers"]
+    if isinstance(recipe.get("group"), str) and isinstance(layers, list):
+        return dict.fromkeys(layers)
     if not isinstance(layers, Mapping):
         raise TypeError(f"{where}: the 'layers' of a recipe map names to options, got {type(layers).__name__}")
     for name, entry in layers.items():
@@ -609,7 +625,7 @@ def _row(name: str, layer: Any, new: nn.Module, note: str) -> Replacement:
         multiply_adds = new.in_channels * new.spec.rows
     elif isinstance(new, tnn.SymmetricLinear):
         multiply_adds = layer.weight.numel()  # storage saves memory here, not arithmetic
-    elif isinstance(new, nn.Sequential) and [type(m) for m in new] == [tnn.GroupPool, nn.Linear]:
+    elif _is_head(new):
         multiply_adds = new.get_parameter("1.weight").numel()
     elif not dense:
         multiply_adds = 0
@@ -630,16 +646,25 @@ def _row(name: str, layer: Any, new: nn.Module, note: str) -> Replacement:
     )
 
 
+def _is_head(new: nn.Module) -> bool:
+    """Whether this takes the means of fields, as `equivariant` makes of a linear layer."""
+    return isinstance(new, nn.Sequential) and [type(m) for m in new] == [tnn.GroupPool, nn.Linear]
+
+
 @torch.no_grad()
 def _changes_of(weight: Tensor, new: Any) -> tuple[float | None, float | None]:
     """`Replacement.projection_error` and `.scale`."""
-    if not isinstance(new, (_SharedConv, tnn.SymmetricLinear)) or weight.is_meta:
+    is_head = _is_head(new)
+    if (not isinstance(new, (_SharedConv, tnn.SymmetricLinear)) and not is_head) or weight.is_meta:
         return None, None
-    wide = torch.promote_types(weight.dtype, torch.float64)
-    dense, expanded = (w.cpu().to(wide) for w in (weight, new.expanded_weight()))
+    wide, order = torch.promote_types(weight.dtype, torch.float64), new[0].order if is_head else 1
+    weights = weight, new[1].weight.repeat(1, order) / order if is_head else new.expanded_weight()
+    dense, expanded = (w.cpu().to(wide) for w in weights)
     if expanded.shape != dense.shape:
         return None, None
-    if isinstance(new, _GroupConv):
+    if is_head:
+        projected = dense.unflatten(1, (order, -1)).mean(1).repeat(1, order)
+    elif isinstance(new, _GroupConv):
         projected = fold.expand(fold.project(dense, new.spec), new.spec)
     elif isinstance(new, _SharedConv):
         projected = reference.expand(new.spec, reference.project(new.spec, dense))

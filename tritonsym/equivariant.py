@@ -104,12 +104,13 @@ def _conv(layer: Any, group: str, lifts: bool, init: Init) -> Any:
 
 def counterparts(
     model: nn.Module, group: str, init: Init, obstacle: Callable[[str, nn.Module], Any], hidden: Mapping[str, str]
-) -> tuple[list[tuple[str, nn.Module, Any, str]], list[tuple[str, str, str]]]:
-    """What replaces the layers of a plain stack: path, layer, replacement and a note; and strided pooling, which stays.
+) -> tuple[list[tuple[str, nn.Module, Any, str]], list[tuple[str, str, str]], dict[str, nn.Module]]:
+    """What replaces the layers of a plain stack: path, layer, replacement and a note; strided pooling, which stays; and
+    what is to be appended.
 
     Up to the first linear layer channels are fields in the order of the library, channel = element * fields + field, so
     that every layer is the nearest equivariant one. That linear layer takes the means of the fields; behind it
-    nothing depends on the group. A stack without one ends with their means, by an appended `GroupPool`.
+    nothing depends on the group. A stack without one ends with their means, by a `GroupPool` to append.
 
     Raises:
         ValueError: the reason for every layer without counterpart; nothing is changed.
@@ -169,9 +170,10 @@ def counterparts(
     if refused:
         reasons = "\n".join(refused.values())
         raise ValueError(f"{where} is for plain stacks of layers with a counterpart; nothing was changed:\n{reasons}")
+    tail: dict[str, nn.Module] = {}
     if not is_invariant:
         key = next(key for key in map(str, count(len(model._modules))) if key not in model._modules)
-        model.add_module(key, tnn.GroupPool(group, "mean").train(model.training))
+        tail[key] = tnn.GroupPool(group, "mean").train(model.training)
         name, layer, new, note = rows[-1]
         rows[-1] = (name, layer, new, "; ".join(filter(None, (note, f"{key} (GroupPool) leaves 1/{order} channels"))))
-    return rows, stay
+    return rows, stay, tail
