@@ -19,8 +19,12 @@ from tritonsym import functional
 def net():
     torch.manual_seed(0)
     return nn.Sequential(
-        tnn.SymmetricConv2d(3, 8, 3, symmetry="hv"), nn.ReLU(), tnn.TiedConv2d(8, 8, 3, symmetry="d4", free=2),
-        tnn.OrbitPoolConv2d(8, 8, 3, symmetry="h"), nn.AdaptiveAvgPool2d(1), nn.Flatten(), tnn.SymmetricLinear(8, 8),
+        tnn.SymmetricConv2d(3, 8, 3, symmetry="hv"), nn.ReLU(),
+        tnn.GroupConv2d(2, 2, 3, padding=1, symmetry="hv"), tnn.GroupBatchNorm2d(2, "hv").eval(),
+        tnn.TiedConv2d(8, 8, 3, symmetry="d4", free=2),
+        tnn.OrbitPoolConv2d(8, 8, 3, symmetry="h"), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        tnn.GroupLinear(2, 2, symmetry="hv"),
+        tnn.SymmetricLinear(8, 8),
     )  # fmt: skip
 
 
@@ -71,8 +75,15 @@ def run(rank, file):
     for function in (functional.gram, functional.newton_schulz, functional.symmetric_mm, tritonsym.unpack):
         refused(lambda: function(packed if function is tritonsym.unpack else matrix), "full_tensor()")  # noqa: B023
     refused(lambda: functional.symmetric_linear(torch.randn(2, 6), packed), "is a DTensor; gather it first")
-    refused(lambda: sharded[6].expanded_weight(), "is a DTensor; gather it first")
-    torch.testing.assert_close(sharded[0].expanded_weight().full_tensor(), alone[0].expanded_weight())
+    for ours, theirs in zip(sharded.modules(), alone.modules(), strict=True):
+        if hasattr(ours, "expanded_weight"):
+            dense = ours.expanded_weight()
+            assert type(dense) is torch.Tensor
+            torch.testing.assert_close(dense, theirs.expanded_weight())
+            ours.weight.grad = theirs.weight.grad = None
+            dense.square().sum().backward()
+            theirs.expanded_weight().square().sum().backward()
+            torch.testing.assert_close(ours.weight.grad.full_tensor(), theirs.weight.grad)
     dist.destroy_process_group()
 
 

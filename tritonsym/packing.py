@@ -54,6 +54,11 @@ def check_tensor(where: str, name: str, value: object) -> None:
         raise TypeError(f"{where}: {name} is a DTensor; gather it first: {name}.full_tensor()")
 
 
+def gathered(value: Tensor) -> Tensor:
+    """All of a DTensor, differentiable; any other tensor as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
 def check_inexact(where: str, name: str, value: Tensor) -> None:
     check_tensor(where, name, value)
     if not (value.is_floating_point() or value.is_complex()):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tritonsym import functional, ops, plan, reference, shift
 from tritonsym._compat import ConvNd
+from tritonsym.packing import gathered
 from tritonsym.spec import ConvSpec
 from tritonsym.symmetry import FilterLayout, Symmetry, parity_axes, tap_orbits
 
@@ -255,9 +256,9 @@ class _SharedConv(Checkpoints, ConvNd):
         return ", ".join(part for part in parts if part)
 
     def expanded_weight(self) -> Tensor:
-        """The dense filters, differentiable: what the layer means."""
+        """The dense filters, differentiable: what the layer means; all of a sharded layer (DTensors)."""
         spec = self.spec
-        return reference.expand(spec, [reference.orbit_mean(w, spec, self._scale()) for w in self._stored()])
+        return reference.expand(spec, [reference.orbit_mean(gathered(w), spec, self._scale()) for w in self._stored()])
 
     def expanded_bias(self) -> Tensor | None:
         """One bias per filter of `expanded_weight`."""

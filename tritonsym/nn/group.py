@@ -22,6 +22,7 @@ from tritonsym.nn.conv import (
     learns,
     with_activation,
 )
+from tritonsym.packing import gathered
 from tritonsym.reference import REDUCTIONS
 from tritonsym.symmetry import Symmetry
 
@@ -136,7 +137,7 @@ class _GroupConv(_SharedConv):
     def expanded_weight(self) -> Tensor:
         """The dense filters, differentiable: what the layer means. With groups, those of one group after the other,
         each in the order of elements and fields: of a torch layer whose channels are sorted like that."""
-        return fold.expand(self.weight, self.spec)
+        return fold.expand(gathered(self.weight), self.spec)
 
     def expanded_bias(self) -> Tensor | None:
         """One bias per filter of `expanded_weight`."""
@@ -292,7 +293,7 @@ class GroupLinear(Checkpoints, nn.Linear):
         """The dense matrix (out_features, in_features), differentiable."""
         spec = self.spec
         ones = (1,) * len(spec.geometry.kernel_size)
-        return fold.expand(self.weight.reshape(*self.weight.shape, *ones), spec).flatten(1)
+        return fold.expand(gathered(self.weight).reshape(*self.weight.shape, *ones), spec).flatten(1)
 
     def expanded_bias(self) -> Tensor | None:
         """One bias per output feature."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class SymmetricLinear(Checkpoints):
     """y = act(x S + b) with an exactly symmetric S (S = S^T to the bit) of which n(n+1)/2 values are stored.
 
-    `weight` is S in rectangular full packed storage, shape `tritonsym.packing.packed_shape(n)`.
+    `weight` is S in rectangular full packed storage, shape `tritonsym.packing.packed_shape(n)`. `torch.optim.Muon`
+    would take that rectangle for a matrix and orthogonalise it, which means nothing for S: give the weight to AdamW.
 
     Args:
         in_features, out_features: n, twice; they must be equal. (Both, so that it drops in for `torch.nn.Linear`.)
@@ -98,7 +99,7 @@ class SymmetricLinear(Checkpoints):
 
     def expanded_weight(self) -> Tensor:
         """S, (n, n), differentiable."""
-        return packing.unpack(self.weight, skew=self._skew)
+        return packing.unpack(packing.gathered(self.weight), skew=self._skew)
 
     def expanded_bias(self) -> Tensor | None:
         return self.bias
