@@ -24,6 +24,7 @@ index tables that depend on the geometry and the spatial sizes only.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -38,16 +39,18 @@ from torch import Tensor
 
 from tritonsym._compat import constant
 from tritonsym.reference import far_padded
-from tritonsym.shift import is_last, like
+from tritonsym.shift import is_last, keep_pages, like
 from tritonsym.spec import Geometry, Ints
 from tritonsym.symmetry import Symmetry, signed_orbits, taps
 
 #: Bytes of the sums of one chunk of images.
 CHUNK_BYTES = 6 << 20
-#: Values of the sums of one image above which the plan does not take so many axes: they leave the cache.
+#: Values of the sums of one image above which they leave the cache.
 MOST_VALUES = 6 << 20
-#: Entries of the index tables of one image above which the plan does not take the path: they are kept in memory.
+#: Entries of the index tables of one image above which they are too much to keep in memory.
 MOST_ENTRIES = 1 << 21
+#: Channels of a group from which gradients are matrix products, which are faster than those of a convolution.
+GRADIENT_CHANNELS = 192
 
 
 @dataclass(frozen=True)
@@ -94,21 +97,25 @@ def sources(name: str, kernel_size: Ints) -> tuple[Ints, ...]:
     return _sources(Symmetry(name), kernel_size)
 
 
-def _table(psi: Tensor, spec: GroupSpec) -> Tensor:
-    return torch.tensor(sources(spec.symmetry.name, spec.geometry.kernel_size), device=psi.device)
+def _places(spec: GroupSpec, filters: int, device: torch.device) -> Tensor:
+    """Of every (g, o, tap, h): which row (o, element, tap) of C stored values stands there in the dense weight."""
+    table = torch.tensor(sources(spec.symmetry.name, spec.geometry.kernel_size), device=device)  # [G G, T]
+    count = spec.order * table.shape[1]
+    first = count * torch.arange(filters, device=device).view(spec.groups, 1, -1, 1, 1)
+    return (first + table.view(spec.order, 1, spec.order, -1).mT).flatten()
 
 
-def expand(psi: Tensor, spec: GroupSpec, last: bool = False) -> Tensor:
+_kept_places = lru_cache(maxsize=64)(torch.inference_mode(False)(_places))
+
+
+def expand(psi: Tensor, spec: GroupSpec, last: bool = False, eager: bool = False) -> Tensor:
     """The dense weight (|G| O, |G| C, *kernel) of psi (O, C, |G|, *kernel); of several groups one after the other.
-    `last`: channels innermost."""
-    order, kernel, (filters, channels) = spec.order, psi.shape[3:], psi.shape[:2]
-    rows = psi.flatten(2).permute(2, 0, 1).contiguous()  # [values, O, C]
-    dense = rows[_table(psi, spec)]
-    dense = dense.view(order, order, -1, spec.groups, filters // spec.groups, channels)  # [G, G, T, groups, O, C]
-    if last:
-        dense = dense.permute(3, 0, 4, 2, 1, 5).reshape(order * filters, *kernel, order * channels)
-        return dense.movedim(-1, 1)
-    return dense.permute(3, 0, 4, 1, 5, 2).reshape(order * filters, order * channels, *kernel)
+    `last`: channels innermost; `eager`: nothing traces or transforms the call."""
+    filters, channels, order, *kernel = psi.shape
+    rows = psi.flatten(2).transpose(1, 2).reshape(-1, channels)
+    dense = rows.index_select(0, (_kept_places if eager else _places)(spec, filters, psi.device))
+    dense = dense.view(order * filters, *kernel, order * channels).movedim(-1, 1)
+    return dense if last else dense.contiguous()
 
 
 def project(dense: Tensor, spec: GroupSpec) -> Tensor:
@@ -117,7 +124,8 @@ def project(dense: Tensor, spec: GroupSpec) -> Tensor:
     parts = dense.flatten(2).unflatten(1, (order, -1)).unflatten(0, (spec.groups, order, -1))  # [groups, G, O, G, C, T]
     parts = parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 1)  # [O, C, G G T]
     psi = parts.new_zeros(*parts.shape[:2], order * math.prod(kernel))
-    return psi.index_add_(2, _table(dense, spec).flatten(), parts).unflatten(2, (order, *kernel)) / order
+    table = torch.tensor(sources(spec.symmetry.name, spec.geometry.kernel_size), device=dense.device)
+    return psi.index_add_(2, table.flatten(), parts).unflatten(2, (order, *kernel)) / order
 
 
 def expand_bias(bias: Tensor, spec: GroupSpec) -> Tensor:
@@ -133,13 +141,13 @@ def regrouped(x: Tensor, order: int, groups: int, back: bool = False) -> Tensor:
     return x.unflatten(1, (first, second, -1)).transpose(1, 2).flatten(1, 3)
 
 
-def reference(x: Tensor, psi: Tensor, bias: Tensor | None, spec: GroupSpec) -> Tensor:
-    """By torch's convolution with the dense weight; x (N, |G| C, *sizes)."""
+def reference(x: Tensor, psi: Tensor, bias: Tensor | None, spec: GroupSpec, eager: bool = False) -> Tensor:
+    """By torch's convolution with the dense weight; x (N, |G| C, *sizes), `eager` as in `expand`."""
     g = spec.geometry
     conv: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     x = regrouped(far_padded(x, g.extra), spec.order, spec.groups)
     dense_bias = None if bias is None else expand_bias(bias, spec)
-    y = conv(x, expand(psi, spec, is_last(x)), dense_bias, g.stride, g.padding, g.dilation, spec.groups)
+    y = conv(x, expand(psi, spec, is_last(x), eager), dense_bias, g.stride, g.padding, g.dilation, spec.groups)
     return regrouped(y, spec.order, spec.groups, back=True)
 
 
@@ -169,8 +177,8 @@ def sign(character: int, element: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def characters(symmetry: Symmetry, axes: int, kernel_size: Ints) -> Characters:
-    """Of the first `axes` mirrors."""
+def characters(symmetry: Symmetry, axes: int, kernel_size: Ints, whole: bool) -> Characters:
+    """Of the first `axes` mirrors; `whole` as if A moved all axes."""
     elements, products, ndim = symmetry.elements, symmetry.products, len(kernel_size)
     own = [0]
     for mirror in symmetry.mirrors[:axes]:
@@ -180,7 +188,7 @@ def characters(symmetry: Symmetry, axes: int, kernel_size: Ints) -> Characters:
         if not any(r in row for row in at):
             at = [(*row, products[a][r]) for row, a in zip(at, own, strict=True)]
     corners = [elements[a].source((0,) * max(ndim, 2), (2,) * max(ndim, 2))[-ndim:] for a in own]
-    moved = tuple(any(corner) for corner in zip(*corners, strict=True))
+    moved = tuple(whole or any(corner) for corner in zip(*corners, strict=True))
     kernel = tuple(size if moves else 1 for size, moves in zip(kernel_size, moved, strict=True))
     slots, places = [elements[a].slots(kernel) for a in own], list(taps(kernel))
     planes = []
@@ -194,16 +202,16 @@ def characters(symmetry: Symmetry, axes: int, kernel_size: Ints) -> Characters:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def transform(symmetry: Symmetry, axes: int, kernel_size: Ints) -> Tensor:
-    """From the values (element, tap) of a stored filter to those of the product: (character, i, plane, j, tap on the
-    axes that stay)."""
-    chars, order = characters(symmetry, axes, kernel_size), symmetry.order
+def transform(symmetry: Symmetry, axes: int, kernel_size: Ints, whole: bool) -> Tensor:
+    """From the values (element, tap) of a stored filter to those of the product: (character, i, tap on the axes that
+    stay, plane, j)."""
+    chars, order = characters(symmetry, axes, kernel_size, whole), symmetry.order
     elements, products = symmetry.elements, symmetry.products
     inverse = [row.index(0) for row in products]
     rest = list(taps(tuple(1 if moves else size for size, moves in zip(kernel_size, chars.moved, strict=True))))
     number = {tap: i for i, tap in enumerate(taps(kernel_size))}
     count, cosets = chars.order, range(len(chars.at[0]))
-    table = torch.zeros(count, len(cosets), len(chars.planes), len(cosets), len(rest), order * len(number))
+    table = torch.zeros(count, len(cosets), len(rest), len(chars.planes), len(cosets), order * len(number))
     for i, (s, (parity, terms)), (u, other) in product(cosets, enumerate(chars.planes), enumerate(rest)):
         tap, base = tuple(map(sum, zip(terms[0][0], other, strict=True))), chars.at[0][i]
         for k in range(count):
@@ -211,7 +219,7 @@ def transform(symmetry: Symmetry, axes: int, kernel_size: Ints) -> Tensor:
             at = number[elements[base].source(moved, kernel_size)]
             for a, j, chi in product(range(count), cosets, range(count)):
                 value = products[inverse[base]][chars.at[a][j]] * len(number) + at
-                table[chi, i, s, j, u, value] += sign(parity, k) * sign(chi ^ parity, a)
+                table[chi, i, u, s, j, value] += sign(parity, k) * sign(chi ^ parity, a)
     return table.flatten(0, -2) / count**2
 
 
@@ -234,7 +242,7 @@ class Bags:
         """Of a table with `images * self.table` rows."""
         index, offsets, signs = _bags(self, images, table.device, table.dtype)
         rows = table.view(images * self.table, -1)
-        return F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=signs, include_last_offset=True)
+        return torch.embedding_bag(rows, index, offsets, False, 0, False, signs, True)[0]
 
     @cached_property
     def adjoint(self) -> Bags:
@@ -263,26 +271,28 @@ Entries = list[tuple[int, int, int, int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """How a group convolution with so many mirrors folded computes images of one size."""
+    """How a group convolution with so many mirrors folded computes images of one size; `whole`: no axes stay inside
+    the product."""
 
     spec: GroupSpec
     axes: int
     sizes: Ints
+    whole: bool
 
     @cached_property
     def chars(self) -> Characters:
-        return characters(self.spec.symmetry, self.axes, self.spec.geometry.kernel_size)
+        return characters(self.spec.symmetry, self.axes, self.spec.geometry.kernel_size, self.whole)
 
-    @property
+    @cached_property
     def out(self) -> Ints:
         return self.spec.geometry.out_sizes(self.sizes)
 
-    @property
+    @cached_property
     def grid(self) -> Ints:
         """Positions of the sums: those of y on axes that A moves, of x on the others."""
         return tuple(o if moves else n for o, n, moves in zip(self.out, self.sizes, self.chars.moved, strict=True))
 
-    @property
+    @cached_property
     def rest(self) -> tuple[Ints, Ints, Ints, Ints]:
         """Kernel size, stride, padding and dilation of the product."""
         g = self.spec.geometry
@@ -298,7 +308,7 @@ class Fold:
     @cached_property
     def is_direct(self) -> bool:
         """Whether the sums are made at once, since they have few terms, or by way of x^."""
-        return self.axes == 1 or len(self.chars.planes) == 1
+        return len(self.chars.planes) <= (3 if len(self.chars.at[0]) == 1 else 1)
 
     @cached_property
     @torch.inference_mode(False)
@@ -369,45 +379,52 @@ class Fold:
         return _bags_of([_spread(back, places, places, *sizes)], *sizes, (1, self._blocks))
 
     def _table(self, like: Tensor) -> Tensor:
-        return transform(self.spec.symmetry, self.axes, self.spec.geometry.kernel_size).to(like.device, like.dtype)
+        kernel = self.spec.geometry.kernel_size
+        return transform(self.spec.symmetry, self.axes, kernel, self.whole).to(like.device, like.dtype)
 
     def weight(self, psi: Tensor) -> Tensor:
         """Of the product: matrices (character and group, i O, plane j C); or filters (character, group and i O, plane
         j C, *kernel of the axes that stay), channels innermost."""
-        values = self._table(psi) @ psi.flatten(2).flatten(0, 1).mT
-        values = values.view(*self._values, self.spec.groups, -1, psi.shape[1])  # [chi, i, plane, j, tap, group, O, C]
-        count, cosets, planes, _, _ = self._values
-        values = values.permute(0, 5, 1, 6, 4, 2, 3, 7).reshape(-1, *self.rest[0], planes * cosets * psi.shape[1])
+        values = self._table(psi) @ psi.flatten(2).mT  # [group O, values of the product, C]
+        values = values.view(self.spec.groups, -1, *self._values[:3], math.prod(self._values[3:]) * psi.shape[1])
+        values = values.permute(2, 0, 3, 1, 4, 5)  # [chi, group, i, O, tap, plane j C]
         if self.is_flat:
-            return values.view(count * self.spec.groups, -1, values.shape[-1])
-        return values.movedim(-1, 1)
+            return values.flatten(2, 4).flatten(0, 1)
+        return values.reshape(-1, *self.rest[0], values.shape[-1]).movedim(-1, 1)
 
     def weight_adjoint(self, dweight: Tensor, channels: int) -> Tensor:
         """The gradient of psi, of so many channels, from that of `weight`."""
-        count, cosets, planes, _, rest = self._values
+        count, cosets, rest, *_ = self._values
         dweight = dweight if self.is_flat else _last(dweight)
-        values = dweight.reshape(count, self.spec.groups, cosets, -1, rest, planes, cosets, channels)
-        values = values.permute(0, 2, 5, 6, 4, 1, 3, 7).reshape(math.prod(self._values), -1)
-        return values.mT @ self._table(dweight)
+        values = dweight.reshape(count, self.spec.groups, cosets, -1, rest, dweight.shape[-1])
+        values = values.permute(1, 3, 0, 2, 4, 5).reshape(-1, math.prod(self._values), channels)
+        return torch.bmm(values.mT, self._table(values).expand(len(values), -1, -1))
 
     def weight_work(self, channels: int, filters: int) -> int:
         """Multiply-adds of `weight`."""
         stored = self.spec.order * math.prod(self.spec.geometry.kernel_size)
         return channels * filters // self.spec.groups * stored * math.prod(self._values)
 
-    @property
+    @cached_property
     def _values(self) -> Ints:
-        """Character, i, plane, j and tap on the axes that stay."""
+        """Character, i, tap on the axes that stay, plane and j."""
         cosets = len(self.chars.at[0])
-        return self.chars.order, cosets, len(self.chars.planes), cosets, math.prod(self.rest[0])
+        return self.chars.order, cosets, math.prod(self.rest[0]), len(self.chars.planes), cosets
 
     def values(self, channels: int) -> int:
         """Of the sums of an image with so many channels."""
         return math.prod(self.grid) * channels * len(self.chars.planes)
 
+    def fits(self, channels: int) -> bool:
+        """Whether the sums of an image with so many channels stay in the cache, and their index tables in memory."""
+        terms = sum(len(terms) for _, terms in self.chars.planes)
+        entries = math.prod(self.grid) * terms * self.chars.order * self.spec.groups
+        return self.values(channels) <= MOST_VALUES and entries <= MOST_ENTRIES
+
     def images(self, x: Tensor, weight: Tensor) -> Iterator[slice]:
         """Chunks whose sums stay in the cache, but have as many values as the weight."""
-        count = max(1, max(CHUNK_BYTES // weight.itemsize, weight.numel()) // max(1, self.values(x.shape[1])))
+        values = max(1, self.values(x.shape[1]))
+        count = max(1, CHUNK_BYTES // weight.itemsize // values, -(-weight.numel() // values))
         return (slice(n, n + count) for n in range(0, x.shape[0], count))
 
     def sums(self, x: Tensor) -> Tensor:
@@ -474,37 +491,50 @@ def _bags_of(
     return Bags(to, of, signs, blocks[0] * math.prod(to_size), blocks[1] * math.prod(of_size), blocks)
 
 
-def table_entries(spec: GroupSpec, axes: int, sizes: Ints) -> int:
-    """About how many entries the index table of the sums of one image has."""
-    plan = Fold(spec, axes, sizes)
-    terms = sum(len(terms) for _, terms in plan.chars.planes)
-    return math.prod(plan.grid) * terms * plan.chars.order * spec.groups
-
-
-@lru_cache(maxsize=32)
-def fold(text: str, axes: int, sizes: Ints) -> Fold:
+@lru_cache(maxsize=64)
+def fold(text: str, axes: int, sizes: Ints, whole: bool = False) -> Fold:
     """Kept, for its tables."""
-    return Fold(GroupSpec.of(text), axes, sizes)
+    keep_pages()
+    return Fold(GroupSpec.of(text), axes, sizes, whole)
+
+
+def chosen(x: Tensor, text: str, axes: int, backward: bool) -> Fold:
+    """`whole` where that is faster: gradients of many channels, and few positions, which a convolution does not
+    thank for the order its weights take."""
+    sizes, channels = tuple(x.shape[2:]), x.shape[1]
+    one, other = fold(text, axes, sizes), fold(text, axes, sizes, True)
+    if backward:
+        pays = channels >= GRADIENT_CHANNELS * one.spec.groups and other.fits(channels)
+    else:
+        pays = len(x) * math.prod(one.out) * one.spec.groups < channels
+    return other if pays and not one.is_flat else one
 
 
 def fprop(x: Tensor, psi: Tensor, bias: Tensor | None, text: str, axes: int) -> Tensor:
     """y, in the memory format of x. Numbers of 16 bits are computed in float32, since sums would round them."""
-    plan = fold(text, axes, tuple(x.shape[2:]))
+    plan = chosen(x, text, axes, False)
     weight = plan.weight(psi.to(_wide(x)))
+    chunks = [*plan.images(x, weight)]
     shape = (x.shape[0], plan.spec.order * psi.shape[0], *plan.out)
-    y = like(x, shape) if is_last(x) else x.new_empty(shape)
-    for n in plan.images(x, weight):
-        hat = plan.multiply(plan.sums(x[n]), weight, bias)
-        rows = plan.outward.add(hat, len(x[n]))
-        y[n].movedim(1, -1).copy_(rows.view(len(x[n]), *plan.out, -1))
+    is_one = len(chunks) == 1 and is_last(x) and x.dtype == weight.dtype
+    y = x if is_one else like(x, shape) if is_last(x) else x.new_empty(shape)
+    for n in chunks:
+        rows = plan.outward.add(plan.multiply(plan.sums(x[n]), weight, bias), len(x[n]))
+        images = rows.view(len(x[n]), *plan.out, -1)
+        if is_one:
+            return images.movedim(-1, 1)
+        y[n].movedim(1, -1).copy_(images)
     return y
+
+
+fprop.__signature__ = inspect.signature(fprop)  # type: ignore[attr-defined]  # which autograd asks for in every call
 
 
 def backward(
     dy: Tensor, x: Tensor, psi: Tensor, text: str, axes: int, need_x: bool, need_psi: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients with respect to x and psi, empty where not needed. The sums are computed again."""
-    plan = fold(text, axes, tuple(x.shape[2:]))
+    plan = chosen(x, text, axes, True)
     weight = plan.weight(psi.to(_wide(x)))
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     dweight = torch.zeros_like(weight) if need_psi else x.new_empty(0)

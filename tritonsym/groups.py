@@ -19,7 +19,7 @@ from torch import Tensor
 from tritonsym import fold, plan
 from tritonsym._compat import constant, is_exporting, is_mapped, transforms_are_active
 from tritonsym.fold import GroupSpec
-from tritonsym.ops import _are_plain, _has_static_sizes, check_beside
+from tritonsym.ops import _are_plain, _has_static_sizes, _is_eager, check_beside
 from tritonsym.packing import check_tensor
 from tritonsym.plan import computing_dtype, needs_gradient
 from tritonsym.reference import activate, far_padded
@@ -45,7 +45,7 @@ def group_conv(
     batched = x[None] if x.ndim == len(spec.geometry.kernel_size) + 1 else x
     axes = _axes(where, text, batched, psi, bias)
     if axes == 0:
-        y = fold.reference(batched, psi, bias, spec)
+        y = fold.reference(batched, psi, bias, spec, _is_eager(x, psi))
     else:
         y = _folded(far_padded(batched, spec.geometry.extra), psi, bias, unpadded(text), axes)
     return activate(y if batched is x else y[0], activation)
@@ -65,7 +65,8 @@ def group_linear(
     rows = x.reshape(-1, x.shape[-1], *ones)
     axes = _axes(where, text, rows, stored, bias)
     if axes == 0:
-        y = F.linear(x, fold.expand(stored, spec).flatten(1), None if bias is None else fold.expand_bias(bias, spec))
+        dense = fold.expand(stored, spec, eager=_is_eager(x, psi)).flatten(1)
+        y = F.linear(x, dense, None if bias is None else fold.expand_bias(bias, spec))
     else:
         y = _folded(rows, stored, bias, text, axes).reshape(*x.shape[:-1], -1)
     return activate(y, activation)
@@ -73,7 +74,11 @@ def group_linear(
 
 def _folded(x: Tensor, psi: Tensor, bias: Tensor | None, text: str, axes: int) -> Tensor:
     dtype = computing_dtype(x)  # as autocast would
-    op: Any = _op if torch.compiler.is_compiling() else _Folded.apply
+    op: Any = fold.fprop
+    if torch.compiler.is_compiling():
+        op = _op
+    elif needs_gradient(x, psi, bias):
+        op = _Folded.apply
     y: Tensor = op(x.to(dtype), psi.to(dtype), None if bias is None else bias.to(dtype), text, axes)
     return y
 
@@ -84,6 +89,7 @@ def spec_of(text: str) -> GroupSpec:
 
 
 @constant
+@lru_cache(maxsize=4096)
 def unpadded(text: str) -> str:
     """Without what padding='same' adds on the far side, which x has already."""
     spec = GroupSpec.of(text)

@@ -520,8 +520,7 @@ class GroupProblem(Problem):
             for number in range(1, most + 1):
                 products, values, additions = self.work(number)
                 one = fold.fold(self.spec.text, number, self.sizes)
-                is_small = one.values(self.spec.order * self.channels) <= fold.MOST_VALUES
-                if is_small and fold.table_entries(self.spec, number, self.sizes) <= fold.MOST_ENTRIES:
+                if one.fits(self.spec.order * self.channels):
                     slower = 1 if one.is_flat else GROUPED
                     gains.append((self.dense - slower * products - rule.cost(values, additions), number))
             _, axes = max(gains)

@@ -522,9 +522,7 @@ class Program:
 @torch.inference_mode(False)
 def program(spec: str, fold: bool, shape: Ints, itemsize: int, chunk_bytes: int) -> Program:
     """How x of this shape is computed, in pieces whose z takes about `chunk_bytes` at most."""
-    # glibc hands freed blocks back to the system, and fresh pages cost as much as the products, until a block of its
-    # largest threshold, 32 MB, was freed once
-    torch.empty((32 << 20) - 4096, dtype=torch.uint8)
+    keep_pages()
     conv = ConvSpec.of(spec)
     geometry, blocks, groups = _planar(conv.geometry), parts(conv, fold), conv.groups
     axes = tuple(map(Axis, shape[2:], geometry.padding, geometry.out_sizes(shape[2:])))
@@ -561,6 +559,12 @@ def positions(geometry: Geometry, shape: Sequence[int]) -> int:
     """Of y, or of x (N, C, *sizes) if transposed: where the dense layer multiplies by all its weights."""
     sizes = shape[2 : 2 + len(geometry.kernel_size)]
     return shape[0] * math.prod(sizes if geometry.transposed else geometry.out_sizes(sizes))
+
+
+def keep_pages() -> None:
+    """glibc hands freed blocks back to the system, and fresh pages cost as much as the products, until a block of its
+    largest threshold, 32 MB, was freed once."""
+    torch.empty((32 << 20) - 4096, dtype=torch.uint8)
 
 
 def z_values(part: Part, axes: Sequence[Axis]) -> int:
