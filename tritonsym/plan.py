@@ -699,10 +699,10 @@ class Rule:
 #: Fitted to perf/results/2026-11-25-cpu-rule.json, least squares of log(time taken / time of the faster path). A row of
 #: z counts as a vector of 8 values at least, each block as a call; additions need no term of their own.
 CPU = Rule(105, 0, 3.5e6)
-#: The same of group convolutions, z being the values of the sums and of the products, for inference and training; what
-#: comes of it stands in perf/results/2026-11-25-groups.json.
-GROUP_CPU = Rule(60, 2, 0)
-#: How much slower than the dense one the grouped convolution is that remains where axes stay inside the product.
+#: The same of group convolutions, z being the values of the sums and of the products, and how much slower than the
+#: dense one the grouped convolution is that remains where axes stay inside the product. Fitted to
+#: perf/results/2026-11-25-cpu-fold.json, a choice slower than the reference counting ten times.
+GROUP_CPU = Rule(50, 4, 0)
 GROUPED = 1.2
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
