@@ -4,7 +4,9 @@
 
 On a GPU the shapes of networks, without one reduced sizes on the CPU. Variants: `dense`, every path, what is taken by
 default (`auto`), the weight expanded in every call by torch's `parametrize`, and on the CPU the product with the stored
-weights alone (`gemm`), which no path can beat. All are timed in one run, in an order drawn for every round; what does
+weights alone (`gemm`), which no path can beat; beside group convolutions of images, where it is installed, escnn's layer
+between the same fields, which keeps its dense weight in inference (an environment of its own will do: ``pip install -e .
+escnn==1.0.11 'scikit-learn<1.2' 'scipy<1.12'``). All are timed in one run, in an order drawn for every round; what does
 not match the reference is not timed. The JSON has one row a line with all samples, in seconds, and is written after
 every row, so that an interrupted run keeps what it measured; --resume goes on with it.
 """
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,30 @@ def parametrized(layer: Any) -> nn.Module:
     return parametrize.register_parametrization(layer.to_dense(), "weight", Expand())
 
 
+def escnn(layer: Any, training: bool) -> nn.Module | None:
+    """The layer of escnn from and to as many fields of the same group, with weights of its own; None if there is none."""
+    names = {"h": (1, "flip2dOnR2"), "hv": (2, "flipRot2dOnR2"), "d4": (4, "flipRot2dOnR2")}
+    if not isinstance(layer, tritonsym.nn.GroupConv2d) or layer.symmetry.name not in names or not find_spec("escnn"):
+        return None
+    from escnn import gspaces
+    from escnn import nn as theirs
+
+    turns, name = names[layer.symmetry.name]
+    space = getattr(gspaces, name)(*[turns] * (turns > 1))
+    into, out = (theirs.FieldType(space, n * [space.regular_repr]) for n in (layer.in_fields, layer.out_fields))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = theirs.R2Conv(into, out, layer.kernel_size[0], padding=layer.padding[0], bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(theirs.GeometricTensor(x, into)).tensor
+            return y
+
+    return Layer().train(training)
+
+
 def gemm(problem: plan.ConvProblem, x: Tensor, training: bool) -> Step | None:
     """x times the stored weights, (positions, C) x (C, rows), and if training both gradients' products; None for layers
     with groups or strides."""
@@ -84,6 +111,7 @@ def _steps(
 ) -> dict[str, Step]:
     """The variants of a case, ready to run, by name and memory format: that of the input and of the weights."""
     is_conv, steps = isinstance(problem, plan.ConvProblem), {}
+    other = escnn(layer, training)
     for form, x in inputs.items():
         modules = {"dense": layer.to_dense()}
         if is_conv and not hasattr(layer, "reduce"):
@@ -92,6 +120,8 @@ def _steps(
         for name, module in modules.items():
             module = module.to(memory_format=memory_format(form, x))
             steps[f"{name} {form}"] = make_step(module, x, training, name if name in ours else None)
+        if other is not None:
+            steps[f"escnn {form}"] = make_step(other, x, training)
         if compiled:
             torch.compiler.reset()  # else, after some layers, it falls back to eager
         for path in COMPILED.keys() & ours if compiled else ():
@@ -146,10 +176,12 @@ def show(row: Row, device: str, with_heading: bool) -> None:
         for name in (
             "reference",
             "parametrize",
+            "escnn",
             *COMPILED.values(),
             "implicit_gemm",
             "shift",
             "blocks",
+            "fold",
             "gemm",
             "auto",
         ):
