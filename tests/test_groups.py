@@ -347,6 +347,8 @@ def test_grouped_layers_are_plain_after_to_dense():
 def test_initialisation():
     layer, plain = tnn.GroupConv2d(16, 16, 3, symmetry="hv"), nn.Conv2d(64, 64, 3)
     assert abs(layer.expanded_weight().var() / plain.weight.var() - 1) < 0.1
+    for init in (nn.init.kaiming_normal_, nn.init.xavier_uniform_):  # which see the shape of the weight
+        assert abs(init(layer.weight).var() / init(plain.weight).var() - 1) < 0.1
     start = time.perf_counter()
     tnn.GroupConv2d(64, 64, 3, symmetry="d4")
     assert time.perf_counter() - start < 1  # milliseconds, on a machine that does nothing else

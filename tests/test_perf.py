@@ -8,8 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -85,6 +86,43 @@ def test_the_parametrized_layer_and_the_product_alone():
 
 
 # --- benchmark --------------------------------------------------------------------------------------------------------
+
+
+ESCNN = """
+import torch
+class FieldType:
+    def __init__(self, space, representations):
+        self.size = sum(representations)
+class GeometricTensor:
+    def __init__(self, tensor, kind):
+        self.tensor, self.kind = tensor, kind
+class R2Conv(torch.nn.Module):
+    def __init__(self, into, out, kernel_size, **options):
+        super().__init__()
+        self.into, self.conv = into, torch.nn.Conv2d(into.size, out.size, kernel_size, **options)
+    def forward(self, x):
+        assert x.kind is self.into
+        return GeometricTensor(self.conv(x.tensor), None)
+"""
+
+
+def test_escnn_is_timed_where_it_is_installed(monkeypatch):
+    """A package of that name with what is called."""
+    layer = nn.GroupConv2d(2, 3, 3, padding=1, bias=False, symmetry="hv")
+    assert bench.escnn(layer, True) is None
+    spaces = "class flipRot2dOnR2:\n    def __init__(self, n):\n        self.regular_repr = 2 * n"
+    for name, text in {"escnn": "", "escnn.nn": ESCNN, "escnn.gspaces": spaces}.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        exec(text, vars(module))
+        monkeypatch.setitem(sys.modules, name, module)
+    theirs = bench.escnn(layer, False)
+    assert theirs is not None and not theirs.training
+    assert theirs(torch.randn(2, 8, 5, 5)).shape == (2, 12, 5, 5)
+    assert bench.escnn(nn.GroupConv2d(2, 2, 3, symmetry="c4"), True) is None
+    case = cases.Case("group-hv", 1, 8, (3, 3))
+    first, *_ = bench.bench(case, "float32", torch.device("cpu"), 1, False, set())
+    assert {"escnn nchw", "escnn channels_last"} < first["seconds"].keys()
 
 
 def test_bench(tmp_path, capsys):
