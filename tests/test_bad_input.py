@@ -152,7 +152,11 @@ CASES = {
         ValueError,
         "out_channels=6 4 'hv' 4 and 8",
     ),
-    "GroupConv2d.from_dense: groups": (lambda: to_group(nn.Conv2d(4, 4, 3, groups=4)), ValueError, "groups=4 groups=1"),
+    "GroupConv2d.from_dense: groups": (
+        lambda: to_group(nn.Conv2d(4, 4, 3, groups=4)),
+        ValueError,
+        "in_channels / groups=1",
+    ),
     "GroupLinear: x": (lambda: line(ROWS), ValueError, "x (..., 4) (2, 3)"),
     "GroupLinear: explain": (lambda: explain(line, ROWS), ValueError, "(..., 4) (2, 3)"),
     "GroupLinear.from_dense: own": (lambda: to_group_linear(line), TypeError, "torch.nn.Linear GroupLinear"),

@@ -337,6 +337,22 @@ def test_from_dense_projects():
     torch.testing.assert_close(tnn.GroupLinear.from_dense(line.to_dense(), symmetry="hv").weight, line.weight)
 
 
+def test_from_dense_with_groups():
+    """Of one group after the other: as every group by itself."""
+    plain = nn.Conv2d(16, 24, 3, groups=2, dtype=F64)
+    for init in ("project", "rescale", "keep"):
+        layer = tnn.GroupConv2d.from_dense(plain, symmetry="hv", init=init)
+        alone = nn.Conv2d(8, 12, 3, dtype=F64)
+        for part, weight, bias in zip((0, 1), plain.weight.chunk(2), plain.bias.chunk(2), strict=True):
+            alone.weight.data, alone.bias.data = weight.data, bias.data
+            one = tnn.GroupConv2d.from_dense(alone, symmetry="hv", init=init)
+            at = slice(3 * part, 3 * part + 3)
+            torch.testing.assert_close((layer.weight[at], layer.bias[at]), (one.weight, one.bias))
+    again = nn.Conv2d(16, 24, 3, groups=2, dtype=F64)
+    again.weight.data, again.bias.data = layer.expanded_weight().detach(), layer.expanded_bias().detach()
+    torch.testing.assert_close(tnn.GroupConv2d.from_dense(again, symmetry="hv").state_dict(), layer.state_dict())
+
+
 def test_grouped_layers_are_plain_after_to_dense():
     layer, x = layer_and_input(*OPTIONS["hv, groups"], dtype=F64)
     plain = layer.to_dense()

@@ -60,7 +60,78 @@ def _check_stored(layer: Any) -> None:
         )
 
 
-class _GroupConv(_SharedConv):
+class _Fields:
+    """What convolutions and linear layers of fields share."""
+
+    weight: Any
+    bias: Any
+    train: Any
+    _spec: Any
+
+    @property
+    def spec(self) -> Any:
+        """The group, its action on the kernels and the geometry."""
+        return GroupSpec.of(self._spec())
+
+    def expanded_bias(self) -> Tensor | None:
+        """One bias per filter of `expanded_weight`."""
+        return None if self.bias is None else fold.expand_bias(self.bias, self.spec)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        symmetry: str,
+        activation: functional.Activation | None = None,
+        init: Init = "project",
+    ) -> Self:
+        """Convert a plain torch layer whose channels are fields, with groups those of one group after the other as in
+        `expanded_weight`: 'project' its weight onto the equivariant ones (nearest in the Frobenius norm), 'rescale' the
+        filters to their norms (root mean square over a field) after that, 'keep' those of the identity, or 'reset'."""
+        where = f"{cls.__name__}.from_dense"
+        functional.check_choice(where, "init", init, INITS)
+        modules = "torch.nn.modules.conv", "torch.nn.modules.linear"
+        kind: Any = next(c for c in cls.__mro__ if c.__module__ in modules)
+        if not isinstance(layer, kind) or isinstance(layer, Checkpoints):
+            raise TypeError(f"{where}: expected torch.nn.{kind.__name__}, got {type(layer).__name__}")
+        dense: Any = layer
+        make: Any = cls
+        names = ("in_features", "out_features") if kind is nn.Linear else ("in_channels", "out_channels")
+        options = {"bias": layer.bias is not None} if kind is nn.Linear else _hyperparameters(layer)
+        number = options.get("groups", 1)
+        label = " / groups" * (number > 1)
+        into, out = (number * _fields(where, name + label, getattr(layer, name) // number, symmetry) for name in names)
+        options = {name: value for name, value in options.items() if name not in names}
+        options |= {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        self: Self = make(into, out, symmetry=symmetry, activation=activation, **options)
+        with torch.no_grad():
+            if init != "reset":
+                self._adopt(dense.weight, dense.bias, init)
+        self.weight.requires_grad_(dense.weight.requires_grad)
+        if dense.bias is not None:
+            self.bias.requires_grad_(dense.bias.requires_grad)
+        return self.train(layer.training)
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
+        """Take over a dense weight and bias."""
+        spec = self.spec
+        parts = weight.reshape(spec.groups, spec.order, -1, *weight.shape[1:2], *spec.geometry.kernel_size)
+        if init == "keep":
+            psi = parts[:, 0].flatten(0, 1).unflatten(1, (spec.order, -1)).transpose(1, 2)
+        else:
+            psi = fold.project(parts.flatten(0, 2), spec)
+        if init == "rescale":
+            now = psi.flatten(1).norm(dim=1) * math.sqrt(spec.order)
+            norms = parts.transpose(1, 2).flatten(0, 1).flatten(1).norm(dim=1)
+            psi *= (norms / now).where(now > 0, 1).view(-1, *[1] * (psi.ndim - 1))
+        self.weight.copy_(psi.reshape(self.weight.shape))
+        if bias is not None:
+            fields = bias.view(spec.groups, spec.order, -1)
+            self.bias.copy_((fields[:, 0] if init == "keep" else fields.mean(1)).flatten())
+
+
+class _GroupConv(_Fields, _SharedConv):
     """Group convolution: y[g, o] = act(sum_{h, c} conv(x[h, c], g w[o, c, g^-1 h]) + b[o]), fields to fields.
 
     Moving x by an element of the group moves y (Cohen and Welling 2016, arXiv 1602.07576). Channels are ordered as
@@ -110,11 +181,6 @@ class _GroupConv(_SharedConv):
     def _spec(self, output_padding: Any = None) -> str:
         return functional.group_text(type(self).__name__, self.symmetry.name, self.groups, *self._sizes())
 
-    @property
-    def spec(self) -> Any:
-        """The group, its action on the kernels and the geometry."""
-        return GroupSpec.of(self._spec())
-
     def _run(self, input: Tensor, spec: str) -> Tensor:
         _check_stored(self)
         x = input if self.padding_mode == "zeros" else self._padded(input)
@@ -139,63 +205,12 @@ class _GroupConv(_SharedConv):
         each in the order of elements and fields: of a torch layer whose channels are sorted like that."""
         return fold.expand(gathered(self.weight), self.spec)
 
-    def expanded_bias(self) -> Tensor | None:
-        """One bias per filter of `expanded_weight`."""
-        return None if self.bias is None else fold.expand_bias(self.bias, self.spec)
-
     def to_dense(self) -> nn.Module:
         """The plain torch layer with equal outputs; with groups, between two orders of the channels."""
         layer = self._dense(self.expanded_weight(), self.expanded_bias())
         if self.groups > 1:
             layer = torch.fx.symbolic_trace(_Regrouped(layer, self.symmetry.order)).train(self.training)
         return with_activation(layer, self.activation)
-
-    @classmethod
-    def from_dense(
-        cls,
-        layer: nn.Module,
-        *,
-        symmetry: str,
-        activation: functional.Activation | None = None,
-        init: Init = "project",
-    ) -> Self:
-        """Convert a plain torch layer without groups, whose channels are fields: 'project' its weight onto the
-        equivariant ones (nearest in the Frobenius norm), 'rescale' the filters to their norms (root mean square over a
-        field) after that, 'keep' those of the identity, or 'reset'."""
-        where = f"{cls.__name__}.from_dense"
-        functional.check_choice(where, "init", init, INITS)
-        if not isinstance(layer, cls._dense_class()) or isinstance(layer, _SharedConv):
-            raise TypeError(f"{where}: expected torch.nn.{cls._dense_class().__name__}, got {type(layer).__name__}")
-        if layer.groups > 1:
-            raise ValueError(f"{where}: groups={layer.groups} divide the channels of fields; only groups=1 is known")
-        options = _hyperparameters(layer)
-        into, out = (_fields(where, name, options.pop(name), symmetry) for name in ("in_channels", "out_channels"))
-        options |= {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        self = cls(into, out, symmetry=symmetry, activation=activation, **options)
-        return _adopted(self, layer, self.spec, init)
-
-
-def _adopted(self: Any, layer: Any, spec: GroupSpec, init: Init) -> Any:
-    """`self` with the weight and bias of a dense layer, and what requires a gradient as there."""
-    with torch.no_grad():
-        if init != "reset":
-            dense = layer.weight.reshape(*layer.weight.shape[:2], *spec.geometry.kernel_size)
-            if init == "keep":
-                psi = dense[: self.weight.shape[0]].unflatten(1, (spec.order, -1)).transpose(1, 2)
-            else:
-                psi = fold.project(dense, spec)
-                if init == "rescale":
-                    now = psi.flatten(1).norm(dim=1) * math.sqrt(spec.order)
-                    norms = dense.unflatten(0, (spec.order, -1)).transpose(0, 1).flatten(1).norm(dim=1)
-                    psi *= (norms / now).where(now > 0, 1).view(-1, *[1] * (psi.ndim - 1))
-            self.weight.copy_(psi.reshape(self.weight.shape))
-            if layer.bias is not None:
-                parts = layer.bias.unflatten(0, (spec.order, -1))
-                self.bias.copy_(parts[0] if init == "keep" else parts.mean(0))
-    self.weight.requires_grad_(layer.weight.requires_grad)
-    if layer.bias is not None:
-        self.bias.requires_grad_(layer.bias.requires_grad)
-    return self.train(layer.training)
 
 
 class _Regrouped(nn.Module):
@@ -226,7 +241,7 @@ class GroupConv3d(_GroupConv, nn.Conv3d):
     pass
 
 
-class GroupLinear(Checkpoints, nn.Linear):
+class GroupLinear(_Fields, Checkpoints, nn.Linear):
     """Group convolution without space: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]) of the last axis.
 
     The weight stored is (out_fields, in_fields, elements), the bias (out_fields,). See `GroupConv2d`.
@@ -264,11 +279,6 @@ class GroupLinear(Checkpoints, nn.Linear):
     def _spec(self) -> str:
         return functional.linear_text("GroupLinear", self.symmetry.name)
 
-    @property
-    def spec(self) -> GroupSpec:
-        """The group and its action on kernels of size 1."""
-        return GroupSpec.of(self._spec())
-
     def forward(self, input: Tensor) -> Tensor:
         _check_stored(self)
         return groups.group_linear("GroupLinear", self._spec(), input, self.weight, self.bias, self.activation)
@@ -295,10 +305,6 @@ class GroupLinear(Checkpoints, nn.Linear):
         ones = (1,) * len(spec.geometry.kernel_size)
         return fold.expand(gathered(self.weight).reshape(*self.weight.shape, *ones), spec).flatten(1)
 
-    def expanded_bias(self) -> Tensor | None:
-        """One bias per output feature."""
-        return None if self.bias is None else fold.expand_bias(self.bias, self.spec)
-
     def to_dense(self) -> nn.Module:
         """The plain `torch.nn.Linear` with equal outputs (followed by the activation's module, if there is one)."""
         bias = self.expanded_bias()
@@ -307,25 +313,6 @@ class GroupLinear(Checkpoints, nn.Linear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), learns(self, bias=True))
         return with_activation(layer.train(self.training), self.activation)
-
-    @classmethod
-    def from_dense(
-        cls,
-        layer: nn.Module,
-        *,
-        symmetry: str,
-        activation: functional.Activation | None = None,
-        init: Init = "project",
-    ) -> Self:
-        """Convert a `torch.nn.Linear` whose features are fields; as `GroupConv2d.from_dense`."""
-        where = "GroupLinear.from_dense"
-        functional.check_choice(where, "init", init, INITS)
-        if not isinstance(layer, nn.Linear) or isinstance(layer, GroupLinear):
-            raise TypeError(f"{where}: expected torch.nn.Linear, got {type(layer).__name__}")
-        into, out = (_fields(where, name, getattr(layer, name), symmetry) for name in ("in_features", "out_features"))
-        factory: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        self = cls(into, out, layer.bias is not None, symmetry=symmetry, activation=activation, **factory)
-        return _adopted(self, layer, self.spec, init)
 
 
 # --- layers without products ------------------------------------------------------------------------------------------
