@@ -393,10 +393,20 @@ def test_plans():
         assert planned("hv", 16, 2, 16, 16).axes == 2
     assert planned("hv", 320, 1, 64, 64).axes == 1  # with two, the sums of an image would leave the cache
     assert planned("hv", 64, 1, 4096, 4096).path == "reference"  # whose tables would take gigabytes
-    half = tnn.GroupConv2d(320, 320, 3, symmetry="hv", dtype=torch.bfloat16, device="meta")
-    assert (
-        tritonsym.explain(half, torch.empty(2, 1280, 16, 16, device="meta", dtype=torch.bfloat16)).path == "reference"
-    )
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+def test_dtypes_that_fold(matrices, monkeypatch):
+    """Of 16 bits only the one that was measured, on a CPU like that."""
+    monkeypatch.setattr(tritonsym.plan, "multiplies_bfloat16", lambda: matrices)
+    tritonsym.plan.forget()
+    folded = set()
+    for dtype in (torch.float32, F64, torch.bfloat16, torch.float16):
+        layer = tnn.GroupConv2d(320, 320, 3, padding=1, symmetry="hv", dtype=dtype, device="meta")
+        if tritonsym.explain(layer, torch.empty(2, 1280, 16, 16, device="meta", dtype=dtype)).path == "fold":
+            folded.add(dtype)
+    tritonsym.plan.forget()
+    assert folded == {torch.float32, F64} | (set() if matrices else {torch.bfloat16})
 
 
 def test_functions_are_the_layers():

@@ -6,6 +6,7 @@ Without one of them something small is lost, and `import tritonsym` still works.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -42,6 +43,13 @@ def is_exporting_onnx() -> bool:
     """`torch.onnx.is_in_onnx_export`, without importing what has not been imported."""
     onnx = getattr(torch, "onnx", None)
     return bool(onnx is not None and onnx.is_in_onnx_export())
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has matrix instructions for it, or torch does not say."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is None or bool(supported())
 
 
 def transforms_are_active() -> bool:

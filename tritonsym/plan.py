@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonsym import blocks, fold, shift, tuned
-from tritonsym._compat import constant
+from tritonsym._compat import constant, multiplies_bfloat16
 from tritonsym._table import aligned
 from tritonsym.spec import ConvSpec, check
 from tritonsym.tuned import Tiles
@@ -505,14 +505,15 @@ class GroupProblem(Problem):
         axes = 0
         on_cpu = self.target == "cpu"
         rule = GROUP_CPU if on_cpu else GROUP_GPU
+        dtypes = ["float32", *["float64"] * on_cpu, *["bfloat16"] * (on_cpu and not multiplies_bfloat16())]
         text = "" if on_cpu else " (estimate)"
         if forced or backend == "reference":
             axes = most if forced == "fold" and self.dense else 0
             why = "Forced by tritonsym.path." if forced else "Forced by the backend 'reference'."
         elif self.dense == 0:
             why = "There is nothing to multiply."
-        elif self.dtype != "float32":
-            why = f"The fold path is fast in float32 only, not in {self.dtype}."
+        elif self.dtype not in dtypes:
+            why = f"The fold path is fast in {' and '.join(dtypes)} only, not in {self.dtype}."
         elif on_cpu and not shift.is_fast():
             why = "The sums of the fold path are slow in this build of torch."
         else:
@@ -701,7 +702,8 @@ class Rule:
 CPU = Rule(105, 0, 3.5e6)
 #: The same of group convolutions, z being the values of the sums and of the products, and how much slower than the
 #: dense one the grouped convolution is that remains where axes stay inside the product. Fitted to
-#: perf/results/2026-11-25-cpu-fold.json, a choice slower than the reference counting ten times.
+#: perf/results/2026-11-25-cpu-fold.json, a choice slower than the reference counting ten times; by this rule fold pays
+#: in float64, too, and in bfloat16, which is computed in float32, on CPUs without matrix instructions for it.
 GROUP_CPU = Rule(50, 4, 0)
 GROUPED = 1.2
 #: An estimate: every value is written and read once, and there are about ten launches.
