@@ -215,11 +215,16 @@ def widened(*tensors):
     return [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in tensors]
 
 
-@pytest.mark.parametrize("edge, strip", [(128, 256), (4, 3), (1, 1)])
+def in_small_blocks(monkeypatch, **settings):
+    for name, value in settings.items():
+        monkeypatch.setattr(blocks, name, value)
+    blocks._pieces.cache_clear()
+
+
+@pytest.mark.parametrize("edge, cache", [(128, 1 << 20), (4, 40), (1, 1)])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.complex64])
-def test_products_by_blocks(monkeypatch, dtype, edge, strip):
-    monkeypatch.setattr(blocks, "EDGE", edge)
-    monkeypatch.setattr(blocks, "STRIP", strip)
+def test_products_by_blocks(monkeypatch, dtype, edge, cache):
+    in_small_blocks(monkeypatch, EDGE=edge, CACHE=cache)
     sizes = (1, 2, 3, 127, 128, 255, 256, 257, 385) if edge > 4 else range(1, 14)
     for n, shape in zip(sizes, itertools.cycle([(), (3,), (0,), (2, 5)]), strict=False):
         s, x, dy = (
@@ -244,8 +249,7 @@ def test_products_by_blocks(monkeypatch, dtype, edge, strip):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_derivatives_by_blocks(monkeypatch, dtype):
-    monkeypatch.setattr(blocks, "EDGE", 2)
-    monkeypatch.setattr(blocks, "gram_height", lambda m: 2)
+    in_small_blocks(monkeypatch, EDGE=2)
     leaves = [
         torch.randn(s, dtype=dtype, requires_grad=True) for s in ((2, 1, 5), tritonsym.packing.packed_shape(5), 5)
     ]
@@ -260,11 +264,11 @@ def test_derivatives_by_blocks(monkeypatch, dtype):
             gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("height", [1, 3, 128])
+@pytest.mark.parametrize("edge", [1, 3, 128])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.complex64])
-def test_symmetric_results_by_blocks(monkeypatch, dtype, height):
-    monkeypatch.setattr(blocks, "gram_height", lambda m: height)
-    for shape in ((1, 1), (5, 3), (2, 0, 4, 4), (2, 7, 7), (3, 4, 0), *(((300, 40), (256, 256)) if height > 3 else ())):
+def test_symmetric_results_by_blocks(monkeypatch, dtype, edge):
+    monkeypatch.setattr(blocks, "EDGE", edge)
+    for shape in ((1, 1), (5, 3), (2, 0, 4, 4), (2, 7, 7), (3, 4, 0), *(((300, 40), (256, 256)) if edge > 3 else ())):
         x = torch.randn(*shape[:-2], shape[-1], shape[-2]).to(dtype).mT
         a = symmetric(*shape[:-1], shape[-2], dtype=dtype)
         with tritonsym.path("blocks"):
@@ -279,8 +283,7 @@ def test_symmetric_results_by_blocks(monkeypatch, dtype, height):
 @pytest.mark.parametrize("path", ["blocks", "reference"])
 def test_the_family(monkeypatch, path):
     """Skew-symmetric, batched, and as a quadratic form, against dense products of what was packed."""
-    monkeypatch.setattr(blocks, "EDGE", 3)
-    monkeypatch.setattr(blocks, "STRIP", 2)
+    in_small_blocks(monkeypatch, EDGE=3, CACHE=64, WIDTH=5)
     for n, dtype in itertools.product((1, 2, 5, 8, 13), (torch.float64, torch.complex128)):
         a, x = torch.randn(2, 1, n, n, dtype=dtype), torch.randn(3, 4, n, dtype=dtype, requires_grad=True)
         dy, both = torch.randn(3, 4, n, dtype=dtype), torch.randn(2, 3, 4, n, dtype=dtype)
@@ -325,6 +328,15 @@ def test_a_packed_weight_with_infinities_and_the_other_triangle():
     with tritonsym.path("blocks"):
         y = T.symmetric_matmul(tritonsym.pack(s), x)[0]
     assert y[:280].isfinite().all() and y[[280, 290]].isnan().all()
+
+
+def test_views_and_flags_by_blocks():
+    """Slices, and the conjugates and signs that torch keeps as flags."""
+    many, x = torch.randn(2, 5, 3, dtype=torch.complex64), torch.randn(3, 4, 8, dtype=torch.complex64)[1:, :, 3:]
+    with tritonsym.path("blocks"):
+        for p, t in ((many[1], x[1]), (many[1].conj(), x[1].conj()), (many[0].conj().imag, x[1].conj().imag)):
+            torch.testing.assert_close(T.symmetric_matmul(p, t), t @ tritonsym.unpack(p))
+            torch.testing.assert_close(T.quadratic_form(p, t), (t @ tritonsym.unpack(p) * t).sum(-1))
 
 
 def allocated(tmp_path, function):
@@ -431,10 +443,9 @@ def test_half_a_product_where_that_was_estimated_to_be_faster():
     for plan in (half(1024, 1024), half(128, 4096, 64), half(4096, 0), half(0, 5), half(4096, 4096, batch=0)):
         assert plan.path == "reference"
     assert half(4096, 4096, dtype="float32").path == half(383, 383, target="cpu").path == "reference"
-    for n in (384, 512, 1000, 1024, 2048):
+    for n, edge in ((384, 96), (512, 128), (1000, 125), (1024, 128), (2048, 128)):
         plan = half(n, 100, 2, "float64", target="cpu")
-        rows = blocks.gram_height(n)
-        needed = sum(min(rows, n - top) * min(top + rows, n) for top in range(0, n, rows))
+        needed = n * (n + edge) // 2
         assert (plan.path, plan.flops, plan.dense_flops) == ("blocks", 400 * needed, 400 * n * n)
     with tritonsym.backend("triton"):
         assert half(3, 4, target="cpu").path == "implicit_gemm"

@@ -4,51 +4,134 @@ A packed matrix (`tritonsym.packing`) is read as views of its rectangle. With A 
 
     y[:, c] += x[:, r] A          y[:, r] += x[:, c] A^T          dA = [x[:, r]; dy[:, r]]^T [dy[:, c]; x[:, c]]
 
-so that A comes from memory once and is used twice, and no n x n matrix is built. Products with a symmetric result are
-computed by rows of blocks up to the diagonal, and mirrored.
+so that A comes from memory once and is used twice, and no n x n matrix is built. The two triangles of the rectangle are
+halved again and again; their squares of one size lie at equal distances, so that they are one batch. Products with a
+symmetric result are halved in the same way, and mirrored.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tritonsym.packing import mirror, order_of, packed_shape, widens_float16
 
-#: Rows and columns of the blocks on the diagonal, of which copies are made.
+#: Rows at most of the blocks on the diagonal, of which copies are made.
 EDGE = 128
-#: Rows of the blocks in the square below the two triangles.
-STRIP = 256
+#: Bytes of the blocks that stay in a thread's cache between their two uses, and the columns of a block at most.
+CACHE, WIDTH = 1 << 20, 1024
 
-Diagonal = list[tuple[Tensor, int]]
-
-
-def _diagonal(square: Tensor, edge: int, start: int = 0) -> Diagonal:
-    """The blocks (count, edge, edge) on the diagonal of a square view, and the smaller one that is left, with the place
-    of the first."""
-    order, (s, t) = square.shape[0], square.stride()
-    whole = order // edge * edge
-    blocks = square.as_strided((whole // edge, edge, edge), (edge * (s + t), s, t), square.storage_offset())
-    found = [(blocks, start), (square[None, whole:, whole:], start + whole)]
-    return [(blocks, place) for blocks, place in found if blocks.numel()]
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _parts(packed: Tensor) -> tuple[list[tuple[Tensor, int, int]], Diagonal]:
-    """Views of a packed matrix: blocks S[r:, c:] below the diagonal, with r and c, and those on it, of which the lower
-    triangles count."""
-    n = order_of(packed)
-    columns, even = (n + 1) // 2, 1 - n % 2
-    left, right = packed[even : even + columns], packed[: n // 2, 1 - even :].mT
-    below = [(left[r : r + EDGE, :r], r, 0) for r in range(EDGE, columns, EDGE)]
-    below += [(right[c + EDGE :, c : c + EDGE], columns + c + EDGE, columns + c) for c in range(0, n // 2 - EDGE, EDGE)]
-    below += [(s, columns + i * STRIP, 0) for i, s in enumerate(packed[even + columns :].split(STRIP)) if s.numel()]
-    return below, _diagonal(left, EDGE) + _diagonal(right, EDGE, columns)
+class Piece(NamedTuple):
+    """Blocks (count, height, width) of the rectangle, of which the first begins at `place`.
+
+    Block k holds S[i, j] from i = row + k down and j = column + k right on, if `flipped` S[j, i]. Of blocks on the
+    diagonal the lower triangles count, if flipped the upper ones.
+    """
+
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    place: int
+    row: int
+    down: int
+    column: int
+    right: int
+    flipped: bool
 
 
-def _batched(x: Tensor, start: int, blocks: Tensor) -> Tensor:
-    """The columns of x (B, n) that belong to blocks (count, edge, edge), as (count, B, edge)."""
-    count, edge, _ = blocks.shape
-    return x[:, start : start + count * edge].unflatten(1, (count, edge)).transpose(0, 1)
+def _halvings(order: int) -> tuple[int, int]:
+    """How often a triangle is halved, and the rows of the blocks on its diagonal; less than a row of each is left."""
+    times = (order // (EDGE + 1)).bit_length()
+    return times, order >> times
+
+
+@lru_cache(maxsize=256)
+def _pieces(n: int, itemsize: int, threads: int) -> list[Piece]:
+    """Of a packed n x n matrix, which hold all of its values once."""
+    pitch, half, even = (n + 1) // 2, n // 2, 1 - n % 2
+    found: list[Piece] = []
+
+    def batch(count: int, height: int, width: int, row: int, down: int, column: int, right: int, flipped: bool) -> None:
+        place = (row - pitch) * pitch + column - pitch + 1 - even if flipped else (row + even) * pitch + column
+        if count * height * width:
+            size, stride = (count, height, width), (down * pitch + right, pitch, 1)
+            found.append(Piece(size, stride, place, row, down, column, right, flipped))
+
+    def tiles(height: int, width: int, row: int, column: int, flipped: bool) -> None:
+        """A block by tiles, one for every thread at a time; a small one as it is."""
+        for left in range(0, width if height else 0, WIDTH):
+            w = min(WIDTH, width - left)
+            most = max(1, CACHE // (itemsize * w))
+            count = threads * -(-height // (threads * most)) if 8 * height > most else 1
+            count = min(count, height)
+            h = height // count
+            for i in range(0, count, threads):
+                batch(min(count - i, threads), h, w, row + i * h, h, column + left, 0, flipped)
+            batch(1, height - count * h, w, row + count * h, 0, column + left, 0, flipped)
+
+    tiles(half, pitch, pitch, 0, False)
+    for order, start, flipped in ((pitch, 0, False), (half, pitch, True)):
+        times, edge = _halvings(order)
+        whole = edge << times
+        for size in (edge << i for i in reversed(range(times))):
+            count, row, column = whole // size // 2, start + size * (not flipped), start + size * flipped
+            most = CACHE // (itemsize * size * size) * threads
+            if min(most, count) < threads:
+                for k in range(count):
+                    tiles(size, size, row + 2 * k * size, column + 2 * k * size, flipped)
+                continue
+            for k in range(0, count, most):
+                at, some = 2 * k * size, min(most, count - k)
+                batch(some, size, size, row + at, 2 * size, column + at, 2 * size, flipped)
+        batch(1 << times, edge, edge, start, edge, start, edge, flipped)
+        rest, end = order - whole, start + whole
+        tiles(*((whole, rest, start, end) if flipped else (rest, whole, end, start)), flipped)
+        batch(1, rest, rest, end, 0, end, 0, flipped)
+    return found
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """Contiguous, with the signs and conjugates that torch may keep as flags."""
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _views(packed: Tensor) -> list[tuple[Tensor, Piece]]:
+    """The blocks of a packed matrix, contiguous."""
+    pieces = _pieces(order_of(packed), packed.element_size(), torch.get_num_threads())
+    start = packed.storage_offset()
+    return [(packed.as_strided(piece.size, piece.stride, start + piece.place), piece) for piece in pieces]
+
+
+def _columns(x: Tensor, start: int, step: int, count: int, width: int) -> Tensor:
+    """So many columns of x (B, n), contiguous, for every block: (count, B, width)."""
+    rows, n = x.shape
+    return x.as_strided((count, rows, width), (step, n, 1), x.storage_offset() + start)
+
+
+def _add(y: Tensor, start: int, step: int, values: Tensor, sign: int) -> None:
+    """Add values (count, B, width) to the `_columns` of y."""
+    if step == 0 and values.shape[0] > 1:
+        values = values.sum(0, keepdim=True, dtype=y.dtype)
+    _columns(y, start, step, values.shape[0], values.shape[2]).add_(values, alpha=sign)
+
+
+@lru_cache(maxsize=32)
+def _mask(order: int, dtype: torch.dtype, device: torch.device, upper: bool) -> Tensor:
+    """All bits in one triangle, none beside it."""
+    bits = torch.full((order, order), -1, dtype=dtype, device=device)
+    return bits.triu_() if upper else bits.tril_()
+
+
+def _triangles(blocks: Tensor, upper: bool) -> Tensor:
+    """A copy with zeros beside the triangles, where the other triangle of the rectangle may have infinities."""
+    if (dtype := _INTEGERS.get(blocks.element_size())) is None:
+        return blocks.triu() if upper else blocks.tril()
+    return (blocks.view(dtype) & _mask(blocks.shape[1], dtype, blocks.device, upper)).view(blocks.dtype)
 
 
 @widens_float16
@@ -57,49 +140,44 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, skew: bool = 
 
     A skew-symmetric S has its lower triangle one row further down than the rectangle, and the upper one negated.
     """
-    below, diagonal = _parts(packed)
-    y = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    x = _in_memory(x)
+    y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     if bias is not None:
         y += bias
-    end, sign = x.shape[1] - skew, -1 if skew else 1
-    (x_r, x_c), (y_r, y_c) = ((t[:, skew:], t[:, :end]) for t in (x, y))
-    for blocks, at in diagonal:
-        lower = blocks.clone().tril_()
-        _batched(y_c, at, blocks).add_(torch.bmm(_batched(x_r, at, blocks), lower))
-        if not skew:
-            lower.diagonal(dim1=1, dim2=2).zero_()
-        _batched(y_r, at, blocks).add_(torch.bmm(_batched(x_c, at, blocks), lower.mT), alpha=sign)
-    for block, r, c in below:
-        rows, columns = slice(r, r + block.shape[0]), slice(c, c + block.shape[1])
-        for left, right, out, alpha in (
-            (x_r[:, rows], block, y_c[:, columns], 1),
-            (x_c[:, columns], block.mT, y_r[:, rows], sign),
-        ):
-            if y.dtype == x.dtype:
-                torch.addmm(out, left, right, alpha=alpha, out=out)
-            else:
-                out.add_(left @ right, alpha=alpha)
+    for blocks, (size, _, _, row, down, column, right, flipped) in _views(_in_memory(packed)):
+        count, height, width = size
+        straight, turned = (1, 1) if not skew else (-1, 1) if flipped else (1, -1)
+        is_diagonal = row == column
+        if is_diagonal:
+            blocks = _triangles(blocks, flipped)
+        if skew:
+            row, column = row + (not flipped), column + flipped
+        _add(y, column, right, torch.bmm(_columns(x, row, down, count, height), blocks), straight)
+        if is_diagonal and not skew:
+            blocks.diagonal(dim1=1, dim2=2).zero_()
+        _add(y, row, down, torch.bmm(_columns(x, column, right, count, width), blocks.mT), turned)
     return y.to(x.dtype)
 
 
 @widens_float16
 def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
     """x S x^T for every row of x (B, n): half of the multiply-adds of a product; in float32 at least."""
-    below, diagonal = _parts(packed)
-    q = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for blocks, at in diagonal:
-        x_blocks, lower = _batched(x, at, blocks), blocks.clone().tril_(-1)
-        y = torch.bmm(x_blocks, lower.mul_(2)) + x_blocks * blocks.diagonal(dim1=1, dim2=2)[:, None]
-        q += (x_blocks * y).sum((0, 2), dtype=q.dtype)
-    for block, r, c in below:
-        y = x[:, r : r + block.shape[0]] @ block
-        q += 2 * (x[:, c : c + block.shape[1]] * y).sum(1, dtype=q.dtype)
-    return q.to(x.dtype)
+    x = _in_memory(x)
+    y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    for blocks, (size, _, _, row, down, column, right, flipped) in _views(_in_memory(packed)):
+        if row == column:
+            blocks = _triangles(blocks, flipped)
+            blocks.diagonal(dim1=1, dim2=2).mul_(0.5)
+        _add(y, column, right, torch.bmm(_columns(x, row, down, *size[:2]), blocks), 2)
+    return (x * y).sum(1).to(x.dtype)
 
 
 def product_work(n: int) -> int:
     """Multiply-adds of `product` by row of x: both triangles of a block on the diagonal are multiplied as a square."""
-    squares = sum(order // EDGE * EDGE**2 + (order % EDGE) ** 2 for order in ((n + 1) // 2, n // 2))
+    squares = 0
+    for order in ((n + 1) // 2, n // 2):
+        times, edge = _halvings(order)
+        squares += (edge**2 << times) + (order - (edge << times)) ** 2
     return n * n + squares
 
 
@@ -108,40 +186,61 @@ def gradient(x: Tensor, dy: Tensor, skew: bool = False) -> Tensor:
     """The gradient of the packed S for y = x S, from x and dy (B, n)."""
     end = x.shape[1] - skew
     d = x.new_empty(packed_shape(end))
-    left = torch.cat([x[:, skew:], dy[:, skew:]])
-    right = torch.cat([dy[:, :end], -x[:, :end] if skew else x])
-    below, diagonal = _parts(d)
-    for block, r, c in below:
-        torch.mm(left[:, r : r + block.shape[0]].mT, right[:, c : c + block.shape[1]], out=block)
-    for blocks, start in diagonal:
-        full = torch.bmm(_batched(left, start, blocks).mT, _batched(right, start, blocks))
+    below = torch.cat([x[:, skew:], dy[:, skew:]])
+    above = torch.cat([dy[:, :end], -x[:, :end] if skew else x])
+    views = _views(d)
+    for blocks, piece in views:
+        if piece.row == piece.column:  # where the two triangles meet
+            blocks.zero_()
+    for blocks, ((count, height, width), _, _, row, down, column, right, flipped) in views:
+        left, other = (above, below) if flipped else (below, above)
+        factors = _columns(left, row, down, count, height).mT, _columns(other, column, right, count, width)
+        if row != column:
+            torch.bmm(*factors, out=blocks)
+            continue
+        squares = torch.bmm(*factors)
         if not skew:
-            full.diagonal(dim1=1, dim2=2).mul_(0.5)
-        is_lower = torch.ones(full.shape[1:], dtype=torch.bool, device=x.device).tril_()
-        blocks.copy_(torch.where(is_lower, full, blocks))
+            squares.diagonal(dim1=1, dim2=2).mul_(0.5)
+        blocks.add_(_triangles(squares, flipped))
     return d
 
 
-def gram_height(m: int) -> int:
-    """Of the rows of blocks of an m x m result."""
-    return max(128, -(-m // 512) * 64)
+def gram_work(m: int) -> int:
+    """Multiply-adds of `gram` for one column of x (m, k)."""
+    if m <= EDGE:
+        return m * m
+    half = m // 2
+    return half * (m - half) + gram_work(half) + gram_work(m - half)
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
     """beta a + alpha x x^T for x (batch, m, k) and a (batch, m, m) or None, of which the lower triangle counts."""
-    m, height = x.shape[1], gram_height(x.shape[1])
+    m = x.shape[1]
     c = x.new_empty(x.shape[0], m, m)
-    for i, (rows, result) in enumerate(zip(x, c, strict=True)):
-        for top in range(0, m, height):
-            end = top + height
-            out = result[top:end, :end]
-            if a is None:
-                torch.mm(rows[top:end], rows[:end].mT, out=out)
-                if alpha != 1:
-                    out *= alpha
-            else:
-                torch.addmm(a[i, top:end, :end], rows[top:end], rows[:end].mT, alpha=alpha, beta=beta, out=out)
-            result[:top, top:end] = result[top:end, :top].mT
-        for blocks, _ in _diagonal(result, height):
-            blocks.copy_(mirror(blocks))
+
+    def lower(i: int, start: int, end: int) -> None:
+        if end - start <= EDGE:
+            multiply(i, slice(start, end), slice(start, end))
+            return
+        middle = (start + end) // 2
+        multiply(i, slice(middle, end), slice(start, middle))
+        lower(i, start, middle)
+        lower(i, middle, end)
+
+    def multiply(i: int, rows: slice, columns: slice) -> None:
+        left, right, out = x[i, rows], x[i, columns].mT, c[i, rows, columns]
+        if a is not None:
+            torch.addmm(a[i, rows, columns], left, right, alpha=alpha, beta=beta, out=out)
+            return
+        torch.mm(left, right, out=out)
+        if alpha != 1:
+            out *= alpha
+
+    for i, result in enumerate(c):
+        lower(i, 0, m)
+        for top in range(0, m, EDGE):
+            strip = result[top : top + EDGE]
+            result[:top, top : top + EDGE] = strip[:, :top].mT
+            square = strip[:, top : top + EDGE]
+            square.copy_(mirror(square))
     return c

@@ -19,7 +19,7 @@ from torch import Tensor
 from tritonsym import fold, plan
 from tritonsym._compat import constant, is_exporting, is_mapped, transforms_are_active
 from tritonsym.fold import GroupSpec
-from tritonsym.ops import _are_plain, _has_static_sizes, _is_eager, check_beside
+from tritonsym.ops import _has_static_sizes, _is_eager, are_plain, check_beside
 from tritonsym.packing import check_tensor
 from tritonsym.plan import computing_dtype, needs_gradient
 from tritonsym.reference import activate, far_padded
@@ -153,7 +153,7 @@ def _axes(where: str, text: str, x: Tensor, psi: Tensor, bias: Tensor | None) ->
     rest = (x.device.type, plan.dtype_name(x), training)
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     is_static = torch.compiler.is_compiling() and not is_exporting() and _has_static_sizes(x)
-    if (is_traced and not is_static) or transforms_are_active() or not _are_plain(x, psi):
+    if (is_traced and not is_static) or transforms_are_active() or not are_plain(x, psi):
         check(where, spec_of(text), x.shape, *form)
         return 0
     arguments = (where, text, tuple(map(index, x.shape)), *form, *rest)
@@ -201,7 +201,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         pull = torch.func.vjp(lambda x, psi: fold.reference(x, psi, None, GroupSpec.of(spec)), x, psi)[1]
         dx, dpsi = pull(dy)
     else:
-        backward = fold.backward if _are_plain(dy) else _backward_op
+        backward = fold.backward if are_plain(dy) else _backward_op
         dx, dpsi = backward(dy, x, psi, spec, axes, need_x, need_psi)
     return dx if need_x else None, dpsi if need_psi else None, dbias, None, None
 

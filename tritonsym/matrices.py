@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tritonsym import blocks, launch, plan, reference
-from tritonsym._compat import is_exporting, is_mapped, transforms_are_active
-from tritonsym.ops import _are_plain, _has_static_sizes, cast, takes_positions
+from tritonsym._compat import is_mapped
+from tritonsym.ops import are_plain, cast, may_plan, takes_positions
 from tritonsym.packing import packed_shape, unpack
 from tritonsym.plan import computing_dtype, needs_gradient
 
@@ -88,7 +88,7 @@ def _(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Ten
 
 def _run(function: Any, op: Any, *args: Any) -> Any:
     """Without the dispatcher's detours, but where a compiler traces, or maps over what kernels take."""
-    is_plain = not args[-1] or all(_are_plain(t) and not is_mapped(t) for t in args[:2] if t is not None)
+    is_plain = not args[-1] or all(are_plain(t) and not is_mapped(t) for t in args[:2] if t is not None)
     return function(*args) if is_plain and not torch.compiler.is_compiling() else op(*args)
 
 
@@ -200,16 +200,16 @@ for _function in (_Product, _Gradient, _QuadraticForm, _Gram):
     takes_positions(_function.forward)
 
 
-def _may_plan(*tensors: Tensor) -> bool:
-    """Whether kernels may compute it: of sizes that are known, plain tensors, and nothing but plain autograd."""
-    if torch.compiler.is_compiling():
-        return not is_exporting() and all(_has_static_sizes(t) for t in tensors)
-    return _are_plain(*tensors) and not torch.jit.is_tracing() and not transforms_are_active()
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """With a graph only where the result will be differentiated."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    traced = torch.compiler.is_compiling() or needs_gradient(*tensors)
+    return function.apply(*args) if traced else function.forward(*args)
 
 
 def _route(x: Tensor, packed: Tensor, never_unpack: bool, skew: bool, training: bool) -> tuple[str, plan.Tiles]:
     """For x (..., n) and one packed matrix."""
-    if _may_plan(x, packed):
+    if may_plan(x, packed):
         problem = (tuple(x.shape), plan.target_of(x), plan.dtype_name(x), never_unpack, training, skew)
         return plan.matrix_route("linear", *problem)
     if never_unpack:
@@ -234,8 +234,7 @@ def linear(
     if x.ndim != 2:
         rows = rows.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     fused = None if training else activation
-    compute = _Product.apply if training else _Product.forward
-    y = compute(rows, packed, bias, fused, skew, *(tiles or ((), ())))
+    y = _apply(_Product, rows, packed, bias, fused, skew, *(tiles or ((), ())))
     y = y if x.ndim == 2 else y.view(x.shape)
     return y if fused else reference.activate(y, activation)
 
@@ -258,7 +257,7 @@ def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
         if _route(x, packed, False, False, needs_gradient(x, packed))[0] == "blocks":
             dtype = computing_dtype(x)
             rows = x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-            return _QuadraticForm.apply(rows, packed.to(dtype)).view(x.shape[:-1])
+            return _apply(_QuadraticForm, rows, packed.to(dtype)).view(x.shape[:-1])
     y = linear(x, packed, None, None, False) if packed.ndim == 2 else matmul(x, packed, False, False)
     return (x * y).sum(-1)
 
@@ -266,11 +265,11 @@ def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, mirrored: bool = True) -> Tensor:
     """L(beta a + alpha x x^T) for x (..., m, k) and a (..., m, m) or None; symmetric up to rounding if not mirrored."""
     path = "reference"
-    if _may_plan(x):
+    if may_plan(x):
         path, tiles = plan.matrix_route("gram", tuple(x.shape), plan.target_of(x), plan.dtype_name(x))
     if path == "reference":
         return reference.gram(x, a, alpha, beta, mirrored)
     *batch, m, k = x.shape
     flat, dtype = math.prod(batch), computing_dtype(x)
     a = None if a is None else a.to(dtype).reshape(flat, m, m)
-    return _Gram.apply(x.to(dtype).reshape(flat, m, k), a, alpha, beta, *(tiles or ((),))).view(*batch, m, m)
+    return _apply(_Gram, x.to(dtype).reshape(flat, m, k), a, alpha, beta, *(tiles or ((),))).view(*batch, m, m)

@@ -152,7 +152,7 @@ def _route(
             return plan.traced_route(where, spec, tuple(x.shape), *form, training, last)
         check(spec_of(spec), where, x.shape, *form[:2])
         return plan.traced_open_route(where, spec, *form, training)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _are_plain(x, *weights):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not are_plain(x, *weights):
         check(spec_of(spec), where, x.shape, *form[:2])
         return "reference", (), False
     return plan.route((where, spec, tuple(x.shape), *form, training, last), *plan.switches())
@@ -165,14 +165,21 @@ def _has_static_sizes(x: Tensor) -> bool:
     return all(map(has_static_value, x.shape))
 
 
+def may_plan(*tensors: Tensor) -> bool:
+    """Whether there may be another path than the reference: of known sizes, plain tensors, nothing but autograd."""
+    if torch.compiler.is_compiling():
+        return not is_exporting() and all(map(_has_static_sizes, tensors))
+    return _is_eager(*tensors)
+
+
 def _is_eager(*tensors: Tensor) -> bool:
     """Whether nothing looks on or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
         return False
-    return _are_plain(*tensors)
+    return are_plain(*tensors)
 
 
-def _are_plain(*tensors: Tensor) -> bool:
+def are_plain(*tensors: Tensor) -> bool:
     """Whether these are torch's own tensors: subclasses may be anything."""
     return all(type(t) in (Tensor, Parameter) for t in tensors)
 
@@ -337,7 +344,7 @@ def _gradients(ctx: Any, dy: Tensor, _: Any) -> Any:
         dx, dws = reference.conv_vjp(dy, x, spec, _stored(weight, free_weight), needs[0], need_weights)
         dw, dfree = (*(dws or ()), None, None)[:2]
     else:
-        is_plain = _are_plain(dy) and not (transforms_are_active() or is_mapped(dy))
+        is_plain = are_plain(dy) and not (transforms_are_active() or is_mapped(dy))
         backward = _backward if is_plain else torch.ops.tritonsym.conv_backward
         dx, dw, dfree = backward(dy, x, weight, free_weight, winners, ctx.call, needs[0], need_weights)
     return dx if needs[0] else None, dw if needs[1] else None, dfree if needs[2] else None, dbias, None
