@@ -417,8 +417,8 @@ def test_a_packed_matrix_is_multiplied_where_that_was_estimated_to_be_faster():
     assert linear(4096, 8, torch.float64).path == "reference"
     assert linear(4096, 8, target="gfx942").path == linear(4096, 8, target="sm_86").path == "reference"
     assert linear(256, 8, never_unpack=True).path == linear(4097, 1 << 16, never_unpack=True).path == "implicit_gemm"
-    assert linear(1024, 288, target="cpu").path == linear(4096, 1, torch.float64, "cpu").path == "blocks"
-    assert linear(640, 1, target="cpu").path == linear(1024, 289, target="cpu").path == "reference"
+    assert linear(1024, 384, target="cpu").path == linear(4096, 1, torch.float64, "cpu").path == "blocks"
+    assert linear(257, 1, target="cpu").path == linear(1024, 385, target="cpu").path == "reference"
     assert linear(7, 8, torch.float64, never_unpack=True).path == "blocks"
     with tritonsym.backend("triton"):
         assert linear(7, 3, target="cpu").path == "implicit_gemm"

@@ -344,7 +344,7 @@ class LinearProblem(Problem):
 
     def blocks_pay(self) -> tuple[bool, str]:
         """Whether blocks are faster on the CPU than to unpack, and a reason."""
-        if 4 * self.rows > 3 * (self.n - PACKED_FROM):
+        if 2 * self.rows > self.n - PACKED_FROM:
             return False, "Of a small matrix, or for many rows, it costs little to unpack in the call."
         return True, "The packed matrix is read once, by blocks, and never unpacked."
 
@@ -708,9 +708,10 @@ GROUP_GPU = Rule(900, 60, 1e10)
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, compiles for more than about
 #: 10 seconds (sm_90, Triton 3.7, one core: 8 to 11 for the 196 to 216 terms of hv and c4 7x7, d4 5x5, hvz 3x3x3).
 MOST_TERMS = 216
-#: Sizes of matrices from which blocks pay on the CPU: of a packed one, for rows up to 3/4 of what n has more than that;
-#: and of a product with a symmetric result (measured: `perf/results/2026-11-25-cpu-matrices.json`).
-PACKED_FROM, HALF_FROM = 640, 384
+#: Sizes of matrices from which blocks pay on the CPU: of a packed one, for rows up to half of what n has more than that
+#: (perf/results/2026-11-25-cpu-matrices-rule.json), and of a product with a symmetric result
+#: (perf/results/2026-11-25-cpu-matrices.json).
+PACKED_FROM, HALF_FROM = 256, 384
 NEVER_UNPACKED = "Never unpacked: half of the memory, at any speed."
 
 
