@@ -86,8 +86,10 @@ def numbers(text):
     return [line for line in text.splitlines() if " ms " not in line]
 
 
-@pytest.mark.parametrize("symmetry, filters", [("hv", "hv:64"), ("h:50%, d4:8", "h:32 d4:8 free:24")])
-def test_demo(tmp_path, capsys, symmetry, filters):
+@pytest.mark.parametrize(
+    "symmetry, filters, path", [("hv", "hv:64", "shift"), ("h:50%, d4:8", "h:32 d4:8 free:24", "reference")]
+)
+def test_demo(tmp_path, capsys, symmetry, filters, path):
     picture = tmp_path / "demo.png"
     command = ["demo", "--epochs", "2", "--seed", "3", "--symmetry", symmetry, "--output", str(picture)]
     assert main(command) == 0
@@ -98,7 +100,7 @@ def test_demo(tmp_path, capsys, symmetry, filters):
     dense, symmetric, share = re.search(r"convolution parameters +(\S+) +(\S+) +(\S+)%", out).groups()
     assert dense == "223,104"
     assert float(share) == pytest.approx(100 * int(symmetric.replace(",", "")) / 223104, abs=0.05)
-    assert re.findall(r"^\d +SymmetricConv2d +(\w+) ", out, re.M) == ["reference", "shift", "shift"]
+    assert re.findall(r"^\d +SymmetricConv2d +(\w+) ", out, re.M) == ["reference", path, path]
     assert re.search(r"time per training step +[\d.]+ ms +[\d.]+ ms +[\d.]+%, medians", out)
     assert "against the reference, outputs and all gradients: agrees." in out
     verdict = accuracy[1] - accuracy[0] >= -2 and float(share) <= 60

@@ -683,24 +683,27 @@ def shift_seconds(problem: ConvProblem, fold: bool) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """`shift` pays where the multiply-adds that it saves exceed what its values of z, additions and calls cost, all in
-    multiply-adds of the dense convolution."""
+    """`fold` pays where the multiply-adds that it saves exceed what the values of its sums and products, its additions
+    and a call cost, all in multiply-adds of the dense convolution."""
 
-    z: float
+    value: float
     addition: float
     call: float
 
-    def cost(self, z: int, additions: int, calls: int = 1) -> float:
-        return self.z * z + self.addition * additions + self.call * calls
+    def cost(self, values: int, additions: int) -> float:
+        return self.value * values + self.addition * additions + self.call
 
 
-#: Fitted to perf/results/2026-11-25-cpu-rule.json, least squares of log(time taken / time of the faster path). A row of
-#: z counts as a vector of 8 values at least, each block as a call; additions need no term of their own.
-CPU = Rule(105, 0, 3.5e6)
-#: The same of group convolutions, z being the values of the sums and of the products, and how much slower than the
-#: dense one the grouped convolution is that remains where axes stay inside the product. Fitted to
-#: perf/results/2026-11-25-cpu-fold.json, a choice slower than the reference counting ten times; by this rule fold pays
-#: in float64, too, and in bfloat16, which is computed in float32, on CPUs without matrix instructions for it.
+#: What an addition of `shift` on the CPU, a block of filters, and a multiply-add with axes inside cost, in those of the
+#: dense convolution; rows count as `WIDTH` values at least. Fitted to perf/results/2026-11-25-cpu-rule.json, least
+#: squares of log(time taken / time of the faster path), threefold where that is the reference.
+ADDITION, BLOCK, INSIDE, WIDTH = 5, 13e6, 1.5, 32
+#: How many times longer torch takes over a multiply-add of one volume alone (perf/results/2026-11-25-cpu-volumes.json).
+ONE_VOLUME = 4
+#: The rule of group convolutions, and how much slower than the dense one the grouped convolution is that remains where
+#: axes stay inside the product. Fitted to perf/results/2026-11-25-cpu-fold.json, a choice slower than the reference
+#: counting ten times; by this rule fold pays in float64, too, and in bfloat16, which is computed in float32, on CPUs
+#: without matrix instructions for it.
 GROUP_CPU = Rule(50, 4, 0)
 GROUPED = 1.2
 #: An estimate: every value is written and read once, and there are about ten launches.
@@ -739,8 +742,15 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
         seconds = estimated_seconds(problem)
         speed = seconds["reference"] / seconds["shift"]
         return speed > MARGIN, f"The shift path ({words}) would have {speed:.2g}x the reference's speed (estimate)."
-    z = problem.batch * shift.work(problem.spec, problem.fold, problem.sizes, vector=8)[0]
-    saved, cost = problem.expanded - multiply_adds, CPU.cost(z, additions, len(problem.spec.blocks))
+    wide = problem.batch * shift.work(problem.spec, problem.fold, problem.sizes, WIDTH)[2]
+    slow = ONE_VOLUME if problem.batch == 1 and len(problem.sizes) == 3 else 1
+    has_inside = problem.fold and any(
+        any(part.inside) and not part.is_plain for part in shift.parts(problem.spec, True)
+    )
+    saved, cost = (
+        slow * problem.expanded - (INSIDE if has_inside else 1) * multiply_adds,
+        ADDITION * wide + BLOCK * len(problem.spec.blocks),
+    )
     if saved <= cost:
         return False, f"The shift path ({words}) saves less than its additions cost."
     return True, f"{words}: it saves {saved / max(cost, 1):.2g}x what its additions cost."

@@ -579,8 +579,8 @@ def is_fast() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], vector: int = 1) -> tuple[int, int, int]:
-    """Values of z in rows of at least `vector`, products per channel of a group, and additions, of one image."""
+def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], width: int = 1) -> tuple[int, int, int]:
+    """Values of z, products per channel of a group, and additions of rows of at least `width`, of one image."""
     geometry, z, products, sums = _planar(spec.geometry), 0, 0, 0
     sizes = (*sizes, 1)[: len(geometry.kernel_size)]
     axes = tuple(map(Axis, sizes, geometry.padding, geometry.out_sizes(sizes)))
@@ -590,16 +590,14 @@ def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], vector: int = 1) -> t
             each = zip(phase.sizes, part.inside, axes, strict=True)
             places = math.prod(a.size if stays and geometry.transposed else n for n, stays, a in each)
             products += values * len(phase.slots) * len(part.order[0]) * places
-            row = spec.groups * max(part.filters, vector)
-            z += 0 if part.is_plain else row * len(phase.slots) * math.prod(phase.sizes)
+            z += 0 if part.is_plain else values * len(phase.slots) * math.prod(phase.sizes)
         if not part.is_plain:
             terms = sum(sign != 0 for _, _, signs in part.images for sign in signs)
-            each_axis = zip(part.inside, axes, strict=True)
-            sums += (
-                values
-                * terms
-                * math.prod(a.size if geometry.transposed and not stays else a.out for stays, a in each_axis)
-            )
+            places = [
+                a.size if geometry.transposed and not stays else a.out
+                for stays, a in zip(part.inside, axes, strict=True)
+            ]
+            sums += spec.groups * max(part.filters, width) * terms * math.prod(places)
     return z, products, sums
 
 
