@@ -1,27 +1,42 @@
-"""Print, or write into README.md, the tables of results and of estimates, and draw the plot.
+"""Write what README.md and perf/results/README.md show of the measurements, the plot, and the figure of symmetries.
 
-    python -m tritonsym.perf.table perf/results/NAME.json [--one-thread perf/results/OTHER.json] [--write README.md]
-        [--matrices perf/results/MATRICES.json]
+    python -m tritonsym.perf.table [--root CHECKOUT]
 
-`--write` replaces what stands between ``<!-- table -->`` and ``<!-- /table -->`` in that file, and the same for
-``estimate``. The plot goes beside the results.
+Everything comes from the files in `RESULTS`, which lie in perf/results of the checkout; measure them anew by the
+commands that they hold, then run this. In README.md what stands between ``<!-- measured -->`` and
+``<!-- /measured -->`` is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tritonsym import plan
+from tritonsym.perf import figure
 from tritonsym.perf.bench import Row, load, speedups
-from tritonsym.perf.cases import FUNCTIONS, GPU, MEANT, SYMMETRIES, shape_and_kind
+from tritonsym.perf.cases import FUNCTIONS, GPU, INPUTS, MEANT, SYMMETRIES, shape_and_kind
 
+FOLDER = Path("perf/results")
+#: What the tables are made of: outputs of `python -m tritonsym bench`, by what they hold.
+RESULTS = {
+    "layers": "2026-11-25-cpu.json",
+    "one thread": "2026-11-25-cpu-one-thread.json",
+    "groups": "2026-11-25-groups.json",
+    "matrices": "2026-11-25-cpu-matrices.json",
+}
 MODES = ("forward", "training")
+#: Inputs of group convolutions, and sizes of matrices, that README shows.
+GROUPS = ("8 x 64 x 32x32", "8 x 256 x 28x28", "2 x 1280 x 16x16")
+MATRICES = ("512", "2048", "8192")
+Results = dict[str, dict[str, Any]]
 
 
 def _markdown(*rows: Sequence[str]) -> str:
@@ -57,109 +72,170 @@ def means(rows: Iterable[Row], variant: str) -> list[str]:
     return cells
 
 
-def matrices(result: dict[str, Any], name: str) -> str:
-    """Products with symmetric matrices by size, as 'auto' computes them."""
-    found = {(row["case"], row["mode"]): row for row in result["rows"]}
-    shapes = [(*map(int, re.findall(r"[nc](\d+)", case)[:2]), case.split("-", 2)[2]) for case, _ in found]
-    sizes, batches = ({shape[i] for shape in shapes if shape[2] == "linear"} for i in (1, 0))
-    functions = list(dict.fromkeys(kind for *_, kind in shapes if kind in FUNCTIONS))
-    columns = [(b, mode) for mode in MODES for b in sorted(batches)]
-    return "\n".join(
+def _rows(result: dict[str, Any]) -> dict[tuple[str, str], Row]:
+    """By case and mode, the first of several dtypes."""
+    rows: dict[tuple[str, str], Row] = {}
+    for row in result["rows"]:
+        rows.setdefault((row["case"], row["mode"]), row)
+    return rows
+
+
+def _by_symmetry(result: dict[str, Any], prefix: str = "") -> dict[str, list[str]]:
+    """Of every input that was measured under all symmetries, their cells: inference, then training."""
+    rows, shapes = _rows(result), {}
+    for case, _ in rows:
+        shape, kind = shape_and_kind(case)
+        shapes.setdefault(shape, {})[kind] = case
+    kinds = [prefix + symmetry for symmetry in SYMMETRIES]
+    return {
+        shape: [_cell(rows.get((cases[kind], mode))) for mode in MODES for kind in kinds]
+        for shape, cases in shapes.items()
+        if {*kinds} <= {*cases}
+    }
+
+
+def _others(result: dict[str, Any], prefix: str = "") -> list[list[str]]:
+    """Input, layer, milliseconds of the dense layer, and cells, of all cases that `_by_symmetry` leaves out."""
+    rows, shown, lines = _rows(result), _by_symmetry(result, prefix), []
+    for case in dict.fromkeys(case for case, _ in rows):
+        forward, (shape, kind) = rows[case, "forward"], shape_and_kind(case)
+        if shape not in shown or kind not in {prefix + symmetry for symmetry in SYMMETRIES}:
+            dense = 1e3 * statistics.median(forward["seconds"][f"dense {_format(forward)}"])
+            lines.append([shape, f"`{kind}`", f"{dense:.2f}", *(_cell(rows.get((case, mode))) for mode in MODES)])
+    return lines
+
+
+def _machine(result: dict[str, Any]) -> str:
+    return f"{result['device']}, {result['threads']} threads, torch {result['torch']}, float32, medians"
+
+
+COLUMNS = [f"`{symmetry}`" for symmetry in SYMMETRIES] * 2
+
+
+def when(results: Results) -> str:
+    """Where layers are faster than dense ones, by channels: the slowest and the fastest cell."""
+    bounds = ((0, 32), (64, 64), (128, 256), (257, 8192))
+
+    def line(name: str, cells: dict[str, list[str]], columns: Sequence[int]) -> list[str]:
+        line = [name]
+        for least, most in bounds:
+            chosen = [
+                row[i] for shape, row in cells.items() if least <= int(shape.split(" x ")[1]) <= most for i in columns
+            ]
+            speeds = sorted(float(cell.strip("*")) for cell in chosen if cell != "-")
+            line.append(f"{speeds[0]:.1f} to {speeds[-1]:.1f}" if speeds else "-")
+        return line
+
+    layers, groups = _by_symmetry(results["layers"]), _by_symmetry(results["groups"], "group-")
+    lines = [line(f"convolution, `{s}`", layers, (i, i + 3)) for i, s in enumerate(SYMMETRIES)]
+    lines += [line(f"`GroupConv`, `{s}`", groups, (i, i + 3)) for i, s in enumerate(SYMMETRIES)]
+    return _markdown(["on a CPU, by channels", *("up to 32", "64", "128 to 256", "more")], *lines)
+
+
+def _matrix_lines(result: dict[str, Any], batches: Sequence[int]) -> list[list[str]]:
+    """By n: `SymmetricLinear` for so many rows, inference and training, and the functions of matrices."""
+    rows = _rows(result)
+    sizes = {int(n) for case, _ in rows for n in re.findall(r"-c(\d+)", case)}
+    linear = [(f"n{b}-c{{n}}-linear", mode) for mode in MODES for b in batches]
+    columns = [*linear, *(("n{n}-c{n}-" + kind, "forward") for kind in FUNCTIONS)]
+    return [[str(n), *(_cell(rows.get((case.format(n=n), mode))) for case, mode in columns)] for n in sorted(sizes)]
+
+
+def _matrix_head(batches: Sequence[int]) -> list[str]:
+    rows = [f"{b} row{'s' * (b > 1)}{', training' * (mode == MODES[1])}" for mode in MODES for b in batches]
+    return ["n", f"`SymmetricLinear`, {rows[0]}", *rows[1:], *(f"`{kind}`" for kind in FUNCTIONS)]
+
+
+def measured(results: Results) -> str:
+    """What README shows."""
+    layers, groups = results["layers"], results["groups"]
+    last, plain = (
+        [cell for i, cell in enumerate(means(layers["rows"], f"auto {form}")) if i not in (3, 7)]
+        for form in ("channels_last", "nchw")
+    )
+    one = [cell for i, cell in enumerate(means(results["one thread"]["rows"], "auto channels_last")) if i not in (3, 7)]
+    number, least = len(INPUTS), min(channels for _, channels, _ in INPUTS)
+    by_input, group = _by_symmetry(layers), _by_symmetry(groups, "group-")
+    return "\n\n".join(
         [
-            f"Times of the dense product over ours: {result['device']}, {result['threads']} threads, float32, torch "
-            f"{result['torch']}, medians; *in italics where it is unpacked, or computed whole*. `SymmetricLinear` for "
-            "so many rows, inference and training:\n",
+            "How many times as fast as a dense layer, its weight expanded beforehand, from worst to best, then by "
+            "input; inference left, training right; *in italics where a layer takes the expanded convolution*. 3x3 "
+            f"kernels, channels-last; {_machine(layers)}. More, with the commands that made it: "
+            f"[{FOLDER.as_posix()}]({FOLDER.as_posix()}/README.md).",
+            when(results),
             _markdown(
-                ["n", *(str(b) for b, _ in columns)],
-                *(
-                    [str(n), *(_cell(found.get((f"n{b}-c{n}-linear", mode))) for b, mode in columns)]
-                    for n in sorted(sizes)
-                ),
+                ["input", *COLUMNS],
+                *([shape, *cells] for shape, cells in by_input.items() if int(shape.split(" x ")[1]) >= least),
+                [f"mean of these {number}", *last],
+                ["of contiguous images", *plain],
+                ["with one thread", *one],
+                *([f"`GroupConv`, {shape}", *group[shape]] for shape in GROUPS),
             ),
-            "\nOf n x n matrices; a step of `newton_schulz` beside plain products and sums, not fused ones:\n",
             _markdown(
-                ["n", *(f"`{kind}`" for kind in functions)],
-                *(
-                    [str(n), *(_cell(found.get((f"n{n}-c{n}-{kind}", "forward"))) for kind in functions)]
-                    for n in sorted({n for _, n, kind in shapes if kind in FUNCTIONS})
-                ),
+                _matrix_head((1, 64)),
+                *(line for line in _matrix_lines(results["matrices"], (1, 64)) if line[0] in MATRICES),
             ),
-            f"\nRaw samples: `{name}`, made by `{' '.join(result['command'])}`.",
         ]
     )
 
 
-def table(result: dict[str, Any], name: str, one_thread: dict[str, Any] | None = None, other: str = "") -> str:
-    """README's inputs by symmetry, means over them, and all other layers, as 'auto' computes them. `one_thread`: the
-    results in the file `other`, of which only means are told."""
-    rows: dict[tuple[str, str], Row] = {}
-    shapes: dict[str, list[tuple[str, str]]] = {}
-    for row in result["rows"]:
-        shape, kind = shape_and_kind(row["case"])
-        shapes.setdefault(shape, []).append((kind, row["case"]))
-        rows.setdefault((row["case"], row["mode"]), row)  # the first of several dtypes
-    inputs = {shape: dict(found) for shape, found in shapes.items() if set(SYMMETRIES) <= dict(found).keys()}
-    columns = [f"`{symmetry}`" for symmetry in SYMMETRIES]
-    main = [
-        [shape, *(_cell(rows.get((cases[symmetry], mode))) for mode in MODES for symmetry in SYMMETRIES)]
-        for shape, cases in inputs.items()
-    ]
-    shown = {cases[symmetry] for cases in inputs.values() for symmetry in SYMMETRIES}
-    more = []
-    for case in dict.fromkeys(case for case, _ in rows if case not in shown):
-        forward, (shape, kind) = rows[case, "forward"], shape_and_kind(case)
-        dense = 1e3 * statistics.median(forward["seconds"][f"dense {_format(forward)}"])
-        more.append([shape, f"`{kind}`", f"{dense:.2f}", *(_cell(rows.get((case, mode))) for mode in MODES)])
+def full(results: Results, files: dict[str, dict[str, Any]]) -> str:
+    """perf/results/README.md: every table, and where it comes from. `files`: all results that lie there, by name."""
+    layers, groups = results["layers"], results["groups"]
     forms = [("channels-last", "channels_last"), ("contiguous", "nchw")]
     ways = [(label, f"auto {form}") for label, form in forms]
     ways += [(f"`parametrize`, {label}", f"parametrize {form}") for label, form in forms]
-    summary = [[label, *means(result["rows"], variant)] for label, variant in ways]
-    if one_thread is not None:
-        summary += [[f"{label}, one thread", *means(one_thread["rows"], variant)] for label, variant in ways[:2]]
-    made = [f"`{name}`, made by `{' '.join(result['command'])}`"]
-    made += [f"`{other}`, made by `{' '.join(one_thread['command'])}`"] if one_thread else []
-    return "\n\n".join(
-        [
-            f"Times of the dense layer (weight expanded beforehand) over ours: {result['device']}, {result['threads']} "
-            f"threads, {result['rows'][0]['dtype']}, torch {result['torch']}, 3x3 convolutions with as many outputs as "
-            "inputs, channels-last, medians. Left: inference, right: a training step, both as they run by default; *in "
-            "italics where that is the expanded convolution*.",
-            _markdown(["input", *columns, *columns], *main),
-            f"Geometric means over README's {len(MEANT) // len(SYMMETRIES)} inputs (all above but the one with 16 "
-            "channels), inference and training. `parametrize`: torch's own way to tie weights, which expands them in "
-            "every call.",
-            _markdown(["", *[*columns, "all"] * 2], *summary),
-            "More layers:",
-            _markdown(["input", "layer", "dense, ms", "inference", "training"], *more),
-            f"Raw samples: {'; '.join(made)}.",
-        ]
+    summary = [[label, *means(layers["rows"], variant)] for label, variant in ways]
+    summary += [[f"{label}, one thread", *means(results["one thread"]["rows"], variant)] for label, variant in ways[:2]]
+    batches = (1, 4, 16, 64)
+    sources = []
+    for name, result in files.items():
+        command = textwrap.shorten(" ".join(result.get("command", [])), 300, placeholder=" ...")
+        made = "; ".join(text for text in (result.get("what"), f"`{command}`" if command else "") if text)
+        sources.append(f"- [{name}]({name}), {len(result['rows'])} rows, commit {result['commit'][:7]}: {made}")
+    red = dict.fromkeys(
+        f"- {row['case']}, {result['threads']} threads: {reason.partition(': ')[2].partition(' (')[0]}"
+        for result in results.values()
+        for row in result["rows"]
+        for reason in row["red"].values()
     )
-
-
-def groups(result: dict[str, Any], name: str) -> str:
-    """Layers of equivariant networks, by input and symmetry."""
-    rows, kinds = {(row["case"], row["mode"]): row for row in result["rows"]}, ("group-h", "group-hv", "group-d4")
-    lines: dict[str, dict[str, list[str]]] = {}
-    for case, _ in rows:
-        shape, kind = shape_and_kind(case)
-        lines.setdefault(shape, {})[kind] = [_cell(rows.get((case, mode))) for mode in MODES]
-    main = [
-        [shape, *(found.get(k, "--")[i] for i in (0, 1) for k in kinds)]
-        for shape, found in lines.items()
-        if kinds[0] in found
-    ]
-    more = [[shape, f"`{k}`", *c] for shape, found in lines.items() for k, c in found.items() if k not in kinds]
-    columns = [f"`{kind.removeprefix('group-')}`" for kind in kinds]
-    return "\n\n".join(
-        [
-            "Times of the dense convolution with as many channels (weight expanded beforehand) over those of "
-            f"`GroupConv`: {result['device']}, {result['threads']} threads, {result['rows'][0]['dtype']}, torch "
-            f"{result['torch']}, 3x3 kernels, channels-last, medians of few samples. Left: inference, right: training; "
-            "*in italics where that is the expanded convolution*, which expands its weight in every call.",
-            _markdown(["input", *columns, *columns], *main),
-            _markdown(["input", "layer", "inference", "training"], *more),
-            f"Raw samples: `{name}`, made by `{' '.join(result['command'])}`.",
-        ]
+    return (
+        "\n\n".join(
+            [
+                "# Measurements",
+                "Made by `python -m tritonsym.perf.table`; do not edit. Numbers are times of the dense layer over "
+                "those of ours, inference left and training right; *in italics where the layer takes the expanded "
+                "convolution, or a matrix is unpacked or computed whole*. The dense layer's weight is expanded "
+                f"beforehand; the expanded convolution expands it in every call. {_machine(layers)}.",
+                "## Convolutions",
+                "3x3 kernels, as many outputs as inputs, channels-last.",
+                _markdown(["input", *COLUMNS], *([shape, *cells] for shape, cells in _by_symmetry(layers).items())),
+                "Geometric means over these inputs but the one with 16 channels. `parametrize`: torch's own way to tie "
+                "weights, which expands them in every call.",
+                _markdown(["", *[*COLUMNS[: len(SYMMETRIES)], "all"] * 2], *summary),
+                "More layers:",
+                _markdown(["input", "layer", "dense, ms", "inference", "training"], *_others(layers)),
+                f"![Speed by channels]({_picture(RESULTS['layers'])})",
+                "## Group convolutions",
+                f"Beside dense convolutions of as many channels. {_machine(groups)}.",
+                _markdown(["input", *COLUMNS], *([s, *cells] for s, cells in _by_symmetry(groups, "group-").items())),
+                _markdown(["input", "layer", "dense, ms", "inference", "training"], *_others(groups, "group-")),
+                "## Matrices",
+                "`SymmetricLinear` of n features for so many rows, and products of n x n matrices; a step of "
+                "`newton_schulz` beside plain products and sums, not fused ones. "
+                f"{_machine(results['matrices'])}.",
+                _markdown(_matrix_head(batches), *_matrix_lines(results["matrices"], batches)),
+                "## Estimate for an H200, not measured",
+                "Forward time of the dense convolution and of expanding its weight, over that of `shift`, bfloat16, by "
+                "the roofline model of `plan.estimated_seconds`. Nothing in this table has run on a GPU.",
+                estimate(),
+                "## What was too inexact to be timed",
+                "\n".join(red) or "Nothing.",
+                "## Files",
+                "\n".join(sources),
+            ]
+        )
+        + "\n"
     )
 
 
@@ -173,14 +249,7 @@ def estimate() -> str:
             seconds = plan.estimated_seconds(case.build(case.dtypes[0], "meta").problem(x, "sm_90", False))  # type: ignore[operator]
             cells = lines.setdefault(shape_and_kind(case.name)[0], [])
             cells.append(f"{seconds['reference'] / seconds['shift']:.1f}")
-    return "\n\n".join(
-        [
-            "### Estimate for an H200, not measured",
-            "Forward time of the dense convolution and of expanding its weight, over that of the shift path, bfloat16, "
-            "by the roofline model of `plan.estimated_seconds`. Nothing in this table has run on a GPU.",
-            _markdown(["input", *(f"`{s}`" for s in symmetries)], *([shape, *cells] for shape, cells in lines.items())),
-        ]
-    )
+    return _markdown(["input", *(f"`{s}`" for s in symmetries)], *([shape, *cells] for shape, cells in lines.items()))
 
 
 def plot(result: dict[str, Any], output: Path) -> Path:
@@ -207,37 +276,45 @@ def plot(result: dict[str, Any], output: Path) -> Path:
         title = "inference" if mode == "forward" else "training step"
         axes.set(xlabel="channels", ylabel="times as fast as dense", title=title)
         axes.legend()
-    file = output.with_name(f"{output.stem}-speedup.png")
+    file = output.with_name(_picture(output.name))
     figure.savefig(file, dpi=100)
     return file
 
 
+def _picture(results: str) -> str:
+    return f"{Path(results).stem}-speedup.png"
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """README.md, perf/results/README.md and the figure of a checkout, as they have to be."""
+    folder, readme = root / FOLDER, root / "README.md"
+    files = {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    results = {what: files[name] for what, name in RESULTS.items()}
+    head, rest = readme.read_text().split("<!-- measured -->")
+    _, tail = rest.split("<!-- /measured -->")
+    return {
+        readme: f"{head}<!-- measured -->\n{measured(results)}\n<!-- /measured -->{tail}",
+        folder / "README.md": full(results, files),
+        folder / "symmetries.svg": figure.drawn(),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tritonsym.perf.table", description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--one-thread", type=Path, help="results of the same layers with one thread: adds their means")
-    parser.add_argument("--groups", type=Path, help="results of the layers of equivariant networks: their table, too")
-    parser.add_argument("--matrices", type=Path, help="results of matrices: their table, too")
-    parser.add_argument("--write", type=Path, help="the file whose tables to replace")
+    first, rest = (__doc__ or "").split("\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m tritonsym.perf.table",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: the current folder)")
     args = parser.parse_args(argv)
-    result = load(args.results, parser)
-    one = load(args.one_thread, parser) if args.one_thread else None
-    text = table(result, args.results.as_posix(), one, args.one_thread.as_posix() if one else "")
-    parts = {"table": text, "estimate": estimate()}
-    if args.groups:
-        parts["groups"] = groups(load(args.groups, parser), args.groups.as_posix())
-    if args.matrices:
-        parts["matrices"] = matrices(load(args.matrices, parser), args.matrices.as_posix())
-    if args.write is None:
-        print(*parts.values(), sep="\n\n")
-        return 0
-    text = args.write.read_text()
-    for name, part in parts.items():
-        head, rest = text.split(f"<!-- {name} -->")
-        _, tail = rest.split(f"<!-- /{name} -->")
-        text = f"{head}<!-- {name} -->\n{part}\n<!-- /{name} -->{tail}"
-    args.write.write_text(text)
-    plot(result, args.results)
+    if missing := [name for name in RESULTS.values() if not (args.root / FOLDER / name).exists()]:
+        parser.error(f"{args.root / FOLDER} has no {', '.join(missing)}: run this in a checkout, or name one by --root")
+    for file, text in pages(args.root).items():
+        file.write_text(text)
+    layers = args.root / FOLDER / RESULTS["layers"]
+    plot(load(layers, parser), layers)
     return 0
 
 

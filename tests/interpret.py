@@ -3,7 +3,11 @@
 A request is JSON: [name of a function below, its keyword arguments]; the answer [result, traceback or null]. The
 interpreter must be chosen before triton is imported, hence the process of its own; `Interpreter` starts it.
 
-With TRITONSYM_TEST_DEVICE=cuda there is no interpreter: the same functions run on the GPU.
+With TRITONSYM_TEST_DEVICE=cuda there is no interpreter: the same functions run on the GPU. Other versions of Triton
+(3.6.0, which needs numpy < 2.3, and 3.9.0 were tried) go into a folder of their own, which PYTHONPATH names:
+
+    pip install --no-deps --target other triton==3.6.0 numpy==2.2.6
+    PYTHONPATH=other pytest tests/test_kernels_*.py -k "not compile and not registers"
 """
 
 import json

@@ -103,6 +103,8 @@ def test_demo(tmp_path, capsys, symmetry, filters, path):
     assert re.findall(r"^\d +SymmetricConv2d +(\w+) ", out, re.M) == ["reference", path, path]
     assert re.search(r"time per training step +[\d.]+ ms +[\d.]+ ms +[\d.]+%, medians", out)
     assert "against the reference, outputs and all gradients: agrees." in out
+    assert all("tritonsym" in line for line in out.splitlines()[-3:-1]) and len(demo.NEXT.splitlines()) == 3
+    assert out.endswith(f"{demo.NEXT}\n")
     verdict = accuracy[1] - accuracy[0] >= -2 and float(share) <= 60
     assert ("\nReached: " in out) == verdict and ("NOT reached on this run" in out) != verdict
     image = imread(picture)
@@ -163,7 +165,7 @@ def test_measurements_without_their_extra(capsys, monkeypatch):
     assert stop.value.code == 2 and "no kernels to tune on the CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["info", "check", "demo", "advise", "bench", "tune"])
+@pytest.mark.parametrize("command", ["info", "check", "docs", "demo", "advise", "bench", "tune"])
 def test_help_needs_no_extra(command):
     code = """
 import sys
@@ -173,6 +175,8 @@ main(sys.argv[1:])
 """
     result = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and f"tritonsym {command}" in result.stdout, result.stderr
+    assert f"python -m tritonsym {command}" in result.stdout.partition("\n\n")[2], "no example"
+    assert len(result.stdout.splitlines()) <= 40
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,7 @@ main(sys.argv[1:])
         (["info", "--fast"], "unrecognized arguments: --fast"),
         (["check", "--device", "abacus"], "device 'abacus' cannot be used: Expected one of cpu"),
         (["check", "--device", "meta"], "device 'meta' cannot be used"),
+        (["docs", "Nothing"], "docs: no public name 'Nothing'; python -m tritonsym docs lists them"),
         (["demo", "--epochs", "0"], "expected a positive number, got '0'"),
         (["demo", "--output", "nowhere/demo.png"], "an existing folder, got 'nowhere/demo.png'"),
         (["demo", "--output", "/"], "expected a .png, .pdf or .svg file"),
@@ -200,6 +205,28 @@ def test_bad_arguments(capsys, arguments, message):
     assert "Traceback" not in err
 
 
+def test_docs(capsys):
+    assert main(["docs"]) == 0
+    tables = capsys.readouterr().out
+    for module in (tritonsym, tritonsym.nn, tritonsym.functional, tritonsym.testing):
+        for name in module.__all__:
+            if name not in ("__version__", "functional", "nn", "testing"):
+                stem, axes = re.fullmatch(r"(.*?)([123]d)?", name).groups("")
+                assert re.search(
+                    rf"^{stem}(1d/2d/)?{axes or ' '}", tables.replace("1d/2d/3d", "1d/2d/" + axes), re.M
+                ), name
+    assert "TopKPool1d  " in tables and "/2d" not in re.search("TopKPool.*", tables)[0]
+    assert main(["docs", "--files"]) == 0
+    table = capsys.readouterr().out
+    assert {"nn/conv.py", "kernels/shift.py", "perf/bench.py", "__main__.py"} <= {
+        line.split()[0] for line in table.splitlines()
+    }
+    assert max(map(len, (tables + table).splitlines())) <= 100
+    for name in ("nn.TiedConv2d", "TiedConv2d"):
+        assert main(["docs", name]) == 0
+        assert capsys.readouterr().out.startswith("tritonsym.nn.TiedConv2d(in_channels")
+
+
 def test_help_lists_what_there_is(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -207,6 +234,7 @@ def test_help_lists_what_there_is(capsys):
     assert re.findall(r"^ {4}(\w+) ", capsys.readouterr().out, re.M) == [
         "info",
         "check",
+        "docs",
         "demo",
         "advise",
         "bench",

@@ -36,7 +36,7 @@ ORDER = [
     {"testing"},
     {"demo"},
     {"__init__"},
-    {"perf"},
+    {"docs", "perf"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

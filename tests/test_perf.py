@@ -272,29 +272,60 @@ def results(speed, path="shift", threads=2):
                 row["seconds"] |= {f"dense {form}": [1.0], f"auto {form}": [1 / speed(case, mode, form)]}
                 row["seconds"][f"parametrize {form}"] = [2.0]
             rows.append(row)
-    return {"command": ["python"], "device": "abacus", "threads": threads, "torch": "2", "rows": rows}
+    return {
+        "command": ["python"],
+        "device": "abacus",
+        "threads": threads,
+        "torch": "2",
+        "commit": "c" * 40,
+        "rows": rows,
+    }
 
 
-def test_table(tmp_path, capsys):
+def checkout(folder, **files):
+    """With these results in place of those of `table.RESULTS`."""
+    (folder / table.FOLDER).mkdir(parents=True)
+    for what, result in files.items():
+        (folder / table.FOLDER / table.RESULTS[what.replace("_", " ")]).write_text(bench.dumped(result))
+    (folder / "README.md").write_text("a\n<!-- measured -->\nold\n<!-- /measured -->\nc\n")
+
+
+def test_tables(tmp_path, capsys):
     def speed(case, mode, form):
         return (2 if case.kind == "h" else 8) * (2 if mode == "training" else 1) / (4 if form == "nchw" else 1)
 
-    file, one, page = (tmp_path / name for name in ("all.json", "one.json", "page.md"))
-    file.write_text(bench.dumped(results(speed)))
-    one.write_text(bench.dumped(results(lambda *_: 3, threads=1)))
-    page.write_text("a\n<!-- table -->\nold\n<!-- /table -->\nb\n<!-- estimate -->\n<!-- /estimate -->\nc\n")
-    assert table.main([str(file), "--one-thread", str(one), "--write", str(page)]) == 0
-    text = page.read_text()
+    all_cases = results(speed)
+    all_cases["rows"][0]["red"] = {"shift": "AssertionError: y is wrong (by far)"}
+    losses = results(lambda *_: 0.9, "reference")
+    one = results(lambda *_: 3, threads=1)
+    checkout(tmp_path, layers=all_cases, one_thread=one, groups=losses, matrices=losses)
+    assert table.main(["--root", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
     assert "old" not in text and text.startswith("a\n") and text.endswith("c\n")
     assert text.count("| 2.00 | 8.00 | 8.00 | 4.00 | 16.00 | 16.00 |") == len(cases.INPUTS) + 1
-    assert "| channels-last | 2.00 | 8.00 | 8.00 | 5.04 | 4.00 | 16.00 | 16.00 | 10.08 |" in text
-    assert "| contiguous | 0.50 | 2.00 | 2.00 | 1.26 |" in text
-    assert "| `parametrize`, channels-last | 0.50 |" in text and "| contiguous, one thread | 3.00 |" in text
-    assert "| 1 x 64 x 256x256 | `hv` | 1000.00 | 8.00 | 16.00 |" in text and "`k9-h` | 1000.00 | 2.00 | 4.00 |" in text
-    assert "all.json" in text and "one.json" in text and "### Estimate for an H200, not measured" in text
-    assert imread(tmp_path / "all-speedup.png")[..., :3].std() > 0.05
-    assert "| *0.90* |" in table.table(results(lambda *_: 0.9, "reference"), "x.json")
-    assert table.main([str(file)]) == 0 and "Geometric means" in capsys.readouterr().out
+    assert "| of contiguous images | 0.50 | 2.00 | 2.00 | 1.00 | 4.00 | 4.00 |" in text
+    assert "| with one thread | 3.00 | 3.00 |" in text
+    assert "| convolution, `h` | 2.0 to 4.0 | 2.0 to 4.0 |" in text and "`GroupConv`, `d4` | - | 0.9 to 0.9 |" in text
+    assert "| `GroupConv`, 8 x 64 x 32x32 | *0.90* | *0.90* |" in text and "| 512 | *0.90* |" in text
+    assert "8 x 16 x" not in text and "| 1024 |" not in text  # these are for the longer page
+    full = (tmp_path / table.FOLDER / "README.md").read_text()
+    assert "| channels-last | 2.00 | 8.00 | 8.00 | 5.04 | 4.00 | 16.00 | 16.00 | 10.08 |" in full
+    assert "| contiguous | 0.50 | 2.00 | 2.00 | 1.26 |" in full
+    assert "| `parametrize`, channels-last | 0.50 |" in full and "| contiguous, one thread | 3.00 |" in full
+    assert "| 1 x 64 x 256x256 | `hv` | 1000.00 | 8.00 | 16.00 |" in full and "`k9-h` | 1000.00 | 2.00 | 4.00 |" in full
+    assert (
+        "| 8 x 16 x 32x32 |" in full and "| 1024 | *0.90* |" in full and "n8-c16-32x32-h, 2 threads: y is wrong" in full
+    )
+    assert all(f"]({name})" in full for name in table.RESULTS.values())
+    assert (tmp_path / table.FOLDER / "symmetries.svg").read_text().startswith("<svg")
+    picture = (tmp_path / table.FOLDER / table.RESULTS["layers"]).with_suffix("")
+    assert imread(f"{picture}-speedup.png")[..., :3].std() > 0.05
+
+
+def test_tables_need_a_checkout(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        table.main(["--root", str(tmp_path)])
+    assert "run this in a checkout, or name one by --root" in capsys.readouterr().err
 
 
 RESULTS = [file for file in (ROOT / "perf" / "results").glob("*.json") if '"plan": {' in file.read_text()[:2000]]

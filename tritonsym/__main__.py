@@ -206,16 +206,37 @@ def _picture(text: str) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tritonsym", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tritonsym",
+        description="Is it right on this machine, how fast is it, and what is there?",
+        epilog=f"""example: python -m tritonsym advise tritonsym.demo:plain_cnn --input 8,1,8,8
+
+{EXIT_CODES}
+Every command has more to say: python -m tritonsym COMMAND --help""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("info", help="versions, devices and the backend in force")
+
+    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: python -m tritonsym {name} {example}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    add("info", "versions, devices and the backend in force", "")
     text = "compare every layer, several symmetries and dtypes, with the reference on this machine"
-    command = commands.add_parser("check", help=text, description=f"{text}; exit code 1 if anything is wrong")
+    command = add("check", text, "--device cpu")
     command.add_argument(
         "--device", type=_device, help="e.g. cpu or cuda:1; without it the CPU, and CUDA if there is any"
     )
+    command = add("docs", "all public names with a line each; one of them whole; what the files hold", "TiedConv2d")
+    command.add_argument("name", nargs="?", help="a public name, e.g. TiedConv2d or nn.TiedConv2d")
+    command.add_argument("--files", action="store_true", help="the files of the library instead")
     text = "train a small CNN and its symmetric twin on handwritten digits and draw both"
-    command = commands.add_parser("demo", help=text, description=f'{text}; needs pip install "tritonsym[demo]"')
+    command = add("demo", text, "--symmetry d4 --epochs 10")
     command.add_argument("--epochs", type=_positive, default=30, help="default: %(default)s")
     command.add_argument(
         "--symmetry",
@@ -229,6 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+#: What all commands return.
+EXIT_CODES = """exit codes: 0 all is well; 1 something is wrong, slower or missing; 2 wrong arguments; 75 --budget is
+spent and cases are left; 130 interrupted"""
 #: Commands that `tritonsym.perf` does, and what they need.
 PERF: dict[str, tuple[str, tuple[str, ...]]] = {
     "advise": ("time the convolutions of your model dense and symmetric; table, JSON, plot", ()),
@@ -259,6 +283,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "check":
         cuda = ["cuda"] if torch.cuda.is_available() else []
         return check([args.device] if args.device else list(map(torch.device, ["cpu", *cuda])))
+    if args.command == "docs":
+        from tritonsym import docs
+
+        try:
+            print(docs.files() if args.files else docs.whole(args.name) if args.name else docs.names())
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
 
     from tritonsym import demo
 

@@ -24,6 +24,9 @@ EXTRAS = ("matplotlib", "sklearn", "tqdm")
 BATCH = 64
 #: What the symmetric model is meant to reach: this much of the dense accuracy with this share of its conv parameters.
 POINTS, SHARE = 2.0, 0.6
+NEXT = """What your own model would gain on this machine: python -m tritonsym advise PACKAGE:BUILDER --input 8,3,224,224
+Convert it: model, report = tritonsym.replace_layers(model, conv="hv"); README.md says which symmetry fits what data
+Everything there is, with a line each: python -m tritonsym docs"""
 
 
 class Contestant:
@@ -127,7 +130,7 @@ def run(symmetry: str | Mapping[str, int | str], epochs: int, seed: int, output:
     print(plans, summary(dense, symmetric, plans), sep="\n\n")
     print(f"The trained model against the reference, outputs and all gradients: {wrong or 'agrees'}.")
     draw(dense, symmetric, report[0].name, output)
-    print(f"Picture: {output}")
+    print(f"Picture: {output}", NEXT, sep="\n\n")
     return 1 if wrong else 0
 
 

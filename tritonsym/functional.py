@@ -465,7 +465,7 @@ def group_text(where: str, symmetry: str, groups: int, *sizes: Any) -> str:
 
 def linear_text(where: str, symmetry: str) -> str:
     """The same without space: kernels of size 1, on which every group acts."""
-    ones = (1,) * (2 if symmetry in ("c2", "c4", "d4") else 3)
+    ones = (1,) * (3 if Symmetry(symmetry).only_flips else 2)
     return group_text(where, symmetry, 1, ones, 1, 0, 1)
 
 
