@@ -1,12 +1,13 @@
-"""The example networks keep what they promise."""
+"""The examples keep what they promise. Muon's test is in test_matrices.py."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from examples import board_game, equivariant_unet3d, reverse_complement
+from examples import board_game, mirror_unet, reverse_complement, symmetric_couplings
 
-from tritonsym.testing import assert_equivariant
+from tritonsym.testing import assert_equivariant, assert_symmetric
 
 
 def trained(model, *inputs):
@@ -22,7 +23,7 @@ def trained(model, *inputs):
 
 def test_unet():
     x = torch.randn(1, 2, 8, 12, 4)
-    model = trained(equivariant_unet3d.UNet(2, 3, fields=2), x)
+    model = trained(mirror_unet.UNet(2, 3, fields=2), x)
     y = model(x)
     for axes in ((2,), (3, 4), (2, 3, 4)):
         assert (model(x.flip(axes)) - y.flip(axes)).abs().max() < 1e-5 * y.abs().max().clamp(min=1)
@@ -53,6 +54,49 @@ def test_board_game():
     assert_equivariant(model.trunk, x, "d4")
 
 
-def test_they_are_short():
-    for module in (board_game, equivariant_unet3d, reverse_complement):
-        assert len(Path(module.__file__).read_text().splitlines()) <= 60
+def test_couplings():
+    spins = 24
+    model = symmetric_couplings.Couplings(spins)
+    patterns = torch.randn(6, spins).sign()
+    losses = symmetric_couplings.fit(model, patterns)
+    assert losses[-1] < 0.3 * losses[0]
+    assert_symmetric(model)
+    with torch.no_grad():
+        matrix, bias = model.couplings.expanded_weight(), model.couplings.bias
+        off_diagonal = matrix - matrix.diag().diag()
+        torch.testing.assert_close(model.field(patterns), patterns @ off_diagonal + bias)
+        torch.testing.assert_close(
+            model.energy(patterns), -((patterns @ matrix) * patterns).sum(1) / 2 - patterns @ bias
+        )
+        damaged = patterns.clone()
+        damaged[:, 3] *= -1
+        found = model.recall(damaged)
+        assert torch.equal(found, patterns) and (model.energy(found) < model.energy(damaged)).all()
+
+
+@pytest.mark.models
+def test_exchange_symmetry_in_keras():
+    example = import_module("examples.exchange_symmetry_keras")
+    pairs, targets = example.distances(128, 3)
+    model = example.network(3)
+    losses = model.fit(pairs.numpy(), targets.numpy(), epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    y, swapped = (torch.as_tensor(model.predict(p.numpy(), verbose=0)) for p in (pairs, pairs.flip(1)))
+    assert torch.equal(y, swapped) and y.std() > 0
+
+
+@pytest.mark.models
+def test_deploy_to_onnx(tmp_path):
+    example = import_module("examples.deploy_onnx")
+    model, file = example.trained(), tmp_path / "model.onnx"
+    example.export(model, torch.randn(2, 3, 16, 16), file)
+    for batch in (1, 5):
+        x = torch.randn(batch, 3, 16, 16)
+        torch.testing.assert_close(example.run(file, x), model(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_they_are_short_and_named_after_their_users():
+    files = {file.stem: file for file in (Path(__file__).parent / "examples").glob("*.py")}
+    equivariant = {"board_game", "mirror_unet", "reverse_complement"}
+    assert files.keys() == equivariant | {"deploy_onnx", "exchange_symmetry_keras", "muon", "symmetric_couplings"}
+    assert all(len(file.read_text().splitlines()) <= 60 for file in files.values())

@@ -1,7 +1,4 @@
-"""Muon in 30 lines: `torch.optim.Muon`, with all matrices of a step orthogonalised together.
-
-Run as a script it trains a small model with both and prints the time of a step and the losses.
-"""
+"""Muon, as `torch.optim.Muon`, with all matrices of a step orthogonalised together; as a script: times of both."""
 
 import torch
 from torch import nn
@@ -17,17 +14,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             params = [p for p in group["params"] if p.grad is not None]
             updates = []
             for p in params:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - momentum)
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
                 updates.append(p.grad.lerp(buffer, momentum).bfloat16())
             for p, update in zip(params, newton_schulz(updates, group["steps"]), strict=True):
                 p.mul_(1 - lr * group["weight_decay"])
@@ -36,8 +30,8 @@ class Muon(torch.optim.Optimizer):
 
 
 if __name__ == "__main__":
-    import statistics
-    import time
+    from statistics import median
+    from time import perf_counter
 
     from tritonsym.perf import bench
 
@@ -46,26 +40,21 @@ if __name__ == "__main__":
         "12 layers of a transformer, d = 256": [(768, 256), (256, 256), (1024, 256), (256, 1024)] * 12,
         "a layer of a transformer, d = 1024": [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)],
     }
-    rows = []
+    rows, command = [], {"command": ["python", "tests/examples/muon.py"]}
     for name, shapes in MODELS.items():
-        found = {}
-        for kind in (torch.optim.Muon, Muon):
-            torch.manual_seed(0)
-            params = [nn.Parameter(torch.randn(shape) / shape[1] ** 0.5) for shape in shapes]
-            targets = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
-            found[kind] = ([], [], params, targets, kind(params, lr=0.01))
-        for _ in range(6):
-            for seconds, losses, params, targets, optimiser in found.values():
-                loss = sum((p - t).square().sum() for p, t in zip(params, targets, strict=True))
-                optimiser.zero_grad()
-                loss.backward()
-                start = time.perf_counter()
-                optimiser.step()
-                seconds.append(round(time.perf_counter() - start, 5))
-                losses.append(round(loss.item(), 3))
-        (torchs, their_losses, *_), (ours, our_losses, *_) = found.values()
-        speedup = round(statistics.median(torchs) / statistics.median(ours), 2)
-        rows.append({"model": name, "speedup": speedup, "torch.optim.Muon": torchs, "ours": ours})
-        rows[-1] |= {"last losses": [their_losses[-1], our_losses[-1]]}
-    command = {"command": ["python", "tests/examples/muon.py"]}
+        start, targets = ([torch.randn(shape) / shape[1] ** 0.5 for shape in shapes] for _ in range(2))
+        params = {kind: [nn.Parameter(p.clone()) for p in start] for kind in (torch.optim.Muon, Muon)}
+        optimizers = {kind: kind(params[kind], lr=0.01) for kind in params}
+        seconds, losses = ({kind: [] for kind in params} for _ in range(2))
+        for kind in [*params] * 6:
+            loss = sum((p - t).square().sum() for p, t in zip(params[kind], targets, strict=True))
+            optimizers[kind].zero_grad()
+            loss.backward()
+            begin = perf_counter()
+            optimizers[kind].step()
+            seconds[kind].append(round(perf_counter() - begin, 5))
+            losses[kind].append(round(loss.item(), 3))
+        (torchs, ours), last = seconds.values(), [found[-1] for found in losses.values()]
+        row = {"model": name, "speedup": round(median(torchs) / median(ours), 2), "torch.optim.Muon": torchs}
+        rows.append({**row, "ours": ours, "last losses": last})
     print(bench.dumped({**bench.machine("", None, torch.device("cpu")), **command, "rows": rows}), end="")
