@@ -32,6 +32,10 @@ def tune(model: Module, example_input: Tensor, budget_s: float = 300) -> dict[st
         The entries {key: {"path": .., "tiles": .., "seconds": ..}} of the model's layers.
     Raises:
         ValueError: the input is not on a GPU, or no such layer is called in a dtype that kernels compute.
+
+    >>> tritonsym.tune(nn.SymmetricLinear(8, 8), torch.ones(1, 8))
+    Traceback (most recent call last):
+    ValueError: tune: ...
     """
     from tritonsym.perf import tune as perf
 
@@ -58,6 +62,10 @@ def advise(
     Raises:
         ValueError: no convolution can be replaced, or an unknown symmetry.
         TypeError: not a module, or x is no tensor.
+
+    >>> advice = tritonsym.advise(torch.nn.Conv2d(8, 8, 3), torch.randn(1, 8, 6, 6), symmetries=["h"], rounds=1)
+    >>> "training, ms" in str(advice)
+    True
     """
     from tritonsym.perf import advise as perf
 

@@ -265,6 +265,10 @@ def replace_layers(
         After an error, also one raised by the rule, the model is as it was.
     Warns:
         UserWarning: nothing was replaced, or (inplace) an optimizer holds parameters that are gone.
+
+    >>> model, report = tritonsym.replace_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), conv={"hv": "50%"})
+    >>> [(row.name, row.symmetry, row.parameters_before, row.parameters_after) for row in report]
+    [('0', 'hv:4 free:4', 224, 143)]
     """
     where = "replace_layers"
     functional.check_module(where, model)
@@ -693,6 +697,8 @@ def init_(module: nn.Module, initializer: Callable[[Tensor], object]) -> nn.Modu
     Raises:
         ValueError: there is no such layer, or one has parametrizations. Nothing is changed.
         TypeError: not a module, or no initializer.
+
+    >>> layer = tritonsym.init_(nn.SymmetricConv2d(8, 8, 3, symmetry="h"), torch.nn.init.kaiming_normal_)
     """
     where = "init_"
     functional.check_module(where, module)
@@ -737,6 +743,9 @@ def materialize(model: nn.Module, inplace: bool = False) -> nn.Module:
         ValueError: a layer has hooks or overrides ``forward``, which the plain layer would lose, or something else than
             lists and the like holds it, which would go on calling it; nothing is changed.
         TypeError: not a module.
+
+    >>> type(tritonsym.materialize(nn.SymmetricConv2d(8, 8, 3, symmetry="h")))
+    <class 'torch.nn.modules.conv.Conv2d'>
     """
     where = "materialize"
     functional.check_module(where, model)

@@ -309,6 +309,10 @@ def _symmetric_conv(
     Raises:
         ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
         TypeError: dtypes differ.
+
+    >>> x, weight = torch.randn(2, 3, *[8] * {n}), torch.randn(4, 3, *[3] * {n})
+    >>> functional.symmetric_conv{n}d(x, weight, symmetry="h").shape[1]
+    8
     """
     _check_weight(where, "weight", weight, ndim + 2, "(stored filters, C_in / groups, *kernel)")
     groups = _check_groups(where, groups, weight.shape[0])
@@ -346,6 +350,10 @@ def _symmetric_conv_transpose(
     Raises:
         ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
         TypeError: dtypes differ.
+
+    >>> x, weight = torch.randn(2, 3, *[8] * {n}), torch.randn(3, 4, *[3] * {n})
+    >>> functional.symmetric_conv_transpose{n}d(x, weight, symmetry="h").shape[1]
+    8
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_in, stored filters / groups, *kernel)")
     groups = _check_groups(where, groups, weight.shape[0], "input channels")
@@ -391,6 +399,10 @@ def _tied_conv(
     Raises:
         ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
         TypeError: dtypes differ.
+
+    >>> x, weight = torch.randn(2, 3, *[8] * {n}), torch.randn(4, 3, 2 * 3 ** ({n} - 1))  # 2 values for 3 taps of a row
+    >>> functional.tied_conv{n}d(x, weight, symmetry="h", kernel_size=3).shape[1]
+    4
     """
     check_tensor(where, "weight", weight)
     size = tuple(check_sizes(where, "kernel_size", kernel_size, ndim, 1))
@@ -444,6 +456,10 @@ def _orbit_pool_conv(
     Raises:
         ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
         TypeError: dtypes differ.
+
+    >>> x, weight = torch.randn(2, 3, *[8] * {n}), torch.randn(4, 3, *[3] * {n})
+    >>> functional.orbit_pool_conv{n}d(x, weight, symmetry="h", reduce="max").shape[1]
+    4
     """
     _check_weight(where, "weight", weight, ndim + 2, "(C_out, C_in / groups, *kernel)")
     groups = _check_groups(where, groups, weight.shape[0], "filters")
@@ -502,6 +518,10 @@ def _group_conv(
     Raises:
         ValueError: shapes or options disagree, or the symmetry does not act on this kernel.
         TypeError: dtypes differ.
+
+    >>> x, weight = torch.randn(2, 3 * 2, *[8] * {n}), torch.randn(4, 3, 2, *[3] * {n})  # 3 fields to 4
+    >>> functional.group_conv{n}d(x, weight, symmetry="h").shape[1]
+    8
     """
     _check_weight(where, "weight", weight, ndim + 3, "(fields out, fields in / groups, elements, *kernel)")
     groups = _check_groups(where, groups, weight.shape[0], "fields")
@@ -525,6 +545,9 @@ def group_linear(
     Raises:
         ValueError: shapes disagree, or an unknown symmetry.
         TypeError: dtypes differ.
+
+    >>> functional.group_linear(torch.randn(2, 3 * 4), torch.randn(5, 3, 4), symmetry="hv").shape  # 3 fields to 5
+    torch.Size([2, 20])
     """
     where = "group_linear"
     _check_weight(where, "weight", weight, 3, "(fields out, fields in, elements)")
@@ -582,6 +605,10 @@ def symmetric_linear(
         ValueError: the weight is not a packed rectangle (the message computes the n it would fit), or shapes disagree.
         TypeError: dtypes differ.
         NotImplementedError: `never_unpack` where only the reference will do: under `torch.func`, for symbolic sizes.
+
+    >>> packed = tritonsym.pack(torch.eye(3))
+    >>> functional.symmetric_linear(torch.tensor([1.0, 2.0, 3.0]), packed)
+    tensor([1., 2., 3.])
     """
     where = "symmetric_linear"
     n = order_of(weight, where) + skew
@@ -603,6 +630,11 @@ def symmetric_matmul(
 
     For a batch of packed matrices, with axes in front, x is (..., m, n), with `left` (..., n, m), and the axes in front
     broadcast as in `torch.matmul`. `never_unpack`, `skew` and errors as in `symmetric_linear`.
+
+    >>> functional.symmetric_matmul(tritonsym.pack(2 * torch.eye(3)), torch.ones(3, 2), left=True)
+    tensor([[2., 2.],
+            [2., 2.],
+            [2., 2.]])
     """
     where = "symmetric_matmul"
     check_tensor(where, "x", x)
@@ -640,6 +672,9 @@ def quadratic_form(packed: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: `packed` is no rectangle, or shapes disagree.
         TypeError: dtypes differ.
+
+    >>> functional.quadratic_form(tritonsym.pack(torch.eye(2)), torch.tensor([[3.0, 4.0]]))
+    tensor([25.])
     """
     where = "quadratic_form"
     n = order_of(packed, where)
@@ -662,6 +697,10 @@ def gram(x: Tensor) -> Tensor:
     Raises:
         ValueError: x has fewer than two axes.
         TypeError: x holds integers.
+
+    >>> c = functional.gram(torch.randn(3, 5))
+    >>> c.shape, torch.equal(c, c.T)
+    (torch.Size([3, 3]), True)
     """
     check_inexact("gram", "x", x)
     if x.ndim < 2:
@@ -682,6 +721,10 @@ def symmetric_mm(matrix: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tenso
     Raises:
         ValueError: A is not square.
         TypeError: A holds integers, or alpha or beta is not a number.
+
+    >>> functional.symmetric_mm(torch.eye(2), alpha=0.5, beta=2.0)
+    tensor([[2.5000, 0.0000],
+            [0.0000, 2.5000]])
     """
     where = "symmetric_mm"
     check_inexact(where, "matrix", matrix)
@@ -728,6 +771,10 @@ def newton_schulz(
     Raises:
         ValueError: G has fewer than two axes, steps < 0, not three coefficients, or not as many triples as steps.
         TypeError: G is not of real floating dtype, or another argument is not a number.
+
+    >>> u = functional.newton_schulz(torch.randn(4, 9))
+    >>> bool((torch.linalg.svdvals(u) - 1).abs().max() < 0.5)
+    True
     """
     where = "newton_schulz"
     triples = _triples(where, steps, coefficients)
@@ -828,6 +875,9 @@ def global_conv1d(
     Raises:
         ValueError: shapes disagree.
         TypeError: dtypes differ.
+
+    >>> functional.global_conv1d(torch.ones(1, 1, 4), torch.ones(1, 1), 10 * torch.ones(1, 1))
+    tensor([[[31., 31., 31., 31.]]])
     """
     where = "global_conv1d"
     _check_weight(where, "center", center, 2, "(C_out, C_in)")
@@ -850,6 +900,9 @@ def topk_pool1d(x: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: k is not between 1 and L.
         TypeError: k is not an integer, or x is complex.
+
+    >>> functional.topk_pool1d(torch.tensor([[3.0, 1.0, 2.0]]), 2)
+    tensor([[3., 2.]])
     """
     (k,) = check_counts("topk_pool1d", 1, k=k)
     check_tensor("topk_pool1d", "x", x)
@@ -928,6 +981,11 @@ def symmetrize(
     Raises:
         ValueError: the axis or the permutations do not fit.
         TypeError: `inner` does not return one tensor with the batch first.
+
+    >>> x = torch.randn(5, 4)
+    >>> f = lambda x: functional.symmetrize(lambda x: x.tanh().cumsum(1), x, over="cyclic", reduce="mean")
+    >>> torch.equal(f(x), f(x.roll(1, 1)))
+    True
     """
     where = "symmetrize"
     check_choice(where, "reduce", reduce, tuple(REDUCTIONS))

@@ -29,6 +29,10 @@ def load_cnn_symmetry(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Raises:
         ValueError: keys or shapes differ, or a bias that we share differs within an orbit. Nothing is changed.
         TypeError: `module` is not a module, or `state_dict` is not a mapping.
+
+    >>> layer = nn.SymmetricConv2d(3, 8, 3, symmetry={"hv": 8})
+    >>> checkpoint = {"weight": torch.ones(2, 3, 3, 3), "bias": torch.ones(8)}  # torch.load(...)
+    >>> tritonsym.load_cnn_symmetry(layer, checkpoint)
     """
     where = "load_cnn_symmetry"
     functional.check_module(where, module)
@@ -98,6 +102,9 @@ def load_escnn(r2conv: Any) -> tuple[SymmetricConv2d, Tensor]:
         ValueError: another group, other representations, or filters or biases that are no images of each other to 1e-5
             of the largest.
         TypeError: no `R2Conv`.
+
+    >>> layer, order = tritonsym.load_escnn(r2conv)  # doctest: +SKIP
+    >>> torch.testing.assert_close(layer(x)[:, order], r2conv(x).tensor)  # doctest: +SKIP
     """
     options = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     if hasattr(r2conv, "output_padding") or not all(

@@ -113,6 +113,9 @@ def pack(
     Raises:
         ValueError: not square, or not symmetric within `tolerance` while `symmetrize` is None; no rows and `skew`.
         TypeError: no tensor, or integers to average.
+
+    >>> tritonsym.pack(torch.tensor([[1.0, 2.0], [2.0, 3.0]])).tolist()
+    [[3.0], [1.0], [2.0]]
     """
     check_tensor("pack", "matrix", matrix)
     if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or (skew and not matrix.shape[-1]):
@@ -160,6 +163,9 @@ def unpack(packed: Tensor, *, skew: bool = False) -> Tensor:
     """The full matrices (..., n, n), equal to their transposes (`skew`: to minus these) to the bit. Differentiable.
 
     The gradient of a stored off-diagonal value is the sum of the gradients of its two places.
+
+    >>> tritonsym.unpack(torch.tensor([[3.0], [1.0], [2.0]])).tolist()
+    [[1.0, 2.0], [2.0, 3.0]]
     """
     n = order_of(packed)
     columns, odd = (n + 1) // 2, n % 2
@@ -212,22 +218,38 @@ def _from_vector(vector: Tensor, index: Callable[[int, torch.device], Tensor], w
 
 def pack_tril(vector: Tensor) -> Tensor:
     """Packed rectangle from a row-wise lower triangle vector, ``S[torch.tril_indices(n, n)]``; a skew-symmetric one
-    from ``S[torch.tril_indices(n, n, -1)]``. Batches (..., length) give batches, in all of these conversions."""
+    from ``S[torch.tril_indices(n, n, -1)]``. Batches (..., length) give batches, in all of these conversions.
+
+    >>> tritonsym.pack_tril(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    [[3.0], [1.0], [2.0]]
+    """
     return _from_vector(vector, _tril_index, "pack_tril")
 
 
 def pack_triu(vector: Tensor) -> Tensor:
-    """Packed rectangle from a row-wise upper triangle vector, ``S[torch.triu_indices(n, n)]``."""
+    """Packed rectangle from a row-wise upper triangle vector, ``S[torch.triu_indices(n, n)]``.
+
+    >>> tritonsym.pack_triu(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    [[3.0], [1.0], [2.0]]
+    """
     return _from_vector(vector, _triu_index, "pack_triu")
 
 
 def unpack_tril(packed: Tensor) -> Tensor:
-    """Inverse of `pack_tril`, to the bit."""
+    """Inverse of `pack_tril`, to the bit.
+
+    >>> tritonsym.unpack_tril(torch.tensor([[3.0], [1.0], [2.0]])).tolist()
+    [1.0, 2.0, 3.0]
+    """
     n = order_of(packed, "unpack_tril")
     return packed.flatten(-2)[..., _tril_index(n, packed.device)]
 
 
 def unpack_triu(packed: Tensor) -> Tensor:
-    """Inverse of `pack_triu`, to the bit."""
+    """Inverse of `pack_triu`, to the bit.
+
+    >>> tritonsym.unpack_triu(torch.tensor([[3.0], [1.0], [2.0]])).tolist()
+    [1.0, 2.0, 3.0]
+    """
     n = order_of(packed, "unpack_triu")
     return packed.flatten(-2)[..., _triu_index(n, packed.device)]

@@ -59,6 +59,9 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: an unknown name.
+
+    >>> with tritonsym.backend("reference"):
+    ...     y = nn.SymmetricConv2d(4, 4, 3, symmetry="h")(torch.randn(1, 4, 8, 8))
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
@@ -82,6 +85,9 @@ def path(name: str, tiles: Tiles = ()) -> Iterator[None]:
 
     Raises:
         ValueError: an unknown name; by a layer, that the path cannot compute it, or that the tiles do not fit.
+
+    >>> with tritonsym.path("shift"):
+    ...     y = nn.SymmetricConv2d(4, 4, 3, symmetry="h")(torch.randn(1, 4, 8, 8))
     """
     name = "implicit_gemm" if name == "expand" else name
     if name not in PATHS:
@@ -758,7 +764,12 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer will be computed; `str` is the plan in words. FLOPs: 2 x multiply-adds, of the whole batch."""
+    """How a layer will be computed; `str` is the plan in words. FLOPs: 2 x multiply-adds, of the whole batch.
+
+    >>> found = tritonsym.explain(nn.SymmetricConv2d(64, 64, 3, symmetry="d4"), torch.ones(8, 64, 32, 32))
+    >>> found.path, found.dense_flops > 7 * found.flops
+    ('shift', True)
+    """
 
     problem: Any
     path: str
@@ -1045,6 +1056,9 @@ def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Any:
         TypeError: the module is not such a layer and calls none.
         ValueError: x does not fit the layer, or the target is unknown.
         NotImplementedError: the layer must never unpack its weight, but has to.
+
+    >>> tritonsym.explain(nn.SymmetricConv2d(4, 4, 3, symmetry="h"), torch.ones(1, 4, 8, 8)).path
+    'reference'
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"explain: x must be a torch.Tensor, got {type(x).__name__}")

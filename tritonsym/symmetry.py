@@ -307,6 +307,10 @@ class FilterLayout:
     Output order inside every group, as in the CNN-Symmetry package: all base filters in key order ``h v z hv hz vz hvz
     c2 c4 d4``, then the free filters (both are stored), then the images, key by key and element by element, each for
     all base filters of its key.
+
+    >>> layout = FilterLayout.parse("h:4 free:1", 5)
+    >>> [(stored, str(element)) for stored, element in layout.filters]
+    [(0, 'id'), (1, 'id'), (2, 'id'), (0, 'h'), (1, 'h')]
     """
 
     orbits: tuple[tuple[Symmetry, int], ...]  # (symmetry, base filters per group), in key order, none of them 0

@@ -347,6 +347,8 @@ def assert_matches_reference(module: nn.Module, *inputs: Any) -> None:
     Raises:
         AssertionError: a result is wrong; the message names the tensor, its error, what is allowed and the worst index.
         ValueError: nothing can be compared: the dense layers overflow, or the output holds no floating tensor.
+
+    >>> testing.assert_matches_reference(nn.SymmetricConv2d(2, 4, 3, symmetry="h"), torch.randn(1, 2, 5, 5))
     """
     where = "assert_matches_reference"
     got = _results(module, inputs, gradients=True)
@@ -471,6 +473,8 @@ def assert_symmetric(module: nn.Module) -> None:
     Raises:
         AssertionError: a layer is not symmetric; the message names the layer, the element and the place.
         ValueError: there is no such layer in the module.
+
+    >>> testing.assert_symmetric(torch.nn.Sequential(nn.SymmetricLinear(3, 3), nn.SkewLinear(3, 3)))
     """
     found = False
     with torch.no_grad():
@@ -726,6 +730,8 @@ def assert_equivariant(
         ValueError: the layer cannot be equivariant: its stride leaves positions at one end, its padding or bias are
             not symmetric, or the symmetry is not its own.
         TypeError: the module is no such layer, and no symmetry is given.
+
+    >>> testing.assert_equivariant(nn.GroupConv2d(2, 3, 3, symmetry="d4"), torch.randn(1, 16, 7, 7))
     """
     where = "assert_equivariant"
     if isinstance(module, _GroupConv | GroupLinear):

@@ -417,6 +417,10 @@ class _SymmetricConv(_OrbitConv):
             symmetry that does not act on this kernel size.
 
     Warns when a flip along a kernel axis of size 1 makes identical copies.
+
+    >>> layer = nn.SymmetricConv2d(3, 8, 3, padding=1, symmetry="hv")
+    >>> layer.weight.shape, layer.expanded_weight().shape, layer(torch.randn(2, 3, 9, 9)).shape
+    (torch.Size([2, 3, 3, 3]), torch.Size([8, 3, 3, 3]), torch.Size([2, 8, 9, 9]))
     """
 
 
@@ -437,6 +441,10 @@ class _SymmetricConvTranspose(_OrbitConv):
 
     y = act(conv_transpose(x, expanded_weight()) + expanded_bias()); arguments as in the torch layer, then as in
     `SymmetricConv2d`. ``forward`` takes `output_size` like the torch layer.
+
+    >>> layer = nn.SymmetricConvTranspose2d(3, 8, 4, stride=2, padding=1, symmetry="hv")
+    >>> layer.weight.shape, layer(torch.randn(2, 3, 9, 9)).shape
+    (torch.Size([3, 2, 4, 4]), torch.Size([2, 8, 18, 18]))
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -479,6 +487,10 @@ class _TiedConv(_SharedConv):
 
     Raises:
         ValueError: a symmetry that does not act on this kernel, a parity that leaves no tap, a bad `free`.
+
+    >>> layer = nn.TiedConv2d(1, 2, 3, symmetry="hv", parity={"h": "odd"}, bias=False)  # derivatives along a row
+    >>> layer.weight.shape, bool((layer.expanded_weight() == -layer.expanded_weight().flip(-1)).all())
+    (torch.Size([2, 1, 2]), True)
     """
 
     free_weight: nn.Parameter | None
@@ -572,6 +584,9 @@ class _OrbitPoolConv(_SharedConv):
 
     Raises:
         ValueError: a symmetry that does not act on this kernel, an unknown reduction.
+
+    >>> layer, x = nn.OrbitPoolConv2d(3, 8, 3, symmetry="h"), torch.randn(2, 3, 9, 9)
+    >>> torch.testing.assert_close(layer(x.flip(-1)), layer(x).flip(-1))
     """
 
     def __init__(

@@ -146,6 +146,11 @@ class _GroupConv(_Fields, _SharedConv):
 
     Raises:
         ValueError: a symmetry that does not act on this kernel, or fields that the groups do not divide.
+
+    >>> lift = nn.SymmetricConv2d(3, 8, 3, symmetry="hv", share_bias=True)  # to 2 fields of 4 elements
+    >>> layer = nn.GroupConv2d(2, 5, 3, symmetry="hv")
+    >>> layer.weight.shape, layer(lift(torch.randn(2, 3, 9, 9))).shape
+    (torch.Size([5, 2, 4, 3, 3]), torch.Size([2, 20, 5, 5]))
     """
 
     def __init_subclass__(cls) -> None:
@@ -245,6 +250,9 @@ class GroupLinear(_Fields, Checkpoints, nn.Linear):
     """Group convolution without space: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]) of the last axis.
 
     The weight stored is (out_fields, in_fields, elements), the bias (out_fields,). See `GroupConv2d`.
+
+    >>> nn.GroupLinear(2, 5, symmetry="hv")(torch.randn(3, 8)).shape
+    torch.Size([3, 20])
     """
 
     def __init__(
@@ -330,6 +338,9 @@ class _GroupBatchNorm(BatchNorm):
     Args:
         fields: channels / elements; `num_features` of the torch layer, whose arguments follow.
         symmetry: the name of the group.
+
+    >>> nn.GroupBatchNorm2d(2, "hv").weight.shape  # of 2 fields, 8 channels
+    torch.Size([2])
     """
 
     def __init__(
@@ -395,6 +406,9 @@ class GroupPool(nn.Module):
     Args:
         symmetry: the name of the group.
         reduce: 'max', 'mean' or 'sum'.
+
+    >>> nn.GroupPool("hv")(torch.randn(3, 8, 5, 5)).shape
+    torch.Size([3, 2, 5, 5])
     """
 
     def __init__(self, symmetry: str, reduce: Literal["max", "mean", "sum"] = "max") -> None:
@@ -422,6 +436,10 @@ class GroupDropout(nn.Module):
     Args:
         p: the probability.
         symmetry: the name of the group.
+
+    >>> y = nn.GroupDropout(symmetry="hv")(torch.ones(1, 8, 1, 1)).view(4, 2)  # 4 elements, 2 fields
+    >>> bool((y == y[0]).all())
+    True
     """
 
     def __init__(self, p: float = 0.5, *, symmetry: str) -> None:

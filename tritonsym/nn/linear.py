@@ -30,6 +30,10 @@ class SymmetricLinear(Checkpoints):
 
     Raises:
         ValueError: in_features != out_features.
+
+    >>> layer = nn.SymmetricLinear(4, 4)
+    >>> layer.weight.numel(), torch.equal(layer.expanded_weight(), layer.expanded_weight().T)
+    (10, True)
     """
 
     bias: nn.Parameter | None
@@ -199,6 +203,10 @@ class SkewLinear(SymmetricLinear):
     `weight` is W as `tritonsym.pack` packs it with ``skew=True``, shape `tritonsym.packing.packed_shape(n - 1)`. The
     rest is as in `SymmetricLinear`; `from_dense` projects to (W - W^T) / 2. On a GPU
     its Triton kernel runs where it is asked for (``tritonsym.backend("triton")``, `never_unpack`).
+
+    >>> layer = nn.SkewLinear(4, 4)
+    >>> layer.weight.numel(), torch.equal(layer.expanded_weight(), -layer.expanded_weight().T)
+    (6, True)
     """
 
     _skew = True

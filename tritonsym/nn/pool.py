@@ -20,6 +20,9 @@ class GlobalConv1d(Checkpoints):
     Args:
         in_channels, out_channels, bias, device, dtype: as in a `torch.nn.Conv1d` with kernel size 1.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
+
+    >>> layer, x, order = nn.GlobalConv1d(2, 3), torch.randn(1, 2, 5), torch.randperm(5)
+    >>> torch.testing.assert_close(layer(x[..., order]), layer(x)[..., order])
     """
 
     bias: nn.Parameter | None
@@ -83,7 +86,11 @@ class GlobalConv1d(Checkpoints):
 
 
 class TopKPool1d(nn.Module):
-    """The k largest values of every channel, in descending order: (..., L) -> (..., k). k = 1 is global max pooling."""
+    """The k largest values of every channel, in descending order: (..., L) -> (..., k). k = 1 is global max pooling.
+
+    >>> nn.TopKPool1d(2)(torch.tensor([[3.0, 1.0, 2.0]]))
+    tensor([[3., 2.]])
+    """
 
     def __init__(self, k: int) -> None:
         super().__init__()

@@ -17,6 +17,11 @@ class Symmetrize(nn.Module):
     Raises:
         ValueError: an unknown `over` or `reduce`; `dim` names the batch axis 0.
         TypeError: `inner` is not a module.
+
+    >>> model = nn.Symmetrize(torch.nn.Linear(6, 3), over="swap")
+    >>> x, y = torch.randn(2, 8, 3)
+    >>> torch.equal(model(torch.cat([x, y], 1)), model(torch.cat([y, x], 1)))
+    True
     """
 
     def __init__(self, inner: nn.Module, over: functional.Orders = "swap", dim: int = 1, reduce: str = "max") -> None:
