@@ -79,8 +79,8 @@ class Advice(Sequence[Advised]):
         return self.rows[index]
 
     def __str__(self) -> str:
-        names = ("layers", "kind", "input", "symmetry", "parameters", "forward, ms", "gain", "training, ms", "gain")
-        lines: list[tuple[str, ...]] = [(*names, "saved, ms", "path")]
+        names = ("layers", "input", "symmetry", "stored", "forward, ms", "gain", "training, ms", "gain", "path")
+        lines: list[tuple[str, ...]] = [names]
         for row in (*self.rows, *self.models):
             times = []
             for mode in MODES:
@@ -89,11 +89,10 @@ class Advice(Sequence[Advised]):
                 times.append(f"{row.gain(mode):.2f}x")
             label = f"{row.layers[0]} and {len(row.layers) - 1} more" if len(row.layers) > 1 else "".join(row.layers)
             shape = "x".join(map(str, row.input))
-            parameters = f"{row.parameters_before:,} -> {row.parameters_after:,}"
+            stored = f"{row.parameters_after / row.parameters_before:.0%}"
             path = "/".join(dict.fromkeys(row.auto[mode] for mode in MODES)) if row.layers else ""
-            first = (label or "(whole model)", row.layer, shape, row.symmetry, parameters)
-            lines.append((*first, *times, f"{1e3 * row.saved:.3g}", path))
-        text = aligned(lines, right=range(4, 10))
+            lines.append((label or "(whole model)", shape, row.symmetry, stored, *times, path))
+        text = aligned(lines, right=range(3, 8))
         text += [f"left as it is: {name}: {reason}" for name, reason in self.skipped]
         return "\n".join(text)
 

@@ -583,6 +583,7 @@ def test_every_message_has_a_case():
         "__main__",
         "convert",
         "demo",
+        "docs",
         "equivariant",
         "importers",
         "testing",

@@ -15,7 +15,17 @@ from tritonsym.perf import table
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = table.pages(ROOT)
-COMMANDS = re.findall(r"^python -m tritonsym ([^#\n]+)", README, re.M)
+COMMANDS = [command.strip() for command in re.findall(r"^python -m tritonsym ([^#\n]+)", README, re.M)]
+SLOW = ("check", "bench")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests beside this one need the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_it_is_short():
@@ -38,7 +48,9 @@ def test_code_runs_as_it_stands(capsys):
     tritonsym.testing.assert_matches_reference(names["model"], names["images"].requires_grad_())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=[pytest.mark.slow] * c.startswith(SLOW), id=c) for c in COMMANDS]
+)
 def test_commands_run_as_they_stand(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "--baseline" in command:

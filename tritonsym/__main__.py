@@ -144,8 +144,8 @@ def check(devices: Sequence[torch.device]) -> int:
     """Compare every layer with the reference on these devices, and print a table; 1 if anything is wrong, else 0."""
     start = time.perf_counter()
     rows = failures = 0
-    line = "{:<24}  {:<22}  {:<9}  {:<6}  {:<41}  {}"
-    print(line.format("layer", "symmetry", "dtype", "device", "checked", "result"))
+    line = "{:<34}  {:<9}  {:<6}  {:<37}  {}"
+    print(line.format("layer", "dtype", "device", "checked", "result"))
     for device, case, dtype in product(devices, cases(), DTYPES):
         if (case.is_ordered and (dtype.is_complex or dtype in LOW_PRECISION)) or not _has(device, dtype):
             continue
@@ -160,7 +160,8 @@ def check(devices: Sequence[torch.device]) -> int:
                 run()
             except Exception as error:
                 wrong.append(f"    {name}: {type(error).__name__}: {error}")
-        columns = (case.layer, case.options, str(dtype).removeprefix("torch."), str(device), ", ".join(names))
+        label = f"{case.layer} {case.options}"
+        columns = (label, str(dtype).removeprefix("torch."), str(device), " ".join(names))
         print(line.format(*columns, "FAIL" if wrong else "ok"), *wrong, sep="\n")
         rows += 1
         failures += bool(wrong)

@@ -1,4 +1,4 @@
-"""Convert models: torch layers to symmetric ones and back."""
+"""Convert models: replace torch layers by symmetric ones, and bring them back."""
 
 from __future__ import annotations
 
@@ -683,7 +683,7 @@ def _changes_of(weight: Tensor, new: Any) -> tuple[float | None, float | None]:
 
 
 def init_(module: nn.Module, initializer: Callable[[Tensor], object]) -> nn.Module:
-    """Initialise what layers mean: the dense weight, not the stored one, of which fans and norms are others.
+    """Initialise the dense weight that a layer stands for: the stored one has other fans and norms.
 
     Of every convolution and `SymmetricLinear` of this library in `module`, a dense weight is filled by
     ``initializer(weight)``, for example ``functools.partial(torch.nn.init.kaiming_normal_, mode='fan_out')``, projected

@@ -1,4 +1,4 @@
-"""The layers as functions: check the arguments, call the op.
+"""The layers as functions, which check their arguments and call the ops.
 
 The convolutions come for one, two and three spatial axes (``symmetric_conv1d``, ``symmetric_conv2d``, ...).
 """
@@ -534,7 +534,7 @@ def _group_conv(
 def group_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, symmetry: str, activation: Activation | None = None
 ) -> Tensor:
-    """The same without space: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]).
+    """Multiply fields of a group: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]).
 
     Args:
         x: (..., |G| C).

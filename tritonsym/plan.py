@@ -764,7 +764,7 @@ def _pays(problem: ConvProblem) -> tuple[bool, str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer will be computed; `str` is the plan in words. FLOPs: 2 x multiply-adds, of the whole batch.
+    """How a layer is computed; `str` is the plan in words. FLOPs: 2 x multiply-adds, of the whole batch.
 
     >>> found = tritonsym.explain(nn.SymmetricConv2d(64, 64, 3, symmetry="d4"), torch.ones(8, 64, 32, 32))
     >>> found.path, found.dense_flops > 7 * found.flops
@@ -1041,7 +1041,7 @@ class ModelPlan(Sequence[tuple[str, Plan]]):
 
 
 def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Any:
-    """The plan for one tritonsym layer on one input, or for all layers of a model; printed, it says it in words.
+    """The plan for one layer on one input, or for all layers of a model; printed, it is in words.
 
     As for a call at the same place: under ``torch.no_grad()`` it is the plan for inference. A copy of a model runs once
     on x, so that its buffers stay as they are.

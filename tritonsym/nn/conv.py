@@ -418,6 +418,11 @@ class _SymmetricConv(_OrbitConv):
 
     Warns when a flip along a kernel axis of size 1 makes identical copies.
 
+    By default depthwise layers, narrow groups, and on the CPU float64 and complex numbers take the reference. In
+    training an activation is applied to the stored result, since its gradient needs its input. With stride 2 an even
+    input has positions at one end only: the output for a mirrored image is not the mirrored output; odd sizes keep it.
+    Tools that read `weight` for the dense one, or trace into the layer, want ``to_dense()``.
+
     >>> layer = nn.SymmetricConv2d(3, 8, 3, padding=1, symmetry="hv")
     >>> layer.weight.shape, layer.expanded_weight().shape, layer(torch.randn(2, 3, 9, 9)).shape
     (torch.Size([2, 3, 3, 3]), torch.Size([8, 3, 3, 3]), torch.Size([2, 8, 9, 9]))

@@ -9,7 +9,7 @@ from tritonsym.reference import REDUCTIONS
 
 
 class Symmetrize(nn.Module):
-    """Hard-wires f(x, y) = f(y, x): runs `inner` on every re-ordering of its input, in one batched call, and reduces.
+    """f(x, y) = f(y, x), hard-wired: run `inner` on every re-ordering of its input, in one batched call, and reduce.
 
     The outputs for re-ordered inputs are equal to the bit for every reduction, as long as `inner` is deterministic:
     see `tritonsym.functional.symmetrize`, also for the arguments.
