@@ -146,6 +146,60 @@ def _float32(values):
         return values.to(tl.float32)
 
 
+@triton.jit
+def combine(values, OP: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """ADD, SUBTRACT or NEGATE."""
+    if OP == 1:
+        return values[A] + values[B]
+    elif OP == 2:
+        return values[A] - values[B]
+    else:
+        return -values[A]
+
+
+@triton.jit
+def store_sums(
+    values,  # [U, P] each
+    target_ptr, bias_ptr, winners_ptr,
+    target,  # offsets of the positions [P], of the group's first channel
+    target_c,
+    channel,  # the group's first
+    u, has, live,
+    RUN: tl.constexpr, TOTAL: tl.constexpr, FIRST: tl.constexpr, POOL: tl.constexpr, SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
+):  # fmt: skip
+    """Of a run: its totals, or their extremum and the images that attain it, with bias and activation."""
+    mask = has[:, None] & live[None, :]
+    if POOL != "":
+        best = values[TOTAL[0][0]]
+        bits = tl.full((BLOCK_U, BLOCK_P), 1, tl.int32)
+        for o in tl.static_range(1, len(TOTAL[0])):
+            total = values[TOTAL[0][o]]
+            if POOL == "max":
+                better = (total > best) | ((total != total) & (best == best))  # a NaN wins, as in torch.amax
+            else:
+                better = (total < best) | ((total != total) & (best == best))
+            equal = (total == best) | ((total != total) & (best != best))
+            best = tl.where(better, total, best)
+            bits = tl.where(better, 1 << o, tl.where(equal, bits | (1 << o), bits))
+        if winners_ptr is not None:
+            tl.store(winners_ptr + (u * target_c)[:, None] + target[None, :], bits.to(tl.uint8), mask=mask)
+    for o in tl.static_range(1 if POOL != "" else len(TOTAL[RUN])):
+        if POOL != "":
+            total = best
+        elif TOTAL[RUN][o] < 0:
+            total = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
+        else:
+            total = values[TOTAL[RUN][o]]
+        if SCALE != 1:
+            total *= SCALE
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + channel + FIRST[RUN][o] + u, mask=has, other=0.0)
+            total += bias.to(tl.float32)[:, None]
+        place = ((u + FIRST[RUN][o]) * target_c)[:, None] + target[None, :]
+        tl.store(target_ptr + place, activate(total, ACTIVATION).to(target_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(
     do_not_specialize=[
         "M", "TD", "TH", "TW", "SD", "SH", "SW",
@@ -223,45 +277,16 @@ def _shift_sum_kernel(
                     value = _float32(tl.load(source_ptr + place, mask=mask, other=0.0))
                     if WON:
                         won = tl.load(winners_ptr + place, mask=mask, other=0).to(tl.int32)
-                elif OP[run][i] == 1:
-                    value = values[A[run][i]] + values[B[run][i]]
-                elif OP[run][i] == 2:
-                    value = values[A[run][i]] - values[B[run][i]]
-                elif OP[run][i] == 3:
-                    value = -values[A[run][i]]
-                else:
+                elif OP[run][i] == 4:
                     value = tl.where(((winners[A[run][i]] >> B[run][i]) & 1) != 0, values[A[run][i]], 0.0)
+                else:
+                    value = combine(values, OP[run][i], A[run][i], B[run][i])
                 values = values + (value,)
                 winners = winners + (won,)
-            mask = has[:, None] & live[None, :]
-            if POOL != "":
-                best = values[TOTAL[0][0]]
-                bits = tl.full((BLOCK_U, BLOCK_P), 1, tl.int32)
-                for o in tl.static_range(1, len(TOTAL[0])):
-                    total = values[TOTAL[0][o]]
-                    if POOL == "max":
-                        better = (total > best) | ((total != total) & (best == best))  # a NaN wins, as in torch.amax
-                    else:
-                        better = (total < best) | ((total != total) & (best == best))
-                    equal = (total == best) | ((total != total) & (best != best))
-                    best = tl.where(better, total, best)
-                    bits = tl.where(better, 1 << o, tl.where(equal, bits | (1 << o), bits))
-                if winners_ptr is not None:
-                    tl.store(winners_ptr + (u * target_c)[:, None] + target[None, :], bits.to(tl.uint8), mask=mask)
-            for o in tl.static_range(1 if POOL != "" else len(TOTAL[run])):
-                if POOL != "":
-                    total = best
-                elif TOTAL[run][o] < 0:
-                    total = tl.zeros((BLOCK_U, BLOCK_P), tl.float32)
-                else:
-                    total = values[TOTAL[run][o]]
-                if SCALE != 1:
-                    total *= SCALE
-                if bias_ptr is not None:
-                    bias = tl.load(bias_ptr + group * TARGET_C + FIRST[run][o] + u, mask=has, other=0.0)
-                    total += bias.to(tl.float32)[:, None]
-                place = ((u + FIRST[run][o]) * target_c)[:, None] + target[None, :]
-                tl.store(target_ptr + place, activate(total, ACTIVATION).to(target_ptr.dtype.element_ty), mask=mask)
+            store_sums(
+                values, target_ptr, bias_ptr, winners_ptr, target, target_c, group * TARGET_C, u, has, live,
+                run, TOTAL, FIRST, POOL, SCALE, ACTIVATION, BLOCK_P, BLOCK_U,
+            )  # fmt: skip
 
 
 #: Terms of a run whose sums share no values: more take registers, and the time to compile them.
@@ -280,12 +305,20 @@ def _runs(table: Table) -> list[list[Sum]]:
     return runs
 
 
+def _by_source(table: Table) -> list[list[Sum]]:
+    """All sums of the same channels, which are there once."""
+    runs: dict[tuple[int, int], list[Sum]] = {}
+    for a_sum in table.sums:
+        runs.setdefault((a_sum[1], min((channel for channel, *_ in a_sum[2]), default=-1)), []).append(a_sum)
+    return list(runs.values())
+
+
 @lru_cache(maxsize=1024)
-def constants(table: Table, block_u: int) -> dict[str, Any]:
-    """The constexpr arguments of the kernel for one table and tile width."""
+def constants(table: Table, block_u: int, by_source: bool = False) -> dict[str, Any]:
+    """The constexpr arguments of the kernel for one table and tile width; runs are as for `kernels.fused` or not."""
     tile_at, filters, first = [0], [], []
     programs = []
-    for run in _runs(table):
+    for run in _by_source(table) if by_source else _runs(table):
         programs.append(compile_sums([terms for *_, terms in run], table.won))
         tile_at.append(tile_at[-1] + triton.cdiv(run[0][1], block_u))
         filters.append(run[0][1])

@@ -5,6 +5,7 @@ Plain Python: imports without triton.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -76,9 +77,49 @@ class GemmTile:
         return self.block_m * self.block_n // (32 * self.warps)
 
 
+@dataclass(frozen=True)
+class Patch:
+    """Positions of an image, of which those around its results are read only, and stored filters that one program of
+    the fused kernel multiplies, and its warps."""
+
+    block_h: int
+    block_w: int
+    block_u: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_H": self.block_h, "BLOCK_W": self.block_w, "BLOCK_U": self.block_u}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps}
+
+    @property
+    def positions(self) -> int:
+        return self.block_h * self.block_w
+
+    def shared(self, channels: int, itemsize: int) -> int:
+        """Bytes of shared memory for x, a tap's weights and its products in float32, at most."""
+        operands = (self.positions + self.block_u) * padded_channels(channels)
+        return itemsize * operands + 4 * self.positions * self.block_u
+
+    def count(self, sizes: Sequence[int], reach: Sequence[int]) -> int:
+        """Of patches that cover an image of results (H, W), which read so far."""
+        blocks = zip((self.block_h, self.block_w), sizes, reach, strict=True)
+        return math.prod(-(-size // (block - far)) for block, size, far in blocks)
+
+
+def padded_channels(channels: int) -> int:
+    """A power of two that holds them, at least 16."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
 def as_tiles(numbers: Sequence[int]) -> list[Any]:
-    """The tiles of a path's kernels from their numbers, one after the other: two `Tile` for 'shift', three `GemmTile`
-    for 'implicit_gemm', or three `Tile` where it is not a matrix product."""
+    """The tiles of a path's kernels from their numbers, one after the other: two `Tile` for 'shift', a `Patch` and a
+    `Tile` for 'fused', three `GemmTile` for 'implicit_gemm', or three `Tile` where it is not a matrix product."""
+    if len(numbers) == 7:
+        return [Patch(*numbers[:4]), Tile(*numbers[4:])]
     kind, size = (GemmTile, 5) if len(numbers) == 15 else (Tile, 3)
     return [kind(*numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
@@ -98,9 +139,12 @@ def fits(tile: Tile | GemmTile, itemsize: int, target: str, taps: bool = False) 
         return tile.block_p * tile.block_u <= 32 * 32 * tile.warps
     if tile.stages < 1 or (taps and tile.warps == 8):
         return False
-    limit = SHARED.get(target, 64 << 10 if target.startswith("gfx") else 99 << 10)
     most = 64 if taps and target not in WIDE_TARGETS else 128
-    return tile.accumulators <= most and tile.shared(itemsize) <= limit
+    return tile.accumulators <= most and tile.shared(itemsize) <= _limit(target)
+
+
+def _limit(target: str) -> int:
+    return SHARED.get(target, 64 << 10 if target.startswith("gfx") else 99 << 10)
 
 
 def most_splits(programs: int, blocks: int, values: int, most_bytes: int) -> int:
@@ -122,6 +166,35 @@ def pick(filters: int, taps: int, adjoint: bool = False) -> Tile:
     if taps > 9:  # many values are alive at once
         return TILES[2]
     return TILES[0] if filters > 16 and not adjoint else TILES[1]
+
+
+#: Patches of the fused kernel that `pick_patch` may return, by the axes of an image, the larger first.
+PATCHES = {1: (Patch(1, 256, 16, 8), Patch(1, 128, 16, 8)), 2: (Patch(16, 16, 16, 8), Patch(8, 16, 16, 8))}
+
+#: Channels up to which the fused kernel multiplies in one step.
+FUSED_CHANNELS = 128
+
+
+def fits_patch(patch: Patch, channels: int, reach: Sequence[int], itemsize: int, target: str) -> bool:
+    """Whether the patch can run on this target for so many channels, and results that read so far (H, W)."""
+    blocks = patch.block_h, patch.block_w, patch.block_u
+    return (
+        all(n > 0 and n & (n - 1) == 0 for n in blocks)
+        and patch.block_u >= 16
+        and patch.warps in (1, 2, 4, 8)
+        and all(block > far for block, far in zip(blocks[:2], reach, strict=True))
+        and 16 * patch.warps <= patch.positions  # rows of a tensor core's instruction
+        and patch.positions * patch.block_u <= 32 * 32 * patch.warps
+        and channels <= FUSED_CHANNELS
+        and patch.shared(channels, itemsize) <= _limit(target)
+    )
+
+
+def pick_patch(axes: int, terms: int, channels: int, reach: Sequence[int], itemsize: int, target: str) -> Patch | None:
+    """The larger patch that fits, for sums of so many terms in a block; None if none fits. From compiled code (no
+    spills up to 72 terms), not from timings."""
+    some = PATCHES.get(axes, ())[terms > 36 :]  # many values are alive at once
+    return next((patch for patch in some if fits_patch(patch, channels, reach, itemsize, target)), None)
 
 
 #: Every tile of a convolution with one input channel per group that `pick_depthwise` may return, widest first.

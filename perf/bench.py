@@ -4,11 +4,14 @@
 
 On a GPU the shapes of networks, without one reduced sizes on the CPU. Variants: `dense`, every path, what is taken by
 default (`auto`), the weight expanded in every call by torch's `parametrize`, and on the CPU the product with the stored
-weights alone (`gemm`), which no path can beat; beside group convolutions of images, where it is installed, escnn's layer
-between the same fields, which keeps its dense weight in inference (an environment of its own will do: ``pip install -e .
-escnn==1.0.11 'scikit-learn<1.2' 'scipy<1.12'``). All are timed in one run, in an order drawn for every round; what does
-not match the reference is not timed. The JSON has one row a line with all samples, in seconds, and is written after
-every row, so that an interrupted run keeps what it measured; --resume goes on with it.
+weights alone (`gemm`), which no path can beat; beside group convolutions of images, where escnn is installed, its layer between
+the same fields, which keeps its dense weight in inference. An environment of its own for that:
+
+    pip install -e . escnn==1.0.11 'scikit-learn<1.2' 'scipy<1.12'
+
+All are timed in one run, in an order drawn for every round; what does not match the reference is not timed. The JSON
+has one row a line with all samples, in seconds, and is written after every row, so that an interrupted run keeps what
+it measured; --resume goes on with it.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def parametrized(layer: Any) -> nn.Module:
 
 
 def escnn(layer: Any, training: bool) -> nn.Module | None:
-    """The layer of escnn from and to as many fields of the same group, with weights of its own; None if there is none."""
+    """escnn's layer from and to as many fields of the same group, with weights of its own; None if there is none."""
     names = {"h": (1, "flip2dOnR2"), "hv": (2, "flipRot2dOnR2"), "d4": (4, "flipRot2dOnR2")}
     if not isinstance(layer, tritonsym.nn.GroupConv2d) or layer.symmetry.name not in names or not find_spec("escnn"):
         return None
@@ -180,6 +183,7 @@ def show(row: Row, device: str, with_heading: bool) -> None:
             *COMPILED.values(),
             "implicit_gemm",
             "shift",
+            "fused",
             "blocks",
             "fold",
             "gemm",

@@ -40,7 +40,7 @@ def stub_driver(architecture: int = 90) -> Iterator[SimpleNamespace]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from tritonsym.kernels import conv, depthwise, gram, shift, symm
+    from tritonsym.kernels import conv, depthwise, fused, gram, shift, symm
 
     seen = SimpleNamespace(launched=[], compiled=[])
 
@@ -72,7 +72,7 @@ def stub_driver(architecture: int = 90) -> Iterator[SimpleNamespace]:
         seen.compiled.append(self.__name__)
         return right(self, *args, **kwargs)
 
-    modules = (conv, depthwise, gram, shift, symm)
+    modules = (conv, depthwise, fused, gram, shift, symm)
     kernels = [v for module in modules for v in vars(module).values() if isinstance(v, JITFunction)]
 
     def forget() -> None:

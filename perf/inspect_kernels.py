@@ -36,6 +36,7 @@ from triton.compiler import ASTSource
 from tritonsym import launch
 from tritonsym.kernels import conv as conv_kernels
 from tritonsym.kernels import depthwise as depthwise_kernels
+from tritonsym.kernels import fused as fused_kernels
 from tritonsym.kernels import gram as gram_kernels
 from tritonsym.kernels import shift as shift_kernels
 from tritonsym.kernels import symm as symm_kernels
@@ -48,8 +49,10 @@ from tritonsym.kernels.tiles import (
     STRIP_TILES,
     WEIGHT_TILES,
     GemmTile,
+    Patch,
     Tile,
     pick,
+    pick_patch,
 )
 from tritonsym.perf.measure import tqdm
 from tritonsym.spec import ConvSpec, Geometry, orbit_spec, pool_spec
@@ -72,7 +75,7 @@ class Entry:
     name: str
     kernel: Any
     fixed: dict[str, Any]  # constexprs and integers that are known: strides of 1
-    tile: Tile | GemmTile
+    tile: Tile | GemmTile | Patch
     work: float  # per thread: terms of values, or thousands of multiply-adds of one step
     types: dict[str, str] = field(default_factory=dict)  # as in `compile_kernel`
     odd: tuple[str, ...] = ()
@@ -120,6 +123,18 @@ def entries() -> Iterator[Entry]:
                 yield _sums(spec, adjoint, tile)
     for stored, adjoint in product((8, 12, 16, 24, 40, 48), (False, True)):
         yield _sums(layer("hv", (3, 3), stored), adjoint, pick(stored, 9, adjoint))
+    for symmetry, kernel_size, pool in (
+        ("h", (3, 3), None),
+        ("hv", (3, 3), None),
+        ("hv", (3, 3), "max"),
+        ("d4", (3, 3), None),
+        ("c4", (5, 5), None),
+        ("h", (3,), None),
+    ):
+        spec = layer(symmetry, kernel_size, 16, pool)
+        of_block = len(spec.blocks[0].images) * math.prod(kernel_size)
+        patch = pick_patch(len(kernel_size), of_block, 64, (0, 0), 2, "sm_90")
+        yield from (_fused(spec, patch, channels_first) for channels_first in (False, True))
     for channels_first in (False, True):  # which the widest are not for
         for name, tile in product(("y", "dx"), CONV_TILES[channels_first:]):
             yield _gemm(name, tile, channels_first)
@@ -163,6 +178,19 @@ def _sums(spec: ConvSpec, adjoint: bool, tile: Tile, channels_first: bool = Fals
     work = sum(len(terms) for *_, terms in table.sums) * tile.block_p * tile.block_u / (32 * tile.warps)
     none = (("bias_ptr",) if adjoint else ()) + (() if spec.pool else ("winners_ptr",))
     return _entry(_title(name, tile.constants, channels_first), prepared, tile, work, none, {"winners_ptr": "*u8"})
+
+
+def _fused(spec: ConvSpec, patch: Patch, channels_first: bool = False, channels: int = 64) -> Entry:
+    """`channels` of x and y, as in x for y."""
+    (stage,) = launch.stages(spec, False)
+    table, axes = stage.to_y, len(spec.geometry.kernel_size)
+    x, y = _image(channels, axes, channels_first), _image(spec.out_channels, axes, channels_first)
+    prepared = fused_kernels.conv(x, (1, spec.rows, channels), y, table, patch, None, "tf32")
+    images = f"{len(spec.blocks[0].images)} images{' pooled' if spec.pool else ''}"
+    work = sum(len(terms) for *_, terms in table.sums) * patch.positions * patch.block_u / (32 * patch.warps)
+    none = () if spec.pool else ("winners_ptr",)
+    title = _title(f"fused y {images} {axes}-D", patch.constants, channels_first)
+    return _entry(title, prepared, patch, work, none, {"winners_ptr": "*u8"})
 
 
 def _gemm(name: str, tile: Any, channels_first: bool) -> Entry:
@@ -220,7 +248,7 @@ def _matrices() -> Iterator[Entry]:
 def compile_kernel(
     kernel: Any,
     fixed: dict[str, Any],
-    tile: Tile | GemmTile,
+    tile: Tile | GemmTile | Patch,
     target: str,
     dtype: str = "bf16",
     types: dict[str, str] | None = None,

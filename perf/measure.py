@@ -66,7 +66,7 @@ def paths(layer: nn.Module, x: Tensor) -> list[str]:
     for path in plan.PATHS:
         with contextlib.suppress(ValueError, NotImplementedError), tritonsym.path(path):
             planned = tritonsym.explain(layer, x).path == path
-            if planned and (path != "implicit_gemm" or launch.runs_on(x.device)):
+            if planned and (path not in ("implicit_gemm", "fused") or launch.runs_on(x.device)):
                 possible.append(path)
     return possible
 

@@ -139,12 +139,13 @@ def lay_out(x, layout):
     if layout == "turned":  # channels innermost, behind the batch and the other axes in reverse
         order = (*reversed(range(2, x.ndim)), 0, 1)
         return x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
-    if layout == "far":  # every stride has 31 bits, but not every offset
-        apart = (1 << 30) + 16
-        far = torch.empty(
-            apart * (x.shape[1] - 1) + x.numel(), dtype=x.dtype, device=x.device
-        )  # untouched pages take no room
-        return far.as_strided(x.shape, (x[0, 0].numel(), apart, *x[0, 0].contiguous().stride())).copy_(x)
+    if layout in ("far", "far rows"):  # every stride has 31 bits, but not every offset
+        axis, apart = 1 if layout == "far" else 2, (1 << 30) + 16
+        near = x.select(axis, 0).contiguous()
+        stride = (*near.stride()[:axis], apart, *near.stride()[axis:])
+        length = apart * (x.shape[axis] - 1) + x.numel()
+        far = torch.empty(length, dtype=x.dtype, device=x.device)  # untouched pages take no room
+        return far.as_strided(x.shape, stride).copy_(x)
     assert layout == "first"
     return x
 
@@ -160,17 +161,22 @@ def variants(number):
     return [turns[number % 5], turns[(number + 2) % 5], *BFLOAT16]
 
 
-def convolution(conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None, fold=False):
+def convolution(
+    conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None, fold=False, packed=False
+):
     """Whether y, dx and the gradient of the rows are exactly those of the dense convolution in float64.
 
     The numbers are small integers, so that every sum is exact in float32 and float16, and rounded in bfloat16.
+    `packed`: the fused kernel holds products in bfloat16, which they fit for few channels.
     """
     import torch
 
     from tritonsym import launch, reference
+    from tritonsym.kernels import fused
 
     launch.SCRATCH_BYTES = scratch or 1 << 30
     spec, dtype = build(**conv), getattr(torch, dtype)
+    fused.PACKED = (torch.bfloat16, dtype) if packed else (torch.bfloat16,)
     torch.manual_seed(0)
 
     def draw(*shape):

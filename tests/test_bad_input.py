@@ -460,6 +460,16 @@ CASES = {
         ValueError,
         "'implicit_gemm' forced SymmetricConv2d float64 remove",
     ),
+    "path: fused": (
+        lambda: forced("fused", tnn.SymmetricConv2d(4, 8, 3, stride=2, symmetry="h"), X),
+        ValueError,
+        "'fused' forced SymmetricConv2d float32 128 stride remove",
+    ),
+    "path: tiles of fused": (
+        lambda: forced("fused", conv(), X, tiles=((2, 128, 16, 4), (32, 16, 4))),
+        ValueError,
+        "'fused' tiles (2, 128, 16, 4) float32 cpu Plan.tiles",
+    ),
     "tritonsym: kernels on a CPU": (lambda: expand(f_conv), RuntimeError, "cpu TRITON_INTERPRET=1 auto"),
     "tritonsym: kernel fails": (failing, RuntimeError, "'expand' [1, 2] (2, 4, 6, 6) float32 cpu broken 'reference'"),
     "explain: module": (lambda: explain(nn.Conv2d(4, 4, 3), X), TypeError, "tritonsym.nn Conv2d"),

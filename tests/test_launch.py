@@ -105,6 +105,7 @@ STRIPS, TILES = ["_strips_kernel", "_sum_kernel"], ["_product_kernel"]
     "path, build, x, once, others, most",
     [
         ("shift", *CONV, ["_shift_sum_kernel"], ["_shift_sum_kernel"], (80e-6, 270e-6)),
+        ("fused", *CONV, ["_fused_kernel"], ["_shift_sum_kernel"], (90e-6, 270e-6)),
         (
             "implicit_gemm",
             *CONV,
@@ -171,7 +172,7 @@ def test_times_as_a_file(tmp_path, capsys):
     assert all(len(row["seconds"]) == 2 and 1e-6 < min(row["seconds"]) for row in rows)
 
 
-@pytest.mark.parametrize("path, count", [("shift", 2), ("implicit_gemm", 3)])
+@pytest.mark.parametrize("path, count", [("shift", 2), ("fused", 2), ("implicit_gemm", 3)])
 def test_sizes_of_images_and_batches_compile_nothing_new(gpu, path, count):
     layer = nn.SymmetricConv2d(16, 24, 3, padding=1, symmetry="h").bfloat16()
     with tritonsym.path(path):

@@ -383,7 +383,7 @@ def test_small_steps_are_timed_as_graphs(monkeypatch, cold, can_capture):
 @pytest.fixture
 def pretended_kernels(monkeypatch):
     """Kernels that are right, and the faster the nearer their tiles are to those yielded, by their length and order."""
-    best = {3: [(256, 16, 4), (32, 32, 4)], 5: [(64, 128, 32, 4, 3), (32, 32, 64, 2, 4)]}
+    best = {3: [(256, 16, 4), (32, 32, 4)], 4: [(8, 32, 16, 4)] * 2, 5: [(64, 128, 32, 4, 3), (32, 32, 64, 2, 4)]}
 
     def seconds(path, tiles, training):
         if path == "reference":
@@ -392,7 +392,7 @@ def pretended_kernels(monkeypatch):
             sum(abs(math.log2(a / b)) for a, b in zip(tile, best[len(tile)][-1 if last else 0], strict=True))
             for last, tile in zip([len(tiles) == 1, True, True], tiles, strict=False)
         ]
-        return 1 + sum(found if training else found[:1]) + 50 * (len(tiles) == 3)
+        return 1 + sum(found if training else found[:1]) + 50 * (len(tiles) == 3 or path == "fused")
 
     def pretend(steps, rounds, device):
         return {name: [seconds(*step)] * rounds for name, step in steps.items()}, {}
@@ -446,7 +446,7 @@ def test_interrupted_search_and_products_with_a_symmetric_result(pretended_kerne
 
 def test_tiles_that_are_wrong_or_fail_are_not_taken(pretended_kernels, monkeypatch):
     def gate(layer, x, path, tiles=()):
-        if path == "implicit_gemm":
+        if path in ("implicit_gemm", "fused"):
             raise RuntimeError("does not compile")
         assert not tiles or tiles[0][0] < 256, "wrong"
 

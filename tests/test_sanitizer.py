@@ -13,6 +13,7 @@ from tritonsym import kernels
 #: By what launches them: tiles, and all kernels.
 PATHS = {
     "shift": ([32, 16, 4] * 2, ["_shift_sum_kernel"]),
+    "fused": ([8, 8, 16, 4, 32, 16, 4], ["_fused_kernel", "_shift_sum_kernel"]),
     "implicit_gemm": ([32, 16, 32, 4, 2] * 3, ["_implicit_gemm_kernel", "_wgrad_kernel"]),
     "depthwise": ([32, 4, 4] * 3, ["_depthwise_kernel", "_depthwise_wgrad_kernel"]),
     "matrices": (
@@ -27,6 +28,8 @@ CONVOLUTIONS = [
     ("shift", *CASES["stride in groups"], "sliced"),
     ("shift", *CASES["transposed"], "first"),
     ("shift", *CASES["max, stride"], "last"),
+    ("fused", {"orbits": {"h": 2, "d4": 8}, "filters": 11, "groups": 2}, 2, 3, [9, 3], "sliced"),
+    ("fused", *CASES["max of h"], "last"),
     ("implicit_gemm", {"orbits": "hv", "filters": 4, "groups": 2}, 2, 3, [4, 5], "sliced"),
     ("implicit_gemm", {"ties": ["h", "h"], "filters": 2, "free": 1}, 1, 2, [4, 5], "first"),
     ("implicit_gemm", {"orbits": "h", "filters": 2, "kernel": [3]}, 2, 2, [561], "last"),
@@ -39,7 +42,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("path, conv, batch, channels, sizes, layout", CONVOLUTIONS)
 def test_accesses_of_convolutions(interpreter, path, conv, batch, channels, sizes, layout):
     tiles, kernels = PATHS[path]
-    options = {"path": "shift" if path == "shift" else "implicit_gemm", "tiles": tiles, "layout": layout}
+    options = {"path": "implicit_gemm" if path == "depthwise" else path, "tiles": tiles, "layout": layout}
     options |= {"conv": conv, "batch": batch, "channels": channels, "sizes": sizes}
     assert interpreter("sanitized", function="convolution", dtype="float32", **options) == [kernels, []]
 

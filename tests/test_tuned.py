@@ -18,6 +18,7 @@ from tritonsym import plan, tuned
 
 TILES = {
     "shift": ((128, 32, 4), (64, 32, 4)),
+    "fused": ((16, 8, 16, 8), (64, 32, 4)),
     "implicit_gemm": ((64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 64, 4, 2)),
 }
 
@@ -121,6 +122,7 @@ def test_the_users_table_comes_first():
 CANNOT_RUN = [("fastest", []), (["shift"], []), ("shift", "tiles"), ("shift", 3), ("shift", [[64, 32, 4]])]
 CANNOT_RUN += [("shift", [tile] * 2) for tile in ([4096, 64, 4], [48, 32, 4], [0, 32, 4])]
 CANNOT_RUN += [("implicit_gemm", [tile] * 3) for tile in ([64, 64, 32, 4, 0], [8, 64, 32, 4, 2], [256, 256, 64, 4, 4])]
+CANNOT_RUN += [("fused", [tile, [64, 32, 4]]) for tile in ([2, 128, 16, 8], [16, 16, 64, 4], [64, 32, 4])]
 CANNOT_RUN += [("implicit_gemm", [[64, 64, 32, 8, 3]] * 3)]  # miscompiled
 
 

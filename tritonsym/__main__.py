@@ -125,7 +125,7 @@ def _checks(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], Non
 
     has_weights = not isinstance(layer, tnn.TopKPool1d | tnn.Symmetrize)
     for path in plan.PATHS if has_weights else ("reference",):
-        if path == "implicit_gemm" and not launch.runs_on(x.device):
+        if path in ("implicit_gemm", "fused") and not launch.runs_on(x.device):
             continue
         try:
             with plan.path(path):

@@ -1,9 +1,10 @@
 """Convolutions by Triton kernels: how tensors lie for them, and all that a repeated call need not work out again.
 
-Two paths. `shift`: products by the vendor's library, and the sums from their results to y by `kernels.shift`, which
-also adds the bias, applies the activation and pools. `implicit_gemm`: one kernel that reads the stored rows through
-`ConvSpec.row_table`, `kernels.conv` or, with one input channel per group, `kernels.depthwise`. The backward pass needs
-nothing but x and the weights (and one byte per value of a pooled orbit).
+Three paths. `shift`: products by the vendor's library, and the sums from their results to y by `kernels.shift`, which
+also adds the bias, applies the activation and pools. `fused`: its forward pass as one kernel, `kernels.fused`.
+`implicit_gemm`: one kernel that reads the stored rows through `ConvSpec.row_table`, `kernels.conv` or, with one input
+channel per group, `kernels.depthwise`. The backward pass needs nothing but x and the weights (and one byte per value of
+a pooled orbit).
 
 What depends on the spec, on shapes, strides, alignment, dtype and device alone is prepared on meta tensors and kept:
 a repeated call is a look-up, a few views and the launches. To capture it in a CUDA graph, call it once before, and its
@@ -108,7 +109,8 @@ def backward(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
-    """The gradients with respect to x and to the weights."""
+    """The gradients with respect to x and to the weights; of the path 'fused' those of `shift`."""
+    path = "shift" if path == "fused" else path
     with launching(path, tiles, x, *weights):
         form = spec, path, tuple(tiles), fold, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
         if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
@@ -261,6 +263,8 @@ def _layer(
 
     common = ConvSpec.of(spec), as_tiles(tiles), [_meta(form, dtype) for form in weights], device, scratch
     fold = fold and dtype != torch.float16  # whose convolutions neither keep z in float32 nor scale
+    if path == "fused":
+        return Fused(*common, precision)
     return Shift(*common, fold) if path == "shift" else ImplicitGemm(*common, precision)
 
 
@@ -488,6 +492,23 @@ class Shift(Layer):
             return dx, drows if need_rows else None
 
         return run
+
+
+class Fused(Layer):
+    """One kernel for y; the gradients are those of `Shift`."""
+
+    def __init__(self, *common: Any) -> None:
+        *of_layer, self.precision = common
+        super().__init__(*of_layer)
+        (self.stage,) = stages(self.spec, False)
+        self.stored = [Rows(self.spec, self.stage.blocks, self.stage.inside, of_layer[2])]
+
+    def prepare_fprop(self, x: Tensor, y: Tensor, act: str | None) -> Callable[..., None]:
+        from tritonsym.kernels import fused
+
+        shape: Any = self.stored[0].shape
+        kernel = fused.conv(_to_3d(x), shape, _to_3d(y), self.stage.to_y, self.tiles[0], act, self.precision)
+        return lambda x, rows, bias, y, winners: kernel(x, rows[0], y, bias, winners)
 
 
 class Product:

@@ -65,7 +65,7 @@ def conv(
         batched, weights = batched.to(dtype), [w.to(dtype) for w in weights]
         bias = None if bias is None else bias.to(dtype)
     pooled = None
-    if conv_spec.pool and not (path == "shift" and tiles):  # torch pools the images
+    if conv_spec.pool and not (path in ("shift", "fused") and tiles):  # torch pools the images
         pooled, spec = conv_spec, _without_pool(spec)
     own = bias if pooled is None else None
     needed = needs_gradient(batched, bias, *weights)

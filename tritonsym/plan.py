@@ -2,6 +2,7 @@
 
 Paths: ``reference`` (expand the weight with torch ops, call the torch convolution or matmul; every device and dtype),
 ``shift`` (one multiply-add per position and stored weight: `tritonsym.shift` on the CPU, `tritonsym.launch` on a GPU),
+``fused`` (the same with its forward pass in one kernel, for few channels: `kernels.fused`, on a GPU),
 ``blocks`` (products with symmetric matrices by blocks of the stored half, `tritonsym.blocks`; every device and dtype),
 ``fold`` (group convolutions by characters: `tritonsym.fold`) and ``implicit_gemm`` (one Triton kernel that reads or
 writes through the symmetry: an implicit GEMM that expands the stored weights where it reads them, with all multiply-
@@ -33,7 +34,7 @@ from tritonsym.spec import ConvSpec, check
 from tritonsym.tuned import Tiles
 
 BACKENDS = ("auto", "reference", "triton")
-PATHS = ("reference", "implicit_gemm", "shift", "blocks", "fold")
+PATHS = ("reference", "implicit_gemm", "shift", "fused", "blocks", "fold")
 
 #: The environment variable TRITONSYM_BACKEND when this was imported.
 ENVIRONMENT = os.environ.get("TRITONSYM_BACKEND") or "auto"
@@ -74,8 +75,8 @@ def backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def path(name: str, tiles: Tiles = ()) -> Iterator[None]:
-    """Within the block force one path, 'reference', 'implicit_gemm', 'shift', 'blocks' or 'fold', for tests and
-    benchmarks.
+    """Within the block force one path, 'reference', 'implicit_gemm', 'shift', 'fused', 'blocks' or 'fold', for tests
+    and benchmarks.
 
     'fold' is for group convolutions, of which it folds all axes that it can, and they have no other but the reference.
 
@@ -253,6 +254,22 @@ class ConvProblem(Problem):
         """Of the shift path: multiply-adds, values of z, and additions."""
         return self.work_of(self.fold)
 
+    @cached_property
+    def patch(self) -> tuple[int, ...] | None:
+        """Of the fused kernel; None if it cannot compute the layer."""
+        from tritonsym.kernels.tiles import pick_patch
+
+        if not self.has_kernel or max(self.spec.geometry.stride) > 1 or self.is_depthwise:
+            return None
+        found = pick_patch(len(self.sizes), max(self.terms_of_blocks), self.channels, self.reach, *self.where)
+        return None if found is None else astuple(found)
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How far the results of a patch (H, W) read."""
+        g = self.spec.geometry
+        return (0, *(d * (k - 1) for d, k in zip(g.dilation, g.kernel_size, strict=True)))[-2:]
+
     def work_of(self, fold: bool) -> tuple[int, int, int]:
         """`work`, with the axes that no image moves inside the product or not."""
         z, products, sums = shift.work(self.spec, fold, self.sizes)
@@ -276,7 +293,11 @@ class ConvProblem(Problem):
     @property
     def terms(self) -> int:
         """Of all sums of the shift path together."""
-        return sum(sign != 0 for images in self.spec.slot_table for *_, signs in images for sign in signs)
+        return sum(self.terms_of_blocks)
+
+    @property
+    def terms_of_blocks(self) -> list[int]:
+        return [sum(sign != 0 for *_, signs in images for sign in signs) for images in self.spec.slot_table]
 
     @property
     def outputs(self) -> int:
@@ -295,21 +316,29 @@ class ConvProblem(Problem):
         )
 
     def rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
-        from tritonsym.kernels.tiles import GemmTile, Tile, fits
+        from tritonsym.kernels.tiles import GemmTile, Patch, Tile, fits, fits_patch
 
         def fit(kind: type[Tile | GemmTile]) -> Callable[..., bool]:
             return lambda *numbers: fits(kind(*numbers), *self.where, taps=True)
 
         product = Tile if self.is_depthwise else GemmTile
-        return {"reference": (), "shift": (fit(Tile),) * 2, "implicit_gemm": (fit(product),) * 3}
+        rules: dict[str, tuple[Callable[..., bool], ...]] = {
+            "reference": (),
+            "shift": (fit(Tile),) * 2,
+            "implicit_gemm": (fit(product),) * 3,
+        }
+        if self.patch is not None:
+            rules["fused"] = (lambda *n: fits_patch(Patch(*n), self.channels, self.reach, *self.where), fit(Tile))
+        return rules
 
     def tiles(self, path: str) -> Tiles:
-        """Of shift_sum and gather_sum, or of fprop, dgrad and wgrad."""
+        """Of shift_sum, or the fused kernel, and gather_sum, or of fprop, dgrad and wgrad."""
         from tritonsym.kernels import tiles
 
         filters = max(block.filters for block in self.spec.blocks)
-        if path == "shift":
-            return tuple(astuple(tiles.pick(filters, self.taps, adjoint)) for adjoint in (False, True))
+        if path in ("shift", "fused"):
+            to_y, to_d = (astuple(tiles.pick(filters, self.taps, adjoint)) for adjoint in (False, True))
+            return (self.patch if path == "fused" and self.patch else to_y, to_d)
         if self.is_depthwise:
             return (astuple(tiles.pick_depthwise(self.spec.groups)),) * 3
         itemsize, target = self.where
@@ -610,6 +639,10 @@ TILES_OF_VENDOR, STRIPS_OF_VENDOR, GRAM_OF_VENDOR, IMPLICIT_OF_VENDOR = 0.85, 0.
 #: Instructions of a term of the sums, as of the machine code (2 with 8 images, 3.5 with 2), and those that a lane
 #: issues per second: three quarters of 1.755 GHz.
 TERM, CLOCK = 2.7, 1.3e9
+#: Instructions of the fused kernel for a value of z and for a term of a sum, at every position of a patch, as of the
+#: machine code for bfloat16 on sm_90; a product with 16 columns has half of the tensor cores' rate. Above so many terms
+#: in a block it needs more registers than there are.
+FUSED_VALUE, FUSED_TERM, FUSED_RATE, FUSED_TERMS = 7.5, 1.7, 0.5, 72
 #: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
 SMALL_N = 2048
 #: Estimated speedup below which the reference is taken all the same: nothing was measured.
@@ -664,7 +697,8 @@ def estimated_seconds(problem: ConvProblem) -> dict[str, float]:
     rows = seconds(2 * problem.stored)
     dense = seconds(x + problem.y + weights, problem.expanded, conv, terms)
     ours = conv if problem.is_depthwise else IMPLICIT_OF_VENDOR * conv
-    return {
+    fused = {"fused": rows + fused_seconds(problem)} if problem.patch and problem.dtype == "bfloat16" else {}
+    return fused | {
         "reference": rows + seconds(2 * weights) + dense,
         "shift": rows + shift_seconds(problem, problem.fold),
         "implicit_gemm": rows + seconds(x + problem.y + problem.stored, problem.expanded, ours, terms),
@@ -682,6 +716,30 @@ def shift_seconds(problem: ConvProblem, fold: bool) -> float:
     issued = TERM * additions / (128 * device.processors * CLOCK)
     sums = max((problem.y * itemsize + of_z) / device.memory, additions * itemsize / device.l1, issued)
     return product + sums + 2 * LAUNCH
+
+
+def fused_seconds(problem: ConvProblem) -> float:
+    """Of the fused kernel for bfloat16: all positions of all patches are multiplied, for whole tiles of filters, each
+    of which reads the patch from the second-level cache; instructions for every value of z and every term. Programs
+    come in waves of one per multiprocessor."""
+    from tritonsym.kernels.tiles import Patch, padded_channels
+
+    device, spec = device_of(problem.target), problem.spec
+    patch = Patch(*problem.patch or ())
+    count = problem.batch * spec.groups * patch.count((1, *spec.geometry.out_sizes(problem.sizes))[-2:], problem.reach)
+    tiles = [-(-block.filters // patch.block_u) for block in spec.blocks]
+    values = sum(tile * spec.slots(block) for tile, block in zip(tiles, spec.blocks, strict=True))
+    terms = sum(tile * number for tile, number in zip(tiles, problem.terms_of_blocks, strict=True))
+    wave = device.processors
+    positions = -(-count * sum(tiles) // wave) * wave / sum(tiles) * patch.positions
+    multiply_adds = positions * patch.block_u * values * padded_channels(problem.channels)
+    issued = positions * patch.block_u * (FUSED_VALUE * values + FUSED_TERM * terms)
+    return LAUNCH + max(
+        2 * (problem.x + problem.y + problem.stored) / device.memory,
+        2 * positions * sum(tiles) * problem.channels / device.cache,
+        2 * multiply_adds / (FUSED_RATE * device.half),
+        issued / (128 * device.processors * CLOCK),
+    )
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -724,42 +782,41 @@ PACKED_FROM, HALF_FROM = 256, 384
 NEVER_UNPACKED = "Never unpacked: half of the memory, at any speed."
 
 
-def _pays(problem: ConvProblem) -> tuple[bool, str]:
-    """Whether `shift` is taken rather than the reference, and why."""
+def _pays(problem: ConvProblem) -> tuple[str, str]:
+    """`shift` or `fused` where one is taken rather than the reference, else nothing, and why."""
     multiply_adds, z, additions = problem.work
     words = f"{problem.expanded / max(multiply_adds, 1):.3g}x fewer multiply-adds, {additions:,} additions"
     on_cpu = problem.target == "cpu"
     if on_cpu and problem.dtype not in ITEMSIZE:
-        return False, f"The sums of the shift path ({words}) are slow in {problem.dtype}."
+        return "", f"The sums of the shift path ({words}) are slow in {problem.dtype}."
     if on_cpu and not shift.is_fast():
-        return False, f"The sums of the shift path ({words}) are slow in this build of torch."
+        return "", f"The sums of the shift path ({words}) are slow in this build of torch."
     if on_cpu and not (problem.last or problem.training) and z * 4 > problem.batch * shift.CHUNK_BYTES:
         return (
-            False,
+            "",
             f"The shift path ({words}) is slow for large contiguous images; channels-last ones it is fast for.",
         )
     if not on_cpu and problem.is_depthwise:
-        return False, "The implicit_gemm kernel is no faster than the vendor's depthwise convolution (estimate)."
+        return "", "The implicit_gemm kernel is no faster than the vendor's depthwise convolution (estimate)."
     if not on_cpu and not architecture(problem.target).startswith(("sm_", "cuda", "cpu")):
-        return False, "No estimate for this GPU."
+        return "", "No estimate for this GPU."
     if not on_cpu and problem.terms > MOST_TERMS:
-        return False, f"The shift path ({words}) has too many terms to compile."
+        return "", f"The shift path ({words}) has too many terms to compile."
     if not on_cpu:
         seconds = estimated_seconds(problem)
-        speed = seconds["reference"] / seconds["shift"]
-        return speed > MARGIN, f"The shift path ({words}) would have {speed:.2g}x the reference's speed (estimate)."
+        fits = max(problem.terms_of_blocks) <= FUSED_TERMS
+        best = min(("shift", "fused")[: 1 + fits], key=lambda path: seconds.get(path, math.inf))
+        speed = seconds["reference"] / seconds[best]
+        why = f"The {best} path ({words}) would have {speed:.2g}x the reference's speed (estimate)."
+        return best if speed > MARGIN else "", why
     wide = problem.batch * shift.work(problem.spec, problem.fold, problem.sizes, WIDTH)[2]
     slow = ONE_VOLUME if problem.batch == 1 and len(problem.sizes) == 3 else 1
-    has_inside = problem.fold and any(
-        any(part.inside) and not part.is_plain for part in shift.parts(problem.spec, True)
-    )
-    saved, cost = (
-        slow * problem.expanded - (INSIDE if has_inside else 1) * multiply_adds,
-        ADDITION * wide + BLOCK * len(problem.spec.blocks),
-    )
+    folds = problem.fold and any(any(part.inside) and not part.is_plain for part in shift.parts(problem.spec, True))
+    saved = slow * problem.expanded - (INSIDE if folds else 1) * multiply_adds
+    cost = ADDITION * wide + BLOCK * len(problem.spec.blocks)
     if saved <= cost:
-        return False, f"The shift path ({words}) saves less than its additions cost."
-    return True, f"{words}: it saves {saved / max(cost, 1):.2g}x what its additions cost."
+        return "", f"The shift path ({words}) saves less than its additions cost."
+    return "shift", f"{words}: it saves {saved / max(cost, 1):.2g}x what its additions cost."
 
 
 @dataclass(frozen=True)
@@ -828,11 +885,14 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         "reference": True,
         "shift": is_conv and problem.can_shift,
         "implicit_gemm": runs,
+        "fused": runs and is_conv and problem.patch is not None,
         "blocks": hasattr(problem, "of_blocks"),
         "fold": False,
     }
     if forced and not can[forced]:
         why = "" if forced in ("shift", "blocks", "fold") else f" ({_no_kernel(problem)})" if not has_kernel else ""
+        if forced == "fused" and has_kernel and is_conv:
+            why = " (its kernel is for 2 to 128 channels per group, stride 1, one or two axes, and a patch that fits)"
         hint = (
             "" if is_conv else " (with triton installed, tritonsym.backend('triton') runs kernels in its interpreter)"
         )
@@ -870,7 +930,7 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
     elif is_conv:
         interpreted = backend == "triton" and not on_gpu
         pays, why = _pays(replace(problem, target="sm_90") if interpreted else problem)
-        chosen = "shift" if pays else "implicit_gemm" if backend == "triton" else "reference"
+        chosen = pays if pays and can[pays] else "implicit_gemm" if backend == "triton" else "reference"
         why = f"A kernel is forced by the backend 'triton'. {why}" if backend == "triton" else why
     elif backend == "triton":
         chosen, why = "implicit_gemm", "Forced by the backend 'triton'."
@@ -891,13 +951,13 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
             raise cannot_stay_packed(f"{problem.dtype} tensors on {problem.target} under these switches")
         return Plan(problem, chosen, 2 * problem.expanded, 2 * problem.dense, why)
     tiles: Tiles = ()
-    launches = chosen == "implicit_gemm" or (
+    launches = chosen in ("implicit_gemm", "fused") or (
         chosen == "shift" and (backend == "triton" or (on_gpu and backend == "auto"))
     )
     if has_kernel and launches:
         tiles = forced_tiles or (measured[1] if measured and measured[0] == chosen else problem.tiles(chosen))
     if is_conv:
-        multiply_adds = problem.work[0] if chosen == "shift" else problem.expanded
+        multiply_adds = problem.work[0] if chosen in ("shift", "fused") else problem.expanded
     else:
         multiply_adds = problem.of_blocks if chosen == "blocks" else problem.of_kernel
     fold = is_conv and problem.fold and (on_gpu or not tiles)  # not by the interpreter, which the CPU's rule is not for
