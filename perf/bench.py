@@ -4,8 +4,8 @@
 
 On a GPU the shapes of networks, without one reduced sizes on the CPU. Variants: `dense`, every path, what is taken by
 default (`auto`), the weight expanded in every call by torch's `parametrize`, and on the CPU the product with the stored
-weights alone (`gemm`), which no path can beat. Beside group convolutions of images, where escnn is installed, stands its
-layer between the same fields, which keeps its dense weight in inference. It needs an environment of its own:
+weights alone (`gemm`), which no path can beat. Beside group convolutions of images, where escnn is installed, stands
+its layer between the same fields, which keeps its dense weight in inference. It needs an environment of its own:
 
     pip install -e . escnn==1.0.11 'scikit-learn<1.2' 'scipy<1.12'
 
