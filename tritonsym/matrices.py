@@ -92,9 +92,11 @@ def _run(function: Any, op: Any, *args: Any) -> Any:
     return function(*args) if is_plain and not torch.compiler.is_compiling() else op(*args)
 
 
-def _apply(function: Any, *args: Any) -> Any:
-    """Of an autograd function, where it may be differentiated again."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """With a graph only where the result will be differentiated."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    traced = torch.compiler.is_compiling() or needs_gradient(*tensors)
+    return function.apply(*args) if traced else function.forward(*args)
 
 
 def _conj(x: Tensor) -> Tensor:
@@ -198,13 +200,6 @@ class _Gram(torch.autograd.Function):
 
 for _function in (_Product, _Gradient, _QuadraticForm, _Gram):
     takes_positions(_function.forward)
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """With a graph only where the result will be differentiated."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    traced = torch.compiler.is_compiling() or needs_gradient(*tensors)
-    return function.apply(*args) if traced else function.forward(*args)
 
 
 def _route(x: Tensor, packed: Tensor, never_unpack: bool, skew: bool, training: bool) -> tuple[str, plan.Tiles]:

@@ -593,11 +593,9 @@ def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], width: int = 1) -> tu
             z += 0 if part.is_plain else values * len(phase.slots) * math.prod(phase.sizes)
         if not part.is_plain:
             terms = sum(sign != 0 for _, _, signs in part.images for sign in signs)
-            places = [
-                a.size if geometry.transposed and not stays else a.out
-                for stays, a in zip(part.inside, axes, strict=True)
-            ]
-            sums += spec.groups * max(part.filters, width) * terms * math.prod(places)
+            ends = zip(part.inside, axes, strict=True)
+            places = math.prod(a.size if geometry.transposed and not stays else a.out for stays, a in ends)
+            sums += spec.groups * max(part.filters, width) * terms * places
     return z, products, sums
 
 
