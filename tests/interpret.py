@@ -111,20 +111,20 @@ def weights_of(rows, spec):
     return [part.reshape(shape) for part, shape in zip(found, shapes, strict=True)]
 
 
-def forward(x, rows, bias, spec, path, tiles, activation=None, fold=False):
+def forward(x, rows, bias, spec, path, tiles, activation=None, inner=False):
     """`launch.fprop`: y, and the winners of a pooled orbit or None."""
     from tritonsym import launch, shift
 
-    options = (spec.text, path, tiles, fold, activation, shift.is_last(x), bool(spec.pool))
+    options = (spec.text, path, tiles, inner, activation, shift.is_last(x), bool(spec.pool))
     y, winners = launch.fprop(x, weights_of(rows, spec), bias, *options)
     return y, winners if spec.pool else None
 
 
-def backward(dy, x, rows, winners, spec, path, tiles, need_x=True, need_rows=True, fold=False):
+def backward(dy, x, rows, winners, spec, path, tiles, need_x=True, need_rows=True, inner=False):
     """`launch.backward`: dx, and the gradients of the weights; None where not needed."""
     from tritonsym import launch
 
-    options = (spec.text, path, tiles, fold, need_x, need_rows)
+    options = (spec.text, path, tiles, inner, need_x, need_rows)
     return launch.backward(dy, x, weights_of(rows, spec), winners, *options)
 
 
@@ -162,7 +162,7 @@ def variants(number):
 
 
 def convolution(
-    conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None, fold=False, packed=False
+    conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None, inner=False, packed=False
 ):
     """Whether y, dx and the gradient of the rows are exactly those of the dense convolution in float64.
 
@@ -197,12 +197,12 @@ def convolution(
     x, rows, bias, dy = (t.detach().to(DEVICE, dtype) for t in (x, rows, bias, dy))
     x, dy = lay_out(x, layout), dy if layout == "sliced" else lay_out(dy, layout)
     bias = bias.repeat_interleave(2)[::2] if layout == "sliced" else bias
-    got, winners = forward(x, rows, bias, spec, path, tiles, activation, fold)
+    got, winners = forward(x, rows, bias, spec, path, tiles, activation, inner)
     expected = reference.activate(y.detach() + bias.double()[(...,) + (None,) * len(sizes)], activation)
     exact = {"rtol": 0, "atol": 0} if activation in (None, "relu") else {"rtol": 1e-3, "atol": 1e-3}
     exact |= rounded
     torch.testing.assert_close(got.cpu().double(), expected, **exact, msg=lambda m: f"y: {m}")
-    got_dx, got_dws = backward(dy, x, rows, winners, spec, path, tiles, fold=fold)
+    got_dx, got_dws = backward(dy, x, rows, winners, spec, path, tiles, inner=inner)
     torch.testing.assert_close(got_dx.cpu().double(), dx, **tolerance, msg=lambda m: f"dx: {m}")
     for got_dw, dw in zip(got_dws, weights_of(drows, spec), strict=True):
         torch.testing.assert_close(got_dw.cpu().double(), dw, **tolerance, msg=lambda m: f"dw: {m}")

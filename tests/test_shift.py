@@ -45,25 +45,25 @@ def results(layer, x):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
-@pytest.mark.parametrize("fold", [0, 1 << 60])
+@pytest.mark.parametrize("inner", [0, 1 << 60])
 @pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 12, 1 << 30])
 @pytest.mark.parametrize("name", LAYERS)
-def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, fold, bounds):
+def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, inner, bounds):
     """All ways through a layer give the same, channels-last or not."""
     layer = LAYERS[name]()
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(5, 6, 13, 9).to(memory_format=memory_format).requires_grad_()
         with tritonsym.path("reference"):
             expected = results(layer, x)
-        bounds(chunk_bytes, fold)
+        bounds(chunk_bytes, inner)
         with tritonsym.path("shift"):
             for got, right in zip(results(layer, x), expected, strict=True):
                 torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
 def test_axes_that_no_image_moves_stay_inside_the_product():
-    def slots(layer, fold):
-        (part, *_) = shift.parts(layer.spec, fold)
+    def slots(layer, inner):
+        (part, *_) = shift.parts(layer.spec, inner)
         return len(part.order), len(part.order[0])
 
     h = tnn.SymmetricConv2d(4, 8, (3, 5), symmetry="h")

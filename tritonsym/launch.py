@@ -78,18 +78,18 @@ def fprop(
     spec: str,
     path: str,
     tiles: Sequence[int],
-    fold: bool,
+    inner: bool,
     activation: str | None,
     last: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """act(conv(x) + bias), channels-last or not, and if `keep` the images that won: bit i of a byte for image i.
 
-    `tiles`: those of the path's kernels (`kernels.tiles.as_tiles`). `fold`: axes that no image moves stay inside the
+    `tiles`: those of the path's kernels (`kernels.tiles.as_tiles`). `inner`: axes that no image moves stay inside the
     products of `shift`.
     """
     with launching(path, tiles, x, *weights):
-        form = spec, path, tuple(tiles), fold, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
+        form = spec, path, tuple(tiles), inner, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
         layer, run, shape, stride = _forward(form, _form(x), bias is None, activation, last, keep)
         y = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
         winners = torch.empty_like(y, dtype=torch.uint8) if keep else None
@@ -105,14 +105,14 @@ def backward(
     spec: str,
     path: str,
     tiles: Sequence[int],
-    fold: bool,
+    inner: bool,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """The gradients with respect to x and to the weights; of the path 'fused' those of `shift`."""
     path = "shift" if path == "fused" else path
     with launching(path, tiles, x, *weights):
-        form = spec, path, tuple(tiles), fold, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
+        form = spec, path, tuple(tiles), inner, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
         if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
             winners = channels_last(winners)
             dy = torch.div(dy, _bits(winners), out=torch.empty_like(winners, dtype=dy.dtype))
@@ -252,7 +252,7 @@ def _layer(
     spec: str,
     path: str,
     tiles: Ints,
-    fold: bool,
+    inner: bool,
     precision: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -262,10 +262,10 @@ def _layer(
     from tritonsym.kernels.tiles import as_tiles
 
     common = ConvSpec.of(spec), as_tiles(tiles), [_meta(form, dtype) for form in weights], device, scratch
-    fold = fold and dtype != torch.float16  # whose convolutions neither keep z in float32 nor scale
+    inner = inner and dtype != torch.float16  # whose convolutions neither keep z in float32 nor scale
     if path == "fused":
         return Fused(*common, precision)
-    return Shift(*common, fold) if path == "shift" else ImplicitGemm(*common, precision)
+    return Shift(*common, inner) if path == "shift" else ImplicitGemm(*common, precision)
 
 
 @lru_cache(maxsize=4096)
@@ -322,15 +322,15 @@ class Stage:
 
 
 @lru_cache(maxsize=1024)
-def stages(spec: ConvSpec, fold: bool) -> tuple[Stage, ...]:
-    """All blocks at once; with `fold` those first of which the same axes stay inside."""
+def stages(spec: ConvSpec, inner: bool) -> tuple[Stage, ...]:
+    """All blocks at once; with `inner` those first of which the same axes stay inside."""
     ndim = len(spec.geometry.kernel_size)
-    found = parts(spec, fold)
-    insides = [part.inside[:ndim] if fold else (False,) * ndim for part in found]
+    found = parts(spec, inner)
+    insides = [part.inside[:ndim] if inner else (False,) * ndim for part in found]
     result = []
     for inside in dict.fromkeys(insides):
         blocks = tuple(b for b, other in enumerate(insides) if other == inside)
-        result.append(_stage(spec, inside, blocks, found if fold else None))
+        result.append(_stage(spec, inside, blocks, found if inner else None))
     return tuple(result)
 
 
@@ -386,9 +386,9 @@ class Shift(Layer):
     """Products, and sums of them, stage by stage."""
 
     def __init__(self, *common: Any) -> None:
-        *of_layer, fold = common
+        *of_layer, inner = common
         super().__init__(*of_layer)
-        self.stages = stages(self.spec, fold)
+        self.stages = stages(self.spec, inner)
         self.stored = [Rows(self.spec, stage.blocks, stage.inside, of_layer[2]) for stage in self.stages]
 
     def z(self, stage: Stage, x: Tensor, dtype: torch.dtype) -> Tensor:

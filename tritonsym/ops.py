@@ -54,7 +54,7 @@ def conv(
         weights = [orbit_mean(where, w, conv_spec, scale) for w in weights]
     batched = x[None] if x.ndim == len(conv_spec.geometry.kernel_size) + 1 else x
     dtype = computing_dtype(x)  # as autocast would
-    path, tiles, fold = _route(where, spec, batched, weights, bias, dtype)
+    path, tiles, inner = _route(where, spec, batched, weights, bias, dtype)
     if bias is not None and bias.shape[0] != conv_spec.out_channels:
         bias = reference.expand_bias(bias, conv_spec)
     if path == "reference":
@@ -70,7 +70,7 @@ def conv(
     own = bias if pooled is None else None
     needed = needs_gradient(batched, bias, *weights)
     fused = activation if tiles and pooled is None and not needed else None
-    call = call_text(spec, path, tiles, fold, fused, bool(conv_spec.pool) and pooled is None)
+    call = call_text(spec, path, tiles, inner, fused, bool(conv_spec.pool) and pooled is None)
     args = batched, weights[0], weights[1] if len(weights) > 1 else None, own, call
     if torch.compiler.is_compiling():
         y, _ = torch.ops.tritonsym.conv(*args)
@@ -196,7 +196,7 @@ class Call(NamedTuple):
     spec: str
     path: str
     tiles: tuple[int, ...]
-    fold: bool
+    inner: bool
     activation: str | None
     keep: bool  # the images that won: bit i of a byte per value of y stands for image i
 
@@ -233,8 +233,8 @@ def _decided(call: str, x: Tensor, weights: Sequence[Tensor], training: bool) ->
         training,
     )
     with plan.backend(found.path):
-        path, tiles, fold = plan.route((*problem, shift.is_last(x)), *plan.switches())
-    return found._replace(path=path, tiles=tiles, fold=fold)
+        path, tiles, inner = plan.route((*problem, shift.is_last(x)), *plan.switches())
+    return found._replace(path=path, tiles=tiles, inner=inner)
 
 
 def _stored(weight: Tensor, free_weight: Tensor | None) -> list[Tensor]:
@@ -255,15 +255,15 @@ def _fprop(
 ) -> tuple[Tensor, Tensor]:
     """act(conv(x) + bias), and the images that won."""
     weights = _stored(weight, free_weight)
-    spec, path, tiles, fold, activation, keep = _decided(call, x, weights, training=False)
+    spec, path, tiles, inner, activation, keep = _decided(call, x, weights, training=False)
     nothing = x.new_empty(0, dtype=torch.uint8)
     last = _is_last_output(x, weights)
     if path == "shift" and not tiles:
-        return shift.fprop(x, weights, bias, spec, fold, last), nothing
+        return shift.fprop(x, weights, bias, spec, inner, last), nothing
     conv = ConvSpec.of(spec)
     if path == "reference":
         return _in_format(reference.conv(x, reference.expand(conv, weights), bias, conv), last), nothing
-    y, winners = launch.fprop(x, weights, bias, spec, path, tiles, fold, activation, last, keep)
+    y, winners = launch.fprop(x, weights, bias, spec, path, tiles, inner, activation, last, keep)
     return y, nothing if winners is None else winners
 
 
@@ -279,17 +279,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients with respect to x and the stored weights; empty where not needed."""
     weights = _stored(weight, free_weight)
-    text, path, tiles, fold, *_ = _decided(call, x, weights, training=True)
+    text, path, tiles, inner, *_ = _decided(call, x, weights, training=True)
     conv = ConvSpec.of(text)
     dx: Tensor | None
     dws: list[Tensor] | None
     if path == "reference":
         dx, dws = reference.conv_vjp(dy, x, conv, weights, need_x, need_weights)
     elif not tiles:
-        dx, dws = shift.backward(dy, x, weights, text, fold, need_x, need_weights)
+        dx, dws = shift.backward(dy, x, weights, text, inner, need_x, need_weights)
     else:
         won = winners if conv.pool else None
-        dx, dws = launch.backward(dy, x, weights, won, text, path, tiles, fold, need_x, need_weights)
+        dx, dws = launch.backward(dy, x, weights, won, text, path, tiles, inner, need_x, need_weights)
     nothing = x.new_empty(0)
     dw, dfree, *_ = [*(dws or [nothing]), nothing, nothing]
     return nothing if dx is None else dx if tiles else _in_format(dx, shift.is_last(x)), dw, dfree

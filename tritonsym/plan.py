@@ -240,7 +240,7 @@ class ConvProblem(Problem):
         return self.channels == 1
 
     @cached_property
-    def fold(self) -> bool:
+    def inner(self) -> bool:
         """Whether axes that no image moves stay inside the product of the shift path."""
         if self.target == "cpu":
             return self.positions >= shift.INSIDE[0] * self.taps
@@ -252,7 +252,7 @@ class ConvProblem(Problem):
     @cached_property
     def work(self) -> tuple[int, int, int]:
         """Of the shift path: multiply-adds, values of z, and additions."""
-        return self.work_of(self.fold)
+        return self.work_of(self.inner)
 
     @cached_property
     def patch(self) -> tuple[int, ...] | None:
@@ -270,9 +270,9 @@ class ConvProblem(Problem):
         g = self.spec.geometry
         return (0, *(d * (k - 1) for d, k in zip(g.dilation, g.kernel_size, strict=True)))[-2:]
 
-    def work_of(self, fold: bool) -> tuple[int, int, int]:
+    def work_of(self, inner: bool) -> tuple[int, int, int]:
         """`work`, with the axes that no image moves inside the product or not."""
-        z, products, sums = shift.work(self.spec, fold, self.sizes)
+        z, products, sums = shift.work(self.spec, inner, self.sizes)
         return self.batch * products * self.channels, self.batch * z, self.batch * sums
 
     @property
@@ -700,18 +700,18 @@ def estimated_seconds(problem: ConvProblem) -> dict[str, float]:
     fused = {"fused": rows + fused_seconds(problem)} if problem.patch and problem.dtype == "bfloat16" else {}
     return fused | {
         "reference": rows + seconds(2 * weights) + dense,
-        "shift": rows + shift_seconds(problem, problem.fold),
+        "shift": rows + shift_seconds(problem, problem.inner),
         "implicit_gemm": rows + seconds(x + problem.y + problem.stored, problem.expanded, ours, terms),
     }
 
 
-def shift_seconds(problem: ConvProblem, fold: bool) -> float:
+def shift_seconds(problem: ConvProblem, inner: bool) -> float:
     """Of the product and the sums: z, of float16 in float32, is written to memory and read back once, and a term of a
-    sum takes a load from L1 and `TERM` instructions. With `fold` the product is the vendor's convolution."""
+    sum takes a load from L1 and `TERM` instructions. With `inner` the product is the vendor's convolution."""
     device, itemsize = device_of(problem.target), ITEMSIZE[problem.dtype]
-    multiply_adds, z, additions = problem.work_of(fold)
+    multiply_adds, z, additions = problem.work_of(inner)
     of_z = z * (4 if problem.dtype == "float16" else itemsize)
-    rate = (device.conv if fold else device.gemm) / (2 if itemsize == 4 else 1)  # tf32
+    rate = (device.conv if inner else device.gemm) / (2 if itemsize == 4 else 1)  # tf32
     product = max(((problem.x + problem.stored) * itemsize + of_z) / device.memory, 2 * multiply_adds / rate)
     issued = TERM * additions / (128 * device.processors * CLOCK)
     sums = max((problem.y * itemsize + of_z) / device.memory, additions * itemsize / device.l1, issued)
@@ -809,10 +809,12 @@ def _pays(problem: ConvProblem) -> tuple[str, str]:
         speed = seconds["reference"] / seconds[best]
         why = f"The {best} path ({words}) would have {speed:.2g}x the reference's speed (estimate)."
         return best if speed > MARGIN else "", why
-    wide = problem.batch * shift.work(problem.spec, problem.fold, problem.sizes, WIDTH)[2]
+    wide = problem.batch * shift.work(problem.spec, problem.inner, problem.sizes, WIDTH)[2]
     slow = ONE_VOLUME if problem.batch == 1 and len(problem.sizes) == 3 else 1
-    folds = problem.fold and any(any(part.inside) and not part.is_plain for part in shift.parts(problem.spec, True))
-    saved = slow * problem.expanded - (INSIDE if folds else 1) * multiply_adds
+    any_inside = problem.inner and any(
+        any(part.inside) and not part.is_plain for part in shift.parts(problem.spec, True)
+    )
+    saved = slow * problem.expanded - (INSIDE if any_inside else 1) * multiply_adds
     cost = ADDITION * wide + BLOCK * len(problem.spec.blocks)
     if saved <= cost:
         return "", f"The shift path ({words}) saves less than its additions cost."
@@ -834,7 +836,7 @@ class Plan:
     dense_flops: int
     why: str
     tiles: Tiles = ()  # of the path's kernels (`kernels.tiles`), if it launches any
-    fold: bool = False  # whether axes that no image moves stay inside the product of 'shift'
+    inner: bool = False  # whether axes that no image moves stay inside the product of 'shift'
     axes: int = 0  # how many mirrors 'fold' folds
 
     def __str__(self) -> str:
@@ -960,8 +962,10 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         multiply_adds = problem.work[0] if chosen in ("shift", "fused") else problem.expanded
     else:
         multiply_adds = problem.of_blocks if chosen == "blocks" else problem.of_kernel
-    fold = is_conv and problem.fold and (on_gpu or not tiles)  # not by the interpreter, which the CPU's rule is not for
-    return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles, fold)
+    inner = (
+        is_conv and problem.inner and (on_gpu or not tiles)
+    )  # not by the interpreter, which the CPU's rule is not for
+    return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles, inner)
 
 
 def cannot_stay_packed(what: str) -> NotImplementedError:
@@ -1015,9 +1019,9 @@ def conv_problem(
 
 @lru_cache(maxsize=8192)
 def route(problem: tuple[Any, ...], *switches: Any) -> Route:
-    """Path, tiles of its kernels one after the other, and whether axes fold, of ``conv_problem(*problem)``."""
+    """Path, tiles of its kernels one after the other, and whether axes stay inside, of ``conv_problem(*problem)``."""
     found = _plan(conv_problem(*problem), *switches)
-    return found.path, tuple(number for tile in found.tiles for number in tile), found.fold
+    return found.path, tuple(number for tile in found.tiles for number in tile), found.inner
 
 
 @constant

@@ -91,15 +91,15 @@ def _planar(geometry: Geometry) -> Geometry:
 
 
 @lru_cache(maxsize=1024)
-def parts(spec: ConvSpec, fold: bool) -> tuple[Part, ...]:
-    """Every block; with `fold` axes that no image moves are inside the product."""
+def parts(spec: ConvSpec, inner: bool) -> tuple[Part, ...]:
+    """Every block; with `inner` axes that no image moves are inside the product."""
     kernel = _planar(spec.geometry).kernel_size
     return tuple(
-        _part(block.filters, images, kernel, fold) for block, images in zip(spec.blocks, spec.slot_table, strict=True)
+        _part(block.filters, images, kernel, inner) for block, images in zip(spec.blocks, spec.slot_table, strict=True)
     )
 
 
-def _part(filters: int, images: tuple[tuple[int, Ints, Ints], ...], kernel: Ints, fold: bool) -> Part:
+def _part(filters: int, images: tuple[tuple[int, Ints, Ints], ...], kernel: Ints, inner: bool) -> Part:
     taps = list(product(*map(range, kernel)))
     of = [dict(zip(taps, zip(slots, signs, strict=True), strict=True)) for _, slots, signs in images]
 
@@ -117,7 +117,7 @@ def _part(filters: int, images: tuple[tuple[int, Ints, Ints], ...], kernel: Ints
     inside = [size > 1 and stays(axis) for axis, size in enumerate(kernel)]
     if all(size == 1 or stays_in for size, stays_in in zip(kernel, inside, strict=True)) and len(images) == 1:
         inside = [True] * len(kernel)  # nothing is left to add
-    elif not fold:
+    elif not inner:
         inside = [False] * len(kernel)
     within = list(product(*(range(size if i else 1) for size, i in zip(kernel, inside, strict=True))))
     outer = list(product(*(range(1 if i else size) for size, i in zip(kernel, inside, strict=True))))
@@ -520,11 +520,11 @@ class Program:
 
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
-def program(spec: str, fold: bool, shape: Ints, itemsize: int, chunk_bytes: int) -> Program:
+def program(spec: str, inner: bool, shape: Ints, itemsize: int, chunk_bytes: int) -> Program:
     """How x of this shape is computed, in pieces whose z takes about `chunk_bytes` at most."""
     keep_pages()
     conv = ConvSpec.of(spec)
-    geometry, blocks, groups = _planar(conv.geometry), parts(conv, fold), conv.groups
+    geometry, blocks, groups = _planar(conv.geometry), parts(conv, inner), conv.groups
     axes = tuple(map(Axis, shape[2:], geometry.padding, geometry.out_sizes(shape[2:])))
 
     @cache
@@ -579,12 +579,12 @@ def is_fast() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], width: int = 1) -> tuple[int, int, int]:
+def work(spec: ConvSpec, inner: bool, sizes: Sequence[int], width: int = 1) -> tuple[int, int, int]:
     """Values of z, products per channel of a group, and additions of rows of at least `width`, of one image."""
     geometry, z, products, sums = _planar(spec.geometry), 0, 0, 0
     sizes = (*sizes, 1)[: len(geometry.kernel_size)]
     axes = tuple(map(Axis, sizes, geometry.padding, geometry.out_sizes(sizes)))
-    for part in parts(spec, fold):
+    for part in parts(spec, inner):
         values = spec.groups * part.filters
         for phase in phases(part, geometry, axes):
             each = zip(phase.sizes, part.inside, axes, strict=True)
@@ -600,11 +600,11 @@ def work(spec: ConvSpec, fold: bool, sizes: Sequence[int], width: int = 1) -> tu
 
 
 @widens_float16
-def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, fold: bool, last: bool) -> Tensor:
+def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, inner: bool, last: bool) -> Tensor:
     """y = conv(x) + bias of stored weights and a bias per filter, channels-last or not; without pooling."""
     if x.ndim == 3:
-        return fprop(x.unsqueeze(-1), weights, bias, spec, fold, False).squeeze(-1)
-    plan = program(spec, fold, x.shape, x.element_size(), CHUNK_BYTES)
+        return fprop(x.unsqueeze(-1), weights, bias, spec, inner, False).squeeze(-1)
+    plan = program(spec, inner, x.shape, x.element_size(), CHUNK_BYTES)
     groups, kernels = plan.spec.groups, _Kernels(block_rows(plan.spec, weights))
     shape = (x.shape[0], plan.spec.filters, *(axis.out for axis in plan.axes))
     is_one = last and len(plan.chunks) == len(plan.parts) == 1
@@ -634,16 +634,16 @@ def fprop(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, spec: str, 
 
 @widens_float16
 def backward(
-    dy: Tensor, x: Tensor, weights: Sequence[Tensor], spec: str, fold: bool, need_x: bool, need_weights: bool
+    dy: Tensor, x: Tensor, weights: Sequence[Tensor], spec: str, inner: bool, need_x: bool, need_weights: bool
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """The gradients of `fprop` with respect to x and the stored weights; d is computed once for both."""
     if x.ndim == 3:
-        dx, dws = backward(dy.unsqueeze(-1), x.unsqueeze(-1), weights, spec, fold, need_x, need_weights)
+        dx, dws = backward(dy.unsqueeze(-1), x.unsqueeze(-1), weights, spec, inner, need_x, need_weights)
         return None if dx is None else dx.squeeze(-1), dws
     conv = ConvSpec.of(spec)
-    fold = fold and positions(conv.geometry, x.shape) * conv.groups >= INSIDE[1] * conv.stored_filters
-    plan = program(spec, fold, x.shape, x.element_size(), CHUNK_BYTES)
-    if fold and plan.bands:
+    inner = inner and positions(conv.geometry, x.shape) * conv.groups >= INSIDE[1] * conv.stored_filters
+    plan = program(spec, inner, x.shape, x.element_size(), CHUNK_BYTES)
+    if inner and plan.bands:
         plan = program(spec, False, x.shape, x.element_size(), CHUNK_BYTES)
     groups, kernels = plan.spec.groups, _Kernels(block_rows(plan.spec, weights))
     wide = torch.promote_types(x.dtype, torch.float32)
