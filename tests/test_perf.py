@@ -509,7 +509,8 @@ def test_run_all(tmp_path):
     assert [re.split(r"[ :]+", line)[1] for line in questions] == [f.__name__ for f in QUESTIONS]
     assert "All done" in run.stdout and "2 passed" in (tmp_path / "tests.log").read_text()
     rows = {row["case"]: row for row in json.loads((tmp_path / "bench-tuned.json").read_text())["rows"]}
-    for case, paths in {"n1-c8-3x3-hv": {"shift"}, "n8-c8-linear": {"blocks"}, "n8-c8-gram": {"blocks"}}.items():
+    expected = {"n1-c8-3x3-hv": {"shift", "fused"}, "n8-c8-linear": {"blocks"}, "n8-c8-gram": {"blocks"}}
+    for case, paths in expected.items():
         names = {name.split()[0] for name in rows[case]["seconds"]} - {"dense", "parametrize", "gemm"}
         assert names == {"auto", "reference", "implicit_gemm", *paths}
     entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]

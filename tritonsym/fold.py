@@ -28,7 +28,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
@@ -69,6 +69,11 @@ class GroupSpec:
     def text(self) -> str:
         """As a string, since torch ops take no objects; `of` gives the object back."""
         return json.dumps([self.symmetry.name, self.groups, astuple(self.geometry)])
+
+    @cached_property
+    def unpadded(self) -> str:
+        """`text` without what padding='same' adds on the far side, for an x that has it already."""
+        return replace(self, geometry=replace(self.geometry, extra=(0,) * len(self.geometry.extra))).text
 
     @staticmethod
     @lru_cache(maxsize=4096)

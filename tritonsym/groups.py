@@ -7,7 +7,6 @@ take as it is; derivatives of derivatives and transforms of `torch.func` go thro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from operator import index
 from typing import Any
@@ -89,11 +88,8 @@ def spec_of(text: str) -> GroupSpec:
 
 
 @constant
-@lru_cache(maxsize=4096)
 def unpadded(text: str) -> str:
-    """Without what padding='same' adds on the far side, which x has already."""
-    spec = GroupSpec.of(text)
-    return replace(spec, geometry=replace(spec.geometry, extra=(0,) * len(spec.geometry.extra))).text
+    return GroupSpec.of(text).unpadded
 
 
 def check(where: str, spec: GroupSpec, x: Sequence[int], psi: Sequence[int], bias: Sequence[int] | None) -> None:
