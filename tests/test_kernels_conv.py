@@ -113,7 +113,7 @@ def test_runs_are_equal(interpreter, path, name):
     ],
 )
 def test_axes_inside_the_products(interpreter, conv, channels, sizes, layout):
-    options = {"path": "shift", "tiles": TILES["shift"][0], "dtype": "float32", "layout": layout, "fold": True}
+    options = {"path": "shift", "tiles": TILES["shift"][0], "dtype": "float32", "layout": layout, "inner": True}
     assert interpreter("convolution", conv=conv, batch=2, channels=channels, sizes=sizes, **options)
 
 

@@ -47,7 +47,7 @@ def test_accesses_of_convolutions(interpreter, path, conv, batch, channels, size
     assert interpreter("sanitized", function="convolution", dtype="float32", **options) == [kernels, []]
 
 
-@pytest.mark.parametrize("options", [{"fold": True}, {"scratch": 1 << 10}], ids=["axes inside", "chunks"])
+@pytest.mark.parametrize("options", [{"inner": True}, {"scratch": 1 << 10}], ids=["axes inside", "chunks"])
 def test_accesses_of_special_cases(interpreter, options):
     conv = {"orbits": {"h": 4, "v": 4}, "filters": 8, "stride": 2}
     options |= {"conv": conv, "batch": 3, "channels": 3, "sizes": [5, 4], "path": "shift", "tiles": PATHS["shift"][0]}
