@@ -45,17 +45,17 @@ def results(layer, x):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
-@pytest.mark.parametrize("inner", [0, 1 << 60])
+@pytest.mark.parametrize("positions", [0, 1 << 60])
 @pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 12, 1 << 30])
 @pytest.mark.parametrize("name", LAYERS)
-def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, inner, bounds):
+def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, positions, bounds):
     """All ways through a layer give the same, channels-last or not."""
     layer = LAYERS[name]()
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(5, 6, 13, 9).to(memory_format=memory_format).requires_grad_()
         with tritonsym.path("reference"):
             expected = results(layer, x)
-        bounds(chunk_bytes, inner)
+        bounds(chunk_bytes, positions)
         with tritonsym.path("shift"):
             for got, right in zip(results(layer, x), expected, strict=True):
                 torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)

@@ -811,9 +811,7 @@ def _pays(problem: ConvProblem) -> tuple[str, str]:
         return best if speed > MARGIN else "", why
     wide = problem.batch * shift.work(problem.spec, problem.inner, problem.sizes, WIDTH)[2]
     slow = ONE_VOLUME if problem.batch == 1 and len(problem.sizes) == 3 else 1
-    any_inside = problem.inner and any(
-        any(part.inside) and not part.is_plain for part in shift.parts(problem.spec, True)
-    )
+    any_inside = any(any(p.inside) and not p.is_plain for p in shift.parts(problem.spec, problem.inner))
     saved = slow * problem.expanded - (INSIDE if any_inside else 1) * multiply_adds
     cost = ADDITION * wide + BLOCK * len(problem.spec.blocks)
     if saved <= cost:
@@ -962,9 +960,7 @@ def _plan(problem: Any, backend: str, forced: str | None, forced_tiles: Tiles) -
         multiply_adds = problem.work[0] if chosen in ("shift", "fused") else problem.expanded
     else:
         multiply_adds = problem.of_blocks if chosen == "blocks" else problem.of_kernel
-    inner = (
-        is_conv and problem.inner and (on_gpu or not tiles)
-    )  # not by the interpreter, which the CPU's rule is not for
+    inner = is_conv and problem.inner and (on_gpu or not tiles)  # the CPU's rule is not for the interpreter
     return Plan(problem, chosen, 2 * multiply_adds, 2 * problem.dense, why, tiles, inner)
 
 
