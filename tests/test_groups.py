@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import Symmetry, fold
+from tritonsym import Symmetry, fold, shift
 from tritonsym.spec import Geometry
 
 F64 = torch.float64
@@ -99,11 +99,14 @@ def oracle(layer, x):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("convolved", [False, True])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("case", OPTIONS)
-def test_every_way_of_folding_is_the_definition(case, last, monkeypatch):
-    """The reference, and any number of mirrors, with the other axes inside the product and not; gradients against
-    autograd through the reference."""
+def test_every_way_of_folding_is_the_definition(case, last, convolved, monkeypatch):
+    """The reference, and any number of mirrors, with the other axes inside the product and not, products of matrices
+    by convolutions and not; gradients against autograd through the reference."""
+    monkeypatch.setattr(fold, "CONVOLVED_TERMS", 0)
+    monkeypatch.setattr(shift, "is_convolved", lambda a, w: convolved)
     layer, x = layer_and_input(*OPTIONS[case], dtype=F64)
     if last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -138,8 +141,9 @@ def test_linear_is_the_definition(name):
     torch.testing.assert_close(layer.expanded_weight(), weight)
 
 
-def test_where_all_axes_are_summed():
-    """Few positions; gradients of many channels whose sums the cache holds."""
+def test_where_all_axes_are_summed(monkeypatch):
+    """Few positions; gradients of many channels whose sums the cache holds; nowhere if MKL is slow."""
+    monkeypatch.setattr(shift, "mkl_is_slow", lambda: False)
     text = tnn.GroupConv2d(1, 1, 3, padding=1, symmetry="h").spec.text
 
     def whole(shape, backward):
@@ -148,6 +152,8 @@ def test_where_all_axes_are_summed():
     assert whole((1, 256, 14, 14), False) and not whole((8, 256, 14, 14), False)
     assert whole((8, 256, 14, 14), True) and not whole((8, 128, 14, 14), True)
     assert not whole((1, 256, 64, 64), True)
+    monkeypatch.setattr(shift, "mkl_is_slow", lambda: True)
+    assert not whole((1, 256, 14, 14), False) and not whole((8, 256, 14, 14), True)
 
 
 class Products(TorchDispatchMode):
@@ -393,6 +399,26 @@ def test_plans():
         assert planned("hv", 16, 2, 16, 16).axes == 2
     assert planned("hv", 320, 1, 64, 64).axes == 1  # with two, the sums of an image would leave the cache
     assert planned("hv", 64, 1, 4096, 4096).path == "reference"  # whose tables would take gigabytes
+
+
+@pytest.mark.parametrize(("is_slow", "expected"), [(False, [0, 0, 1, 2]), (True, [1, 0, 0, 1])])
+def test_each_kind_of_cpu_has_its_rule(is_slow, expected, monkeypatch):
+    """Where MKL is slow, matrices of few terms do not pay, and convolutions sooner, above all in inference."""
+    monkeypatch.setattr(shift, "mkl_is_slow", lambda: is_slow)
+    tritonsym.plan.forget()
+    found = []
+    for symmetry, channels, kernel, size, trains in (
+        ("h", 64, 3, 32, False),
+        ("h", 64, 3, 32, True),
+        ("h", 256, 1, 28, True),
+        ("hv", 256, 3, 28, True),
+    ):
+        fields = channels // Symmetry(symmetry).order
+        layer = tnn.GroupConv2d(fields, fields, kernel, padding=kernel // 2, symmetry=symmetry)
+        x = torch.empty(8, channels, size, size)
+        found.append(tritonsym.explain(layer.requires_grad_(trains), x).axes)
+    tritonsym.plan.forget()
+    assert found == expected
 
 
 @pytest.mark.parametrize("matrices", [False, True])

@@ -61,6 +61,33 @@ def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, posit
                 torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 30])
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_by_convolutions(name, chunk_bytes, bounds, monkeypatch):
+    """As on CPUs that MKL was not made for."""
+    layer = LAYERS[name]()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(3, 6, 13, 14).to(memory_format=memory_format).requires_grad_()
+        bounds(chunk_bytes, 1 << 60)
+        with tritonsym.path("shift"):
+            expected = results(layer, x)
+            monkeypatch.setattr(shift, "is_convolved", lambda a, w: True)
+            torch.testing.assert_close(results(layer, x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_large_products_of_float32_are_convolutions_if_mkl_is_slow(is_slow, monkeypatch):
+    monkeypatch.setattr(shift, "mkl_is_slow", lambda: is_slow)
+    layer = tnn.SymmetricConv2d(64, 64, 3, padding=1, symmetry="hv")
+    found = []
+    for size, dtype in ((28, torch.float32), (4, torch.float32), (28, torch.bfloat16)):
+        x = torch.randn(8, 64, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+        with torch.no_grad(), tritonsym.path("shift"), FlopCounterMode(display=False) as counter:
+            layer.to(dtype)(x)
+        found.append(torch.ops.aten.convolution in counter.get_flop_counts()["Global"])
+    assert found == [is_slow, False, False]
+
+
 def test_axes_that_no_image_moves_stay_inside_the_product():
     def slots(layer, inner):
         (part, *_) = shift.parts(layer.spec, inner)

@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonsym import shift
 from tritonsym._compat import constant
 from tritonsym.reference import far_padded
 from tritonsym.shift import is_last, keep_pages, like
@@ -49,6 +50,8 @@ CHUNK_BYTES = 6 << 20
 MOST_VALUES = 6 << 20
 #: Entries of the index tables of one image above which they are too much to keep in memory.
 MOST_ENTRIES = 1 << 21
+#: Terms of a product of matrices from which, if MKL is slow, convolutions pay for the copy of their results.
+CONVOLVED_TERMS = 256
 #: Channels of a group from which gradients are matrix products, which are faster than those of a convolution.
 GRADIENT_CHANNELS = 192
 
@@ -416,6 +419,10 @@ class Fold:
         cosets = len(self.chars.at[0])
         return self.chars.order, cosets, math.prod(self.rest[0]), len(self.chars.planes), cosets
 
+    def terms(self, channels: int) -> int:
+        """Of a value of the product of matrices, with so many fields in a group."""
+        return len(self.chars.planes) * len(self.chars.at[0]) * channels
+
     def values(self, channels: int) -> int:
         """Of the sums of an image with so many channels."""
         return math.prod(self.grid) * channels * len(self.chars.planes)
@@ -452,7 +459,10 @@ class Fold:
             bias = bias.to(weight.dtype).view(groups, 1, -1).expand(-1, cosets, -1).flatten()
             bias = F.pad(bias, (0, len(bias) * (self.chars.order - 1)))
         if self.is_flat:
-            hat = sums @ weight.mT
+            if weight.shape[2] >= CONVOLVED_TERMS and shift.is_convolved(sums[:1], weight[0]):
+                hat = torch.stack([shift.convolved(a, w, self.out) for a, w in zip(sums, weight, strict=True)])
+            else:
+                hat = sums @ weight.mT
             return hat if bias is None else hat.add_(bias.view(len(hat), 1, -1))
         conv: Any = (F.conv2d, F.conv3d)[weight.ndim - 4]
         return _last(conv(sums, weight, bias, *self.rest[1:], self.chars.order * groups))
@@ -461,6 +471,11 @@ class Fold:
         self, dhat: Tensor, sums: Tensor, weight: Tensor, need_sums: bool, need_weight: bool
     ) -> tuple[Tensor, Tensor]:
         """The gradients of `multiply` with respect to the sums and the weight, where needed."""
+        if self.is_flat and weight.shape[1] >= CONVOLVED_TERMS and shift.is_convolved(sums[:1], weight[0]):
+            each = zip(dhat, sums, weight, strict=True)
+            found = [shift.convolved_adjoint(d, a, w, self.out, need_sums, need_weight) for d, a, w in each]
+            dsums, dweight = map(torch.stack, zip(*found, strict=True))
+            return dsums, dweight
         if self.is_flat:
             return dhat @ weight if need_sums else dhat, dhat.mT @ sums if need_weight else dhat
         sizes = (*map(list, self.rest[1:]), False, [0] * len(self.sizes), self.chars.order * self.spec.groups)
@@ -504,15 +519,15 @@ def fold(text: str, axes: int, sizes: Ints, whole: bool = False) -> Fold:
 
 
 def chosen(x: Tensor, text: str, axes: int, backward: bool) -> Fold:
-    """`whole` where that is faster: gradients of many channels, and few positions, which a convolution does not
-    thank for the order its weights take."""
+    """`whole` where that is faster, which it never is if MKL is slow: gradients of many channels, and few positions,
+    which a convolution does not thank for the order its weights take."""
     sizes, channels = tuple(x.shape[2:]), x.shape[1]
     one, other = fold(text, axes, sizes), fold(text, axes, sizes, True)
     if backward:
         pays = channels >= GRADIENT_CHANNELS * one.spec.groups and other.fits(channels)
     else:
         pays = len(x) * math.prod(one.out) * one.spec.groups < channels
-    return other if pays and not one.is_flat else one
+    return other if pays and not one.is_flat and not shift.mkl_is_slow() else one
 
 
 def fprop(x: Tensor, psi: Tensor, bias: Tensor | None, text: str, axes: int) -> Tensor:

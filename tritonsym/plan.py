@@ -520,12 +520,15 @@ class GroupProblem(Problem):
     def has_kernel(self) -> bool:
         return False
 
-    def work(self, axes: int) -> tuple[int, int, int]:
-        """Multiply-adds, values of the sums and of the products, and additions with so many axes folded."""
-        one = fold.fold(self.spec.text, axes, self.sizes)
-        fields = self.channels, self.filters
+    def work(self, axes: int, rule: Rule) -> tuple[int, float]:
+        """Multiply-adds with so many axes folded, and what it costs by the rule."""
+        one, fields = fold.fold(self.spec.text, axes, self.sizes), (self.channels, self.filters)
         products, values, additions = (self.batch * number for number in one.work(*fields))
-        return products + one.weight_work(*fields), values, additions
+        weight = one.weight_work(*fields)
+        is_few = one.terms(self.channels // self.spec.groups) < fold.CONVOLVED_TERMS
+        slower = (rule.few if is_few else 1) if one.is_flat else rule.grouped[self.training]
+        cost = slower * products + rule.weight * weight + rule.addition * additions + rule.call
+        return products + weight, cost + rule.value * (rule.flat if one.is_flat else 1) * values
 
     def plan(self, backend: str, forced: str | None) -> Plan:
         """Of all numbers of axes the one that saves most, if any saves more than its sums cost."""
@@ -536,7 +539,7 @@ class GroupProblem(Problem):
             )
         axes = 0
         on_cpu = self.target == "cpu"
-        rule = GROUP_CPU if on_cpu else GROUP_GPU
+        rule = (GROUP_SLOW_MKL if shift.mkl_is_slow() else GROUP_CPU) if on_cpu else GROUP_GPU
         dtypes = ["float32", *["float64"] * on_cpu, *["bfloat16"] * (on_cpu and not multiplies_bfloat16())]
         text = "" if on_cpu else " (estimate)"
         if forced or backend == "reference":
@@ -549,20 +552,17 @@ class GroupProblem(Problem):
         elif on_cpu and not shift.is_fast():
             why = "The sums of the fold path are slow in this build of torch."
         else:
-            gains = [(0.0, 0)]
+            costs = [(float(self.dense), 0)]
             for number in range(1, most + 1):
-                products, values, additions = self.work(number)
-                one = fold.fold(self.spec.text, number, self.sizes)
-                if one.fits(self.spec.order * self.channels):
-                    slower = 1 if one.is_flat else GROUPED
-                    gains.append((self.dense - slower * products - rule.cost(values, additions), number))
-            _, axes = max(gains)
+                if fold.fold(self.spec.text, number, self.sizes).fits(self.spec.order * self.channels):
+                    costs.append((self.work(number, rule)[1], number))
+            _, axes = min(costs)
             why = f"Sums along mirrored axes would cost more than they save{text}."
-        products, values, additions = self.work(axes) if axes else (self.dense, 0, 0)
+        products, cost = self.work(axes, rule) if axes else (self.dense, 0)
         if axes and not forced:
             why = (
                 f"Characters of {axes} mirror{'s' * (axes > 1)}: {self.dense / products:.3g}x fewer multiply-adds, "
-                f"which save {(self.dense - products) / rule.cost(values, additions):.2g}x what their sums cost{text}."
+                f"which save {(self.dense - products) / (cost - products):.2g}x what their sums cost{text}."
             )
         return Plan(self, "fold" if axes else "reference", 2 * products, 2 * self.dense, why, axes=axes)
 
@@ -747,15 +747,18 @@ def fused_seconds(problem: ConvProblem) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """`fold` pays where the multiply-adds that it saves exceed what the values of its sums and products, its additions
-    and a call cost, all in multiply-adds of the dense convolution."""
+    """What `fold` costs, in multiply-adds of the dense convolution: a value of its sums and products, an addition, a
+    call; a multiply-add of the grouped convolution that remains where axes stay inside the product, in inference and
+    in training, of a product of matrices of few terms, and of the product's weight; and how many times more values cost
+    around a product of matrices."""
 
     value: float
     addition: float
-    call: float
-
-    def cost(self, values: int, additions: int) -> float:
-        return self.value * values + self.addition * additions + self.call
+    call: float = 0
+    grouped: tuple[float, float] = (1.2, 1.2)
+    few: float = 1
+    weight: float = 1
+    flat: float = 1
 
 
 #: What an addition of `shift` on the CPU, a block of filters, and a multiply-add with axes inside cost, in those of the
@@ -764,12 +767,11 @@ class Rule:
 ADDITION, BLOCK, INSIDE, WIDTH = 5, 13e6, 1.5, 32
 #: How many times longer torch takes over a multiply-add of one volume alone (perf/results/2026-11-25-cpu-volumes.json).
 ONE_VOLUME = 4
-#: The rule of group convolutions, and how much slower than the dense one the grouped convolution is that remains where
-#: axes stay inside the product. Fitted to perf/results/2026-11-25-cpu-fold.json, a choice slower than the reference
-#: counting ten times; by this rule fold pays in float64, too, and in bfloat16, which is computed in float32, on CPUs
-#: without matrix instructions for it.
-GROUP_CPU = Rule(50, 4, 0)
-GROUPED = 1.2
+#: The rule of group convolutions, fitted to perf/results/2026-11-25-cpu-fold.json, and where MKL is slow to
+#: perf/results/2026-11-26-cpu-fold-amd.json, a choice slower than the reference counting ten times; by this rule fold
+#: pays in float64, too, and in bfloat16, which is computed in float32, on CPUs without matrix instructions for it.
+GROUP_CPU = Rule(50, 4)
+GROUP_SLOW_MKL = Rule(50, 4, grouped=(1.1, 1.2), few=1.5, weight=6, flat=2)
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
 #: Terms of all sums together above which the kernel of the additions, which unrolls them, compiles for more than about

@@ -39,6 +39,7 @@ from torch import Tensor
 from tritonsym.packing import widens_float16
 from tritonsym.reference import block_gradients, block_rows
 from tritonsym.spec import ConvSpec, Geometry, Ints
+from tritonsym.tuned import device_name
 
 #: Most bytes of z at a time: a chunk of images, or a band of rows of one image, that the caches hold.
 #: ``tritonsym.shift.CHUNK_BYTES = ...`` changes it. Measured: perf/results/2026-11-25-cpu-chunks.json.
@@ -48,6 +49,10 @@ CHUNK_BYTES = 16 << 20
 #: are besides so many per filter of a group: below, a few large matrix products are faster than convolutions.
 #: Measured: perf/results/2026-11-25-cpu-inside.json.
 INSIDE = 250, 200
+
+#: Products of float32 are convolutions from so many multiply-adds on if the CPU is not Intel's: MKL runs at half the
+#: speed of oneDNN there. Measured: perf/results/2026-11-26-cpu-products.json.
+CONVOLVED = 1e7
 
 #: Most bytes of index tables that are kept for later calls; the least recently used go first.
 TABLE_BYTES = 256 << 20
@@ -403,7 +408,10 @@ class Product:
             dw = dw.view(groups, channels, -1, filters, inside).permute(0, 2, 4, 3, 1)
         else:
             dw = dw.view(groups, -1, filters, channels, inside).permute(0, 1, 4, 2, 3)
-        drows[:, torch.tensor(self.order)] += dw.to(drows.dtype)
+        if self.is_sorted or self.is_by_tap:
+            self._ordered(drows).add_(dw)
+        else:
+            drows[:, torch.tensor(self.order)] += dw.to(drows.dtype)
 
     def _input(self, x: Tensor) -> Tensor:
         x = x if self.is_whole else x[self.at]
@@ -416,6 +424,8 @@ class Product:
         """z as rows: (images positions groups slots, filters), flattened."""
         if self.multiplies:
             a = self._matrices(x)
+            if is_convolved(a, w):
+                return convolved(a, w, self.sizes).flatten()
             return (torch.mm(a[0], w.mT) if len(a) == 1 else torch.bmm(a, w.mT.expand(len(a), -1, -1))).flatten()
         z = torch.ops.aten.convolution(self._input(x), w, None, *self.options)
         z = _pad(z, self.around) if self.around and self.transposed else z
@@ -428,6 +438,14 @@ class Product:
             return
         a = self._matrices(x)
         d = d.view(*a.shape[:2], -1)
+        if is_convolved(a, w):
+            found, dw = convolved_adjoint(d, a, w, self.sizes, dx is not None, drows is not None)
+            if dx is not None:
+                found = found.view(x.shape[0], *self.sizes, -1).movedim(-1, 1)
+                dx[self.at] = dx[self.at] + found if adds else found
+            if drows is not None:
+                self.add_gradient(drows, dw)
+            return
         if drows is not None:
             to = drows.view(-1, drows.shape[3])
             for d_image, x_image in zip(d, a, strict=True):
@@ -472,6 +490,44 @@ def _matrices(x: Tensor) -> Tensor:
     """(N, C, *sizes) as a view (1, N positions, C), or if channels-first (N, positions, C)."""
     rows = x.movedim(1, -1)
     return rows.reshape(1, -1, x.shape[1]) if rows.is_contiguous() else x.flatten(2).mT
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether torch multiplies matrices by MKL on a CPU for which it was not made."""
+    return torch.backends.mkl.is_available() and "intel" not in device_name(torch.device("cpu")).lower()
+
+
+def is_convolved(a: Tensor, w: Tensor) -> bool:
+    """Whether the product of a (N, positions, C) and w (R, C) is better a convolution."""
+    return a.dtype == torch.float32 and mkl_is_slow() and a.shape[0] * a.shape[1] * w.numel() >= CONVOLVED
+
+
+def convolved(a: Tensor, w: Tensor, sizes: Ints) -> Tensor:
+    """The matrix a wᵀ (N positions, R) by a 1x1 convolution, of images of these sizes."""
+    return _matrix(torch.conv2d(_images(a, sizes), w[..., None, None]))
+
+
+def convolved_adjoint(
+    d: Tensor, a: Tensor, w: Tensor, sizes: Ints, need_a: bool, need_w: bool
+) -> tuple[Tensor, Tensor]:
+    """d w and dᵀ a, where needed."""
+    operands = _images(d, sizes), _images(a, sizes), w[..., None, None]
+    options: Any = None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [need_a, need_w, False]
+    da, dw, _ = torch.ops.aten.convolution_backward(*operands, *options)
+    return _matrix(da) if need_a else d, dw[..., 0, 0] if need_w else d
+
+
+def _images(a: Tensor, sizes: Ints) -> Tensor:
+    """Matrices (N, positions, C) as channels-last images of one row. A long one is one row of an image of these sizes:
+    convolutions add up their gradients image by image, which rounds less."""
+    width = sizes[-1] if sizes[-1] >= 14 else math.prod(sizes)
+    return a.reshape(-1, 1, width, a.shape[-1]).movedim(-1, 1)
+
+
+def _matrix(images: Tensor) -> Tensor:
+    """(positions, C) of images."""
+    return images.movedim(1, -1).reshape(-1, images.shape[1])
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
