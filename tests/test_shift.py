@@ -61,18 +61,29 @@ def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, posit
                 torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sizes", [(13, 14), (16, 8)], ids=str)
 @pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 30])
 @pytest.mark.parametrize("name", LAYERS)
-def test_products_by_convolutions(name, chunk_bytes, bounds, monkeypatch):
-    """As on CPUs that MKL was not made for."""
+def test_products_by_convolutions(name, chunk_bytes, sizes, bounds, monkeypatch):
+    """Where MKL is slow; also of channels a multiple of 512 bytes apart."""
     layer = LAYERS[name]()
+    bounds(chunk_bytes, 1 << 60)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(3, 6, 13, 14).to(memory_format=memory_format).requires_grad_()
-        bounds(chunk_bytes, 1 << 60)
-        with tritonsym.path("shift"):
+        x = torch.randn(3, 6, *sizes).to(memory_format=memory_format).requires_grad_()
+        with tritonsym.path("reference"):
             expected = results(layer, x)
-            monkeypatch.setattr(shift, "is_convolved", lambda a, w: True)
+        monkeypatch.setattr(shift, "mkl_is_slow", lambda: True)
+        monkeypatch.setattr(shift, "CONVOLVED", 0)
+        with tritonsym.path("shift"):
             torch.testing.assert_close(results(layer, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_set_apart_where_they_would_evict_one_another():
+    x = torch.randn(2, 3, 16, 8)
+    assert shift.apart(x.flatten(2)).stride() == (3 * 144, 144, 1) and torch.equal(shift.apart(x), x)
+    for other in (x, x[:, :, 2:10], x[..., ::2], x.to(memory_format=torch.channels_last)):
+        y = shift.channels_last(other)
+        assert torch.equal(y, other) and y.movedim(1, -1).is_contiguous()
 
 
 @pytest.mark.parametrize("is_slow", [False, True])

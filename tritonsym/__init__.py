@@ -21,17 +21,16 @@ __version__ = "0.1.0"
 
 
 def tune(model: Module, example_input: Tensor, budget_s: float = 300) -> dict[str, Any]:
-    """Find the fastest path and tiles on this GPU for every convolution and `SymmetricLinear` of a model, and use them
-    from now on.
+    """Find the fastest path and tiles on this GPU for every convolution and `SymmetricLinear` of a model.
 
     The model runs once on `example_input` to learn the inputs of its layers; every layer is then searched for inference
-    and for training, within `budget_s` seconds in all. What is found is kept in the user's cache directory
-    (`tritonsym.tuned`); layers that are there already are not searched again. The model stays as it is.
+    and for training, within `budget_s` seconds in all. The results are kept in the user's cache directory
+    (`tritonsym.tuned`), and used from now on; layers already there are not searched again. The model is not changed.
 
     Returns:
         The entries {key: {"path": .., "tiles": .., "seconds": ..}} of the model's layers.
     Raises:
-        ValueError: the input is not on a GPU, or no such layer is called in a dtype that kernels compute.
+        ValueError: the input is not on a GPU, or no such layer runs in a dtype that the kernels support.
 
     >>> tritonsym.tune(nn.SymmetricLinear(8, 8), torch.ones(1, 8))
     Traceback (most recent call last):
@@ -45,23 +44,23 @@ def tune(model: Module, example_input: Tensor, budget_s: float = 300) -> dict[st
 def advise(
     model: Module, x: Tensor, symmetries: Sequence[str] | None = None, rounds: int = 5, save: bool = False
 ) -> Any:
-    """Measure on this machine what symmetric convolutions would gain in a model: layer by layer, and all of it.
+    """Measure on this machine what symmetric convolutions would gain in a model, layer by layer and overall.
 
-    Every convolution that `replace_layers` could replace is timed dense and symmetric, on the input that it gets from
-    ``model(x)``, forward and in training (with the gradients of its input and parameters); then the whole model.
+    Every convolution that `replace_layers` could replace is timed dense and symmetric, on its input in ``model(x)``,
+    forward and in training (with the gradients of its input and parameters); then the whole model.
 
     Args:
-        model: any module; it stays as it is.
+        model: any module; it is not changed.
         x: an input.
         symmetries: names to try; by default 'h', 'hv' and 'd4' (2-D), 'hvz' (3-D).
-        rounds: samples of every time, of which the median counts.
+        rounds: how often everything is timed; the median counts.
         save: put the fastest path of every layer into the user's table for this machine (`tritonsym.tuned`), so that
-            every later plan for such a layer says "Measured". On a GPU this searches for tiles, too, as `tune` does.
+            every later plan for such a layer says "Measured". On a GPU this also searches for tiles, as `tune` does.
     Returns:
-        An advice: `str` is a table, sorted by the time saved; ``.json()``; ``.plot(file)``, which needs matplotlib.
+        An `Advice`: its `str` is a table sorted by the time saved; ``.json()``; ``.plot(file)`` needs matplotlib.
     Raises:
         ValueError: no convolution can be replaced, or an unknown symmetry.
-        TypeError: not a module, or x is no tensor.
+        TypeError: `model` is not a module, or x is not a tensor.
 
     >>> advice = tritonsym.advise(torch.nn.Conv2d(8, 8, 3), torch.randn(1, 8, 6, 6), symmetries=["h"], rounds=1)
     >>> "training, ms" in str(advice)

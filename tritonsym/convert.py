@@ -1,4 +1,4 @@
-"""Convert models: replace torch layers by symmetric ones, and bring them back."""
+"""Convert models: replace torch layers by symmetric ones, and symmetric ones by torch layers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Spec = str | Mapping[str, int | str]
 Recipe = Mapping[str, Any]
 Rule = Callable[[str, nn.Module], Spec | nn.Module | bool | None]
 
-#: The torch layers to replace, by what.
+#: The torch layers that can be replaced, and their replacements.
 _REPLACEMENTS: dict[type[nn.Module], Any] = {
     getattr(nn, f"Conv{kind}{n}d"): getattr(tnn, f"SymmetricConv{kind}{n}d")
     for kind, n in product(("", "Transpose"), (1, 2, 3))
 } | {nn.Linear: tnn.SymmetricLinear}
 _PLAIN_LAYERS = tuple(_REPLACEMENTS)
 _TRITONSYM_LAYERS = (_SharedConv, tnn.SymmetricLinear, tnn.GlobalConv1d, tnn.TopKPool1d, tnn.Symmetrize, *GROUP_LAYERS)
-# torch modules that hold the parameters of what they wrap in ways of their own
+# torch wrappers that manage the parameters of what they wrap
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -46,12 +46,12 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 @dataclass(frozen=True)
 class Replacement:
-    """One replaced layer. What a module chosen by a rule does not tell is None.
+    """One replaced layer. Values that a module chosen by a rule does not reveal are None.
 
-    Multiply-adds are those of one position of the output (of the input, for a transposed convolution) over all
-    channels; afterwards those with the stored weights. `tritonsym.explain` says what the path of a layer executes.
+    Multiply-adds are per position of the output (of the input, for a transposed convolution) over all channels;
+    `multiply_adds_after` counts the stored weights. `tritonsym.explain` says how many the path of a layer executes.
     With d the dense weight, P d its projection and e the expanded weight, in Frobenius norms: `projection_error` is
-    |P d - d| / |d|, 0 where the layer was symmetric; `scale` is |e| / |P d|.
+    |P d - d| / |d|, 0 if the layer was symmetric; `scale` is |e| / |P d|.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Replacement:
     projection_error: float | None
     scale: float | None
     note: str = ""
-    recipe: Mapping[str, Any] | None = None  # of the layer, in `Report.recipe`
+    recipe: Mapping[str, Any] | None = None  # the entry in `Report.recipe`
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class Skipped:
 class Report(Sequence[Replacement]):
     """What `replace_layers` did: a sequence of `Replacement`; `skipped` holds the rest; `str` is a table of both.
 
-    Totals are over the replaced layers, those of `model_parameters` over the whole model. Those of multiply-adds count
-    one position of every layer.
+    Totals cover the replaced layers, `model_parameters_*` the whole model. Multiply-adds count one position per layer.
     """
 
     rows: tuple[Replacement, ...]
@@ -119,8 +118,9 @@ class Report(Sequence[Replacement]):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What was replaced by what, for JSON: ``replace_layers(dense_model, recipe)`` builds the model again, before
-        ``load_state_dict``.
+        """What was replaced by what, as JSON data: ``replace_layers(dense_model, recipe)`` makes the same replacements.
+
+        Call it before ``load_state_dict``.
 
         Raises:
             ValueError: a rule chose a module that is not a layer of `tritonsym.nn` made from the dense one.
@@ -169,12 +169,12 @@ class Report(Sequence[Replacement]):
         return "\n".join(lines)
 
 
-#: Of `Report.recipe`.
+#: The format of `Report.recipe`.
 RECIPE_VERSION = 1
 
 
 def _grouped(rows: Sequence[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    """Rows with equal keys together, in the order of the first ones."""
+    """Group rows with equal keys, in order of first appearance."""
     groups: dict[Any, list[Any]] = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)
@@ -200,7 +200,7 @@ def _cell(value: float | None) -> str:
 
 
 def _range(values: Sequence[float | None]) -> str:
-    """'0.71', or '0.69-0.71' of several."""
+    """'0.71', or '0.69-0.71' if the values differ."""
     low, high = (_cell(pick(values, key=lambda v: -1 if v is None else v)) for pick in (min, max))
     return low if low == high else f"{low}-{high}"
 
@@ -222,49 +222,49 @@ def replace_layers(
     """Replace the convolutions and linear layers of a model by symmetric ones, or make a stack equivariant.
 
     Hyper-parameters, dtype, device, memory format, training flag, `requires_grad` and bias are kept. A layer used in
-    several places is replaced once and stays shared, also where lists, tuples, dicts, `functools.partial` or a bound
-    ``forward`` hold it. Make the optimizer afterwards: the parameters are new.
+    several places is replaced once and stays shared, even if lists, tuples, dicts, `functools.partial` or a bound
+    ``forward`` hold it. Create the optimizer afterwards: the parameters are new.
 
     Args:
         model: any module; it may itself be a layer.
-        conv: symmetry of the convolutions and transposed convolutions, a name, a mapping to counts or percents, or
-            text, as in `tritonsym.nn.SymmetricConv2d`; percents fit layers of every width. 'tied:hv' (further words:
-            'odd', 'odd:h', 'free:4') makes `TiedConv2d`, for depthwise layers too, 'pool:hv max' `OrbitPoolConv2d`.
-            Or the `recipe` of a report: exactly its layers are replaced, or the same stack for the same group.
+        conv: symmetry of the convolutions and transposed convolutions: a name, a mapping to counts or percents, or
+            text, as in `tritonsym.nn.SymmetricConv2d`; percents fit layers of any width. 'tied:hv' (optionally with
+            'odd', 'odd:h', 'free:4') makes `TiedConv*d`, also of depthwise layers; 'pool:hv max' `OrbitPoolConv*d`.
+            Or the `recipe` of a report, which replaces exactly its layers, or repeats its conversion to a `group`.
         linear: True or 'symmetric' replaces square `torch.nn.Linear` layers by `SymmetricLinear`.
-        rule: called as ``rule(name, layer)`` for every convolution and linear layer that could be replaced. Returns
+        rule: called as ``rule(name, layer)`` for every convolution and linear layer that could be replaced. It returns
             None or False to leave it alone, True to apply `conv` or `linear` (the default without a rule), a symmetry
-            as for `conv` ('symmetric' for a linear layer), or the module to put there, which is taken as it is, e.g.
+            as for `conv` ('symmetric' for a linear layer), or the module to put there, used as it is, e.g.
             ``TiedConv2d.from_dense(layer, symmetry='hv')``.
         inplace: edit `model` instead of a deep copy. A model that is itself a layer cannot become another one: use the
             returned module either way.
-        group: the name of a group: makes a plain stack equivariant, a `torch.nn.Sequential` of any nesting, all or
-            nothing. The first convolution lifts, the others become `GroupConv*d`, norms `GroupBatchNorm*d` and dropout
-            `GroupDropout`; pooling and element-wise activations stay. ``Flatten`` must follow a pooling to one
-            position. The first ``Linear`` then takes the means of the fields, with the sums of its weights over the
-            elements; what follows stays. A stack without one ends with an appended ``GroupPool(group, 'mean')``, and
-            has channels / |G|. Nearest weights throughout: equivariant filters keep their outputs. Notes of the report
-            say on which sizes strided layers are equivariant.
-        init: 'project' (nearest symmetric weight in the Frobenius norm: a mean over filters and taps, whose norm is
-            smaller, about 1 / sqrt of their number for random weights), 'rescale' (that, and every filter scaled to the
-            norm it had, root mean square over an orbit), 'keep' (base filters, or the lower triangle, keep their
+        group: the name of a group, to make a plain stack (a `torch.nn.Sequential`, nested or not) equivariant, all or
+            nothing. The first convolution lifts, the others become `GroupConv*d`, batch norms `GroupBatchNorm*d` and
+            dropout `GroupDropout`; pooling and element-wise activations stay. ``Flatten`` must follow pooling to one
+            position. The first ``Linear`` then acts on the means of the fields, with its weights summed over the
+            elements; what follows stays. To a stack without one, ``GroupPool(group, 'mean')`` is appended, which leaves
+            channels / |G|. All weights are the nearest equivariant ones: equivariant filters keep their outputs. Notes
+            in the report say on which sizes strided layers are equivariant.
+        init: 'project' (nearest symmetric weight in the Frobenius norm: a mean over filters and taps, which scales
+            the norm of random weights by about 1 / sqrt of their number), 'rescale' (the same, then every filter scaled
+            back to its norm, root mean square over an orbit), 'keep' (base filters, or the lower triangle, keep their
             values), or 'reset'.
         subclasses: also replace subclasses of the torch layers whose forward is the torch layer's.
     Returns:
-        The model, and a `Report` of replaced layers and of those skipped, with the reason: layers that the symmetry
-        does not fit, convolutions whose kernel is 1 along every axis that it flips, subclasses, layers not initialized
-        yet, compiled, sharded, wrapped for parallel training, with parametrizations, hooks or further state, that share
-        a parameter with another module, that something else than lists and the like holds (closures, sets, objects),
-        or whose weight a ``forward`` reads as far as its code shows it.
+        The model, and a `Report` of the replaced layers and of the skipped ones, with the reason. Skipped are layers
+        that the symmetry does not fit, convolutions whose kernel is 1 along every axis that it flips, subclasses, and
+        layers that are uninitialized, compiled, sharded or wrapped for parallel training, that have parametrizations,
+        hooks or further state, that share a parameter with another module, that something other than a list or the
+        like holds (closures, sets, objects), or whose weight the code of a ``forward`` visibly reads.
     Raises:
         ValueError: nothing to do (no `conv`, `linear`, `rule` or `group`), a `group` with one of the others or for a
-            model with layers that have no counterpart (the reason for each is given), an unknown symmetry, a count or
+            model with layers that have no counterpart (with the reason for each), an unknown symmetry, a count or
             percent that no layer could have, an unknown `linear` or `init`, a rule that returns True where there is no
             default, or a recipe that does not fit the model.
         TypeError: an argument, or what the rule returned, is of the wrong kind.
-        After an error, also one raised by the rule, the model is as it was.
+        After an error, including one raised by the rule, the model is unchanged.
     Warns:
-        UserWarning: nothing was replaced, or (inplace) an optimizer holds parameters that are gone.
+        UserWarning: nothing was replaced, or (inplace) an optimizer holds replaced parameters.
 
     >>> model, report = tritonsym.replace_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), conv={"hv": "50%"})
     >>> [(row.name, row.symmetry, row.parameters_before, row.parameters_after) for row in report]
@@ -350,7 +350,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _check_spec(spec: Any, where: str) -> None:
-    """Refuse a symmetry that is wrong whatever the layer; one layer may still not fit it."""
+    """Refuse a symmetry that is wrong for every layer; it may still not fit some."""
     if other := _other_kind(spec, where):
         Symmetry(other[1]["symmetry"])
         return
@@ -386,7 +386,7 @@ def _other_kind(spec: Any, where: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _hidden(model: nn.Module, copied: bool) -> dict[str, str]:
-    """By name: why the replacement of a layer would not be called, or not everywhere."""
+    """By layer name: why its replacement would not be called, or not everywhere."""
     names = {id(module): name for name, module in model.named_modules()}
     reasons: dict[str, str] = {}
     for module, place, is_certain, in_function in references(model):
@@ -403,11 +403,11 @@ def _hidden(model: nn.Module, copied: bool) -> dict[str, str]:
 
 
 def _unregistered(model: nn.Module, convs: bool, linears: bool) -> list[Skipped]:
-    """Layers that are no submodules, but held by a list or the like."""
+    """Layers that are not submodules but held by a list or the like."""
     registered = {id(module) for module in model.modules()}
     found: dict[int, Skipped] = {}
     for module, place, _, in_function in references(model):
-        if in_function:  # as the copy of a model has those of the original
+        if in_function:  # functions are not copied: these may be layers of the original
             continue
         wanted = linears if isinstance(module, nn.Linear) else convs
         if id(module) not in registered and isinstance(module, _PLAIN_LAYERS) and wanted:
@@ -419,7 +419,7 @@ def _unregistered(model: nn.Module, convs: bool, linears: bool) -> list[Skipped]
 def _obstacles(
     model: nn.Module, hidden: Mapping[str, str], subclasses: bool
 ) -> Callable[[str, nn.Module], nn.Module | str | None]:
-    """Why a layer must not be replaced, whatever by."""
+    """A function that says why a layer must not be replaced by anything, or None."""
     owners: dict[int, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -477,7 +477,7 @@ def _dense_shape(layer: Any) -> tuple[int, ...]:
 
 
 def _build(name: str, layer: Any, choice: Any, init: Init) -> tuple[Any, str]:
-    """The replacement that was chosen for a layer, or why there is none; and a note."""
+    """The replacement chosen for a layer, or why there is none; and a note."""
     if choice is None or choice is False or choice is layer:
         return "left alone by the rule", ""
     if isinstance(choice, nn.Module):
@@ -523,7 +523,7 @@ def _from_dense(layer: nn.Module, cls: Any, options: Mapping[str, Any], init: In
 
 
 def _without_idle_axes(spec: Spec, layer: Any) -> tuple[Spec, str]:
-    """The symmetry without the flips of axes along which the kernel has size 1, and a note if there are some."""
+    """The symmetry without the flips of axes along which the kernel has size 1, and a note if there are any."""
     if 1 not in layer.kernel_size:
         return spec, ""
     where = _REPLACEMENTS[next(c for c in type(layer).__mro__ if c in _PLAIN_LAYERS)].__name__
@@ -546,7 +546,7 @@ def _without_idle_axes(spec: Spec, layer: Any) -> tuple[Spec, str]:
 
 
 def _recipe_of(new: nn.Module) -> dict[str, Any] | None:
-    """The class and the options of its `from_dense` that are not the default."""
+    """The class of a layer and the options of its `from_dense` that are not defaults; None for other modules."""
     options: dict[str, Any]
     if isinstance(new, _OrbitConv):
         options = {"symmetry": str(new.layout), "share_bias": new.share_bias}
@@ -604,7 +604,7 @@ def _from_recipe(name: str, layer: nn.Module, entry: Mapping[str, Any], init: In
     options = {key: value for key, value in entry.items() if key != "layer"}
     try:
         return _from_dense(layer, getattr(tnn, entry["layer"]), options, init)
-    except TypeError as error:  # another class, or unknown options
+    except TypeError as error:  # for another class of layer, or with unknown options
         return str(error)
 
 
@@ -624,7 +624,7 @@ def _check_complete(recipe: Mapping[str, Any], rows: Sequence[Replacement], skip
 def _row(name: str, layer: Any, new: nn.Module, note: str) -> Replacement:
     recipe, dense, multiply_adds = _recipe_of(new), isinstance(layer, _PLAIN_LAYERS), None
     if isinstance(new, _GroupConv):
-        multiply_adds = layer.weight.numel() >> len(new.symmetry.mirrors)  # of the path `fold`
+        multiply_adds = layer.weight.numel() >> len(new.symmetry.mirrors)  # on the path `fold`
     elif isinstance(new, _SharedConv):
         multiply_adds = new.in_channels * new.spec.rows
     elif isinstance(new, tnn.SymmetricLinear):
@@ -651,13 +651,13 @@ def _row(name: str, layer: Any, new: nn.Module, note: str) -> Replacement:
 
 
 def _is_head(new: nn.Module) -> bool:
-    """Whether this takes the means of fields, as `equivariant` makes of a linear layer."""
+    """Whether this is what `equivariant` makes of a linear layer: one that acts on the means of fields."""
     return isinstance(new, nn.Sequential) and [type(m) for m in new] == [tnn.GroupPool, nn.Linear]
 
 
 @torch.no_grad()
 def _changes_of(weight: Tensor, new: Any) -> tuple[float | None, float | None]:
-    """`Replacement.projection_error` and `.scale`."""
+    """The `projection_error` and the `scale` of a `Replacement`."""
     is_head = _is_head(new)
     if (not isinstance(new, (_SharedConv, tnn.SymmetricLinear)) and not is_head) or weight.is_meta:
         return None, None
@@ -683,11 +683,11 @@ def _changes_of(weight: Tensor, new: Any) -> tuple[float | None, float | None]:
 
 
 def init_(module: nn.Module, initializer: Callable[[Tensor], object]) -> nn.Module:
-    """Initialise the dense weight that a layer stands for: the stored one has other fans and norms.
+    """Initialise layers by the dense weight they stand for, as the stored one has other fans and norms.
 
-    Of every convolution and `SymmetricLinear` of this library in `module`, a dense weight is filled by
-    ``initializer(weight)``, for example ``functools.partial(torch.nn.init.kaiming_normal_, mode='fan_out')``, projected
-    and scaled to the norms of its filters, as ``from_dense`` does. Biases and other layers stay as they are.
+    For every convolution and `SymmetricLinear` of this library in `module`, ``initializer(weight)`` fills a dense
+    weight, for example ``functools.partial(torch.nn.init.kaiming_normal_, mode='fan_out')``. That is projected and
+    rescaled as by ``from_dense``. Biases and other layers stay as they are.
 
     Args:
         module: a layer, or a model.
@@ -696,7 +696,7 @@ def init_(module: nn.Module, initializer: Callable[[Tensor], object]) -> nn.Modu
         The module.
     Raises:
         ValueError: there is no such layer, or one has parametrizations. Nothing is changed.
-        TypeError: not a module, or no initializer.
+        TypeError: `module` is not a module, or `initializer` is not callable.
 
     >>> layer = tritonsym.init_(nn.SymmetricConv2d(8, 8, 3, symmetry="h"), torch.nn.init.kaiming_normal_)
     """
@@ -731,18 +731,18 @@ def materialize(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replace every tritonsym layer by plain torch layers with equal outputs, for a process without tritonsym.
 
     Convolutions and `SymmetricLinear` become what their ``to_dense()`` returns; `Symmetrize`, `GlobalConv1d` and
-    `TopKPool1d` a `torch.fx.GraphModule` of torch ops. `Symmetrize` then stacks the re-orderings as they come: outputs
-    for re-ordered inputs are equal to rounding, no longer to the bit. A layer used in several places stays shared; its
-    dtype, device, training flag and `requires_grad` are kept. Calls of `tritonsym.functional` stay what they are.
+    `TopKPool1d` a `torch.fx.GraphModule` of torch ops. A plain `Symmetrize` brings no input to a canonical order first:
+    outputs for re-ordered inputs are equal up to rounding, not to the bit. A layer used in several places stays shared;
+    its dtype, device, training flag and `requires_grad` are kept. Calls of `tritonsym.functional` are not replaced.
 
     Args:
         model: any module; it may itself be a layer.
         inplace: edit `model` instead of a deep copy. A model that is itself a tritonsym layer cannot become another
             one: use the returned module either way.
     Raises:
-        ValueError: a layer has hooks or overrides ``forward``, which the plain layer would lose, or something else than
-            lists and the like holds it, which would go on calling it; nothing is changed.
-        TypeError: not a module.
+        ValueError: a layer has hooks or overrides ``forward``, which the plain layer would lose, or something other
+            than a list or the like holds it and would go on calling it; nothing is changed.
+        TypeError: `model` is not a module.
 
     >>> type(tritonsym.materialize(nn.SymmetricConv2d(8, 8, 3, symmetry="h")))
     <class 'torch.nn.modules.conv.Conv2d'>
@@ -773,7 +773,7 @@ def materialize(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 
 def _materialized(name: str, module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """The plain form of a tritonsym layer, noted in `done`; any other module as it is."""
+    """The plain form of a tritonsym layer, recorded in `done`; any other module as it is."""
     if id(module) in done or not isinstance(module, _TRITONSYM_LAYERS):
         return done.get(id(module), module)
     has = attached(module)
@@ -801,7 +801,7 @@ def _materialized(name: str, module: nn.Module, done: dict[int, nn.Module]) -> n
 
 
 class _Plain(nn.Module):
-    """A module with these attributes, and a forward for `torch.fx` to trace."""
+    """A module with these attributes and a forward for `torch.fx` to trace."""
 
     def __init__(self, forward: Callable[[Any, Any], Any], attributes: Mapping[str, Any]) -> None:
         super().__init__()
@@ -814,9 +814,9 @@ class _Plain(nn.Module):
 
 
 def _traced(forward: Callable[[Any, Any], Any], module: nn.Module, **attributes: Any) -> nn.Module:
-    """A `torch.fx.GraphModule` that needs only torch, in place of `module`; inner modules are called."""
+    """A `torch.fx.GraphModule` that replaces `module` and needs only torch; it calls inner modules."""
 
-    class Tracer(fx.Tracer):  # local: a pickled GraphModule names its tracer unless that is local
+    class Tracer(fx.Tracer):  # local, because a pickled GraphModule names its tracer otherwise
         def is_leaf_module(self, *_: Any) -> bool:
             return True
 
@@ -836,7 +836,7 @@ def _symmetrize(self: Any, x: Tensor) -> Any:
 
 
 def _orders(over: str | Sequence[Sequence[int]], x: Tensor, n: int) -> Tensor:
-    """`tritonsym.functional.orders_of` in torch ops, for a size known at run time."""
+    """`tritonsym.functional.orders_of` in torch ops, for a size known only at run time."""
     if not isinstance(over, str):
         assert_at_run_time(n == len(over[0]), f"Symmetrize: the axis must have {len(over[0])} entries")
         return x.new_tensor(over, dtype=torch.long)
@@ -850,7 +850,7 @@ def _orders(over: str | Sequence[Sequence[int]], x: Tensor, n: int) -> Tensor:
         return (i[:, None] + i) % n
     assert_at_run_time(n <= 7, "Symmetrize: 7 entries (5040 permutations) are the most")
     orders = i[None]
-    for m in range(2, 8):  # every permutation is one product of turns of the first 2, 3, ..., n entries
+    for m in range(2, 8):  # every permutation is exactly one product of turns of the first 2, 3, ..., n entries
         turns = 1 + (m - 1) * torch.sym_min(torch.sym_max(n - m + 1, 0), 1)  # m, or 1 if m > n
         turn = x.new_ones(turns, dtype=torch.long).cumsum(0) - 1
         orders = torch.where(i < m, (i + turn[:, None]) % m, i)[:, orders].flatten(0, 1)
@@ -859,6 +859,6 @@ def _orders(over: str | Sequence[Sequence[int]], x: Tensor, n: int) -> Tensor:
 
 def _global_conv1d(self: Any, x: Any) -> Any:
     y = (self.center - self.surround) @ x
-    # of the dtype at run time: a node of its own, as torch's function cannot be traced
+    # the dtype is known only at run time: a node of its own, as torch's function cannot be traced
     wide = x.tracer.create_proxy("call_function", torch.promote_types, (y.dtype, torch.float32), {})
     return reference.add_all_positions(y, x, self.surround, self.bias, self.activation, wide)

@@ -1,4 +1,4 @@
-"""`replace_layers(model, group='hv')`: a plain stack of torch layers as an equivariant network."""
+"""`replace_layers(model, group='hv')`: turn a plain stack of torch layers into an equivariant network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _HEAD = (nn.Linear, nn.Flatten, nn.BatchNorm1d, nn.LayerNorm, nn.Softmax, nn.Log
 
 
 def _stack(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Path and layer, in the order of the calls; what is no Sequential is one layer."""
+    """Path and layer, in calling order; any module other than a Sequential is one layer."""
     if type(module).forward is nn.Sequential.forward and not attached(module):
         for name, child in module._modules.items():
             yield from _stack(child, f"{path}.{name}".lstrip("."))  # type: ignore[arg-type]
@@ -40,8 +40,11 @@ def _stack(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def _note(layer: Any, symmetry: Symmetry) -> str:
-    """On which sizes a strided layer is equivariant: where its last window ends with the padded input. ValueError if
-    the group does not act on the layer."""
+    """On which sizes a strided layer is equivariant: where its last window ends at the end of the padded input.
+
+    Raises:
+        ValueError: the group does not act on the layer.
+    """
     where, found = type(layer).__name__, {}
     for name in ("kernel_size", "stride", "padding", "dilation", "output_size"):
         value = getattr(layer, name, 1)
@@ -72,7 +75,7 @@ def _filled(new: Any, layer: nn.Module, state: Mapping[str, Any], init: Init) ->
 
 
 def _norm(layer: Any, group: str, init: Init) -> nn.Module:
-    """Means over the elements of a field of the weight, the bias and the statistics."""
+    """`GroupBatchNorm*d` whose weight, bias and statistics are means over the elements of each field."""
     name = type(layer).__name__
     fields = _fields(name, "num_features", layer.num_features, group)
     options = (layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
@@ -82,7 +85,7 @@ def _norm(layer: Any, group: str, init: Init) -> nn.Module:
 
 
 def _linear(layer: nn.Linear, group: str, init: Init) -> nn.Module:
-    """The nearest linear map of fields to scalars: that of their means, with the sums of the weights."""
+    """The nearest linear map from fields to scalars: it acts on their means, with weights summed over the elements."""
     fields = _fields("Linear", "in_features", layer.in_features, group)
     new = nn.Linear(fields, layer.out_features, layer.bias is not None, device="meta")
     state = {key: value.clone() for key, value in layer.state_dict().items()}
@@ -105,15 +108,14 @@ def _conv(layer: Any, group: str, lifts: bool, init: Init) -> Any:
 def counterparts(
     model: nn.Module, group: str, init: Init, obstacle: Callable[[str, nn.Module], Any], hidden: Mapping[str, str]
 ) -> tuple[list[tuple[str, nn.Module, Any, str]], list[tuple[str, str, str]], dict[str, nn.Module]]:
-    """What replaces the layers of a plain stack: path, layer, replacement and a note; strided pooling, which stays; and
-    what is to be appended.
+    """The replacements in a plain stack (path, layer, replacement, note), strided pooling that stays, what to append.
 
-    Up to the first linear layer channels are fields in the order of the library, channel = element * fields + field, so
-    that every layer is the nearest equivariant one. That linear layer takes the means of the fields; behind it
-    nothing depends on the group. A stack without one ends with their means, by a `GroupPool` to append.
+    Up to the first linear layer, channels are fields in the library's order, channel = element * fields + field, and
+    every layer becomes the nearest equivariant one. That linear layer acts on the means of the fields; nothing after it
+    depends on the group. To a stack without one, a `GroupPool` that takes these means is appended.
 
     Raises:
-        ValueError: the reason for every layer without counterpart; nothing is changed.
+        ValueError: layers have no counterpart; the message gives the reason for each, and nothing is changed.
     """
     where, group = f"replace_layers: group={group!r}", Symmetry(group).name
     order = _order("replace_layers", group)

@@ -46,19 +46,19 @@ from tritonsym.symmetry import Symmetry, signed_orbits, taps
 
 #: Bytes of the sums of one chunk of images.
 CHUNK_BYTES = 6 << 20
-#: Values of the sums of one image above which they leave the cache.
+#: With more values than this, the sums of one image do not fit the cache.
 MOST_VALUES = 6 << 20
-#: Entries of the index tables of one image above which they are too much to keep in memory.
+#: With more entries than this, the index tables of one image take too much memory to be kept.
 MOST_ENTRIES = 1 << 21
-#: Terms of a product of matrices from which, if MKL is slow, convolutions pay for the copy of their results.
+#: Where MKL is slow, matrix products with at least this many terms run as convolutions, whose results are copied.
 CONVOLVED_TERMS = 256
-#: Channels of a group from which gradients are matrix products, which are faster than those of a convolution.
+#: From this many channels of a group on, gradients are matrix products: a convolution's would be slower.
 GRADIENT_CHANNELS = 192
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """A group convolution but for its tensors; `groups` of fields, as of channels in a convolution."""
+    """A group convolution without its tensors; `groups` are of fields, as a convolution's are of channels."""
 
     symmetry: Symmetry
     groups: int
@@ -70,12 +70,12 @@ class GroupSpec:
 
     @cached_property
     def text(self) -> str:
-        """As a string, since torch ops take no objects; `of` gives the object back."""
+        """The spec as a string, since torch ops take no objects; `of` gives the object back."""
         return json.dumps([self.symmetry.name, self.groups, astuple(self.geometry)])
 
     @cached_property
     def unpadded(self) -> str:
-        """`text` without what padding='same' adds on the far side, for an x that has it already."""
+        """`text` without the padding that 'same' adds on the far side, for an x that has it already."""
         return replace(self, geometry=replace(self.geometry, extra=(0,) * len(self.geometry.extra))).text
 
     @staticmethod
@@ -90,7 +90,7 @@ class GroupSpec:
 
 @lru_cache(maxsize=256)
 def _sources(symmetry: Symmetry, kernel_size: Ints) -> tuple[Ints, ...]:
-    """Of every (g, h): which of the values (element, tap) of a stored filter stands at each tap of the dense one."""
+    """For every (g, h): which value (element, tap) of a stored filter stands at each tap of the dense one."""
     elements, products = symmetry.elements, symmetry.products
     count, slots = math.prod(kernel_size), [g.slots(kernel_size) for g in elements]
     inverse = [row.index(0) for row in products]
@@ -106,7 +106,7 @@ def sources(name: str, kernel_size: Ints) -> tuple[Ints, ...]:
 
 
 def _places(spec: GroupSpec, filters: int, device: torch.device) -> Tensor:
-    """Of every (g, o, tap, h): which row (o, element, tap) of C stored values stands there in the dense weight."""
+    """For every (g, o, tap, h): which row (o, element, tap) of C stored values stands there in the dense weight."""
     table = torch.tensor(sources(spec.symmetry.name, spec.geometry.kernel_size), device=device)  # [G G, T]
     count = spec.order * table.shape[1]
     first = count * torch.arange(filters, device=device).view(spec.groups, 1, -1, 1, 1)
@@ -117,7 +117,7 @@ _kept_places = lru_cache(maxsize=64)(torch.inference_mode(False)(_places))
 
 
 def expand(psi: Tensor, spec: GroupSpec, last: bool = False, eager: bool = False) -> Tensor:
-    """The dense weight (|G| O, |G| C, *kernel) of psi (O, C, |G|, *kernel); of several groups one after the other.
+    """The dense weight (|G| O, |G| C, *kernel) of psi (O, C, |G|, *kernel), group by group.
     `last`: channels innermost; `eager`: nothing traces or transforms the call."""
     filters, channels, order, *kernel = psi.shape
     rows = psi.flatten(2).transpose(1, 2).reshape(-1, channels)
@@ -142,7 +142,7 @@ def expand_bias(bias: Tensor, spec: GroupSpec) -> Tensor:
 
 
 def regrouped(x: Tensor, order: int, groups: int, back: bool = False) -> Tensor:
-    """x (N, C, ...) with the channels of every group of fields side by side; or `back`."""
+    """x (N, C, ...) with the channels of every group of fields side by side; with `back`, the inverse."""
     if groups == 1:
         return x
     first, second = (groups, order) if back else (order, groups)
@@ -150,7 +150,7 @@ def regrouped(x: Tensor, order: int, groups: int, back: bool = False) -> Tensor:
 
 
 def reference(x: Tensor, psi: Tensor, bias: Tensor | None, spec: GroupSpec, eager: bool = False) -> Tensor:
-    """By torch's convolution with the dense weight; x (N, |G| C, *sizes), `eager` as in `expand`."""
+    """torch's convolution of x (N, |G| C, *sizes) with the dense weight; `eager` as in `expand`."""
     g = spec.geometry
     conv: Any = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     x = regrouped(far_padded(x, g.extra), spec.order, spec.groups)
@@ -164,11 +164,12 @@ def reference(x: Tensor, psi: Tensor, bias: Tensor | None, spec: GroupSpec, eage
 
 @dataclass(frozen=True)
 class Characters:
-    """Of the subgroup A that the first mirrors of a group generate; bit i of an element or character is mirror i's.
+    """Characters of the subgroup A that the first mirrors of a group generate; bit i of an element or character is
+    mirror i's.
 
-    `at[a][j]` is the element a r_j. A plane is a sum over one orbit of the taps on the axes that A moves: the parity it
-    has and its taps with signs; `values[chi]` of the product with the planes of a position are, row by row, sums of
-    stored values (element, tap) with signs.
+    `at[a][j]` is the element a r_j. A plane is a sum over one orbit of the taps on the axes that A moves: its parity
+    and its taps with signs. `values[chi]` are the weights of the product with the planes of a position: row by row,
+    sums of stored values (element, tap) with signs.
     """
 
     at: tuple[Ints, ...]
@@ -186,7 +187,7 @@ def sign(character: int, element: int) -> int:
 
 @lru_cache(maxsize=1024)
 def characters(symmetry: Symmetry, axes: int, kernel_size: Ints, whole: bool) -> Characters:
-    """Of the first `axes` mirrors; `whole` as if A moved all axes."""
+    """The characters of the first `axes` mirrors; `whole`: as if A moved all axes."""
     elements, products, ndim = symmetry.elements, symmetry.products, len(kernel_size)
     own = [0]
     for mirror in symmetry.mirrors[:axes]:
@@ -236,8 +237,8 @@ def transform(symmetry: Symmetry, axes: int, kernel_size: Ints, whole: bool) -> 
 
 @dataclass(frozen=True, eq=False)
 class Bags:
-    """A sparse matrix of +-1 that adds up rows: its entries for one image, and how many rows of the result and of the
-    table an image has. They are those of characters and groups, in `blocks`, each of them for all images."""
+    """A sparse matrix of +-1 that adds up rows: its entries for one image, and how many rows an image has in the result
+    and in the table. Both are split into `blocks` (characters and groups), and each block holds all images."""
 
     to: Tensor
     of: Tensor
@@ -247,7 +248,7 @@ class Bags:
     blocks: tuple[int, int] = (1, 1)
 
     def add(self, table: Tensor, images: int) -> Tensor:
-        """Of a table with `images * self.table` rows."""
+        """Sum the rows of a table with `images * self.table` rows."""
         index, offsets, signs = _bags(self, images, table.device, table.dtype)
         rows = table.view(images * self.table, -1)
         return torch.embedding_bag(rows, index, offsets, False, 0, False, signs, True)[0]
@@ -260,7 +261,7 @@ class Bags:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _bags(bags: Bags, images: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries, where every row starts and ends, and signs."""
+    """Entries, the start and end of every row, and signs."""
 
     def of_all(numbers: Tensor, rows: int, blocks: int) -> Tensor:
         size, numbers = rows // blocks, numbers.long()
@@ -279,8 +280,8 @@ Entries = list[tuple[int, int, int, int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """How a group convolution with so many mirrors folded computes images of one size; `whole`: no axes stay inside
-    the product."""
+    """How a group convolution computes images of one size, with a number of mirrors folded; `whole`: no axes stay
+    inside the product."""
 
     spec: GroupSpec
     axes: int
@@ -315,14 +316,14 @@ class Fold:
 
     @cached_property
     def is_direct(self) -> bool:
-        """Whether the sums are made at once, since they have few terms, or by way of x^."""
+        """Whether the sums, having few terms, come straight from x, and not from x^."""
         return len(self.chars.planes) <= (3 if len(self.chars.at[0]) == 1 else 1)
 
     @cached_property
     @torch.inference_mode(False)
     def inward(self) -> tuple[Bags, ...]:
-        """From x, rows (position, element, group), to the sums, rows (character, group) (position, plane, coset); by
-        way of x^, rows (position, character, group, coset)."""
+        """From x, rows (position, element, group), to the sums, rows (character, group) (position, plane, coset),
+        straight or through x^, rows (position, character, group, coset)."""
         chars, groups, order = self.chars, self.spec.groups, self.spec.order
         cosets, planes, blocks = len(chars.at[0]), len(chars.planes), chars.order * groups
         own, each = range(chars.order), range(groups)
@@ -349,14 +350,14 @@ class Fold:
 
     @property
     def _blocks(self) -> int:
-        """Characters and groups are outermost for matrices, and inside of positions for a grouped convolution."""
+        """Characters and groups are outermost for matrices; a grouped convolution has them inside its positions."""
         return self.chars.order * self.spec.groups if self.is_flat else 1
 
     def _at(self, block: int, row: int, rows: int) -> tuple[int, int]:
         return (block, row) if self.is_flat else (0, block * rows + row)
 
     def _sums(self, every: dict[Ints, Entries], rows: int, table: int) -> Bags:
-        """The same at all positions, shifted by the taps; none where that is outside of x."""
+        """The same entries at all positions, shifted by the taps; none where a tap falls outside x."""
         g, parts = self.spec.geometry, []
         places = torch.arange(math.prod(self.grid))
         sizes = (len(places), rows // self._blocks), (math.prod(self.sizes), table)
@@ -374,7 +375,7 @@ class Fold:
     @cached_property
     @torch.inference_mode(False)
     def outward(self) -> Bags:
-        """From the products, rows (character, group) (position, coset), to y, rows (position, element, group)."""
+        """From the product, rows (character, group) (position, coset), to y, rows (position, element, group)."""
         chars, groups = self.chars, self.spec.groups
         cosets, own = len(chars.at[0]), range(chars.order)
         back = [
@@ -391,8 +392,8 @@ class Fold:
         return transform(self.spec.symmetry, self.axes, kernel, self.whole).to(like.device, like.dtype)
 
     def weight(self, psi: Tensor) -> Tensor:
-        """Of the product: matrices (character and group, i O, plane j C); or filters (character, group and i O, plane
-        j C, *kernel of the axes that stay), channels innermost."""
+        """The product's weight: matrices (character and group, i O, plane j C), or filters (character, group and i O,
+        plane j C, *kernel of the axes that stay) with the channels innermost."""
         values = self._table(psi) @ psi.flatten(2).mT  # [group O, values of the product, C]
         values = values.view(self.spec.groups, -1, *self._values[:3], math.prod(self._values[3:]) * psi.shape[1])
         values = values.permute(2, 0, 3, 1, 4, 5)  # [chi, group, i, O, tap, plane j C]
@@ -401,7 +402,7 @@ class Fold:
         return values.reshape(-1, *self.rest[0], values.shape[-1]).movedim(-1, 1)
 
     def weight_adjoint(self, dweight: Tensor, channels: int) -> Tensor:
-        """The gradient of psi, of so many channels, from that of `weight`."""
+        """The gradient of psi, which has this many channels, from that of `weight`."""
         count, cosets, rest, *_ = self._values
         dweight = dweight if self.is_flat else _last(dweight)
         values = dweight.reshape(count, self.spec.groups, cosets, -1, rest, dweight.shape[-1])
@@ -409,51 +410,51 @@ class Fold:
         return torch.bmm(values.mT, self._table(values).expand(len(values), -1, -1))
 
     def weight_work(self, channels: int, filters: int) -> int:
-        """Multiply-adds of `weight`."""
+        """Multiply-adds that `weight` takes."""
         stored = self.spec.order * math.prod(self.spec.geometry.kernel_size)
         return channels * filters // self.spec.groups * stored * math.prod(self._values)
 
     @cached_property
     def _values(self) -> Ints:
-        """Character, i, tap on the axes that stay, plane and j."""
+        """Numbers of characters, of i, of taps on the axes that stay, of planes and of j."""
         cosets = len(self.chars.at[0])
         return self.chars.order, cosets, math.prod(self.rest[0]), len(self.chars.planes), cosets
 
     def terms(self, channels: int) -> int:
-        """Of a value of the product of matrices, with so many fields in a group."""
+        """Terms of a value of the product, if it is one of matrices, with this many fields in a group."""
         return len(self.chars.planes) * len(self.chars.at[0]) * channels
 
     def values(self, channels: int) -> int:
-        """Of the sums of an image with so many channels."""
+        """Values of the sums of an image with this many channels."""
         return math.prod(self.grid) * channels * len(self.chars.planes)
 
     def fits(self, channels: int) -> bool:
-        """Whether the sums of an image with so many channels stay in the cache, and their index tables in memory."""
+        """Whether the cache holds the sums of an image with this many channels, and memory their index tables."""
         terms = sum(len(terms) for _, terms in self.chars.planes)
         entries = math.prod(self.grid) * terms * self.chars.order * self.spec.groups
         return self.values(channels) <= MOST_VALUES and entries <= MOST_ENTRIES
 
     def images(self, x: Tensor, weight: Tensor) -> Iterator[slice]:
-        """Chunks whose sums stay in the cache, but have as many values as the weight."""
+        """Chunks whose sums stay in the cache, but have at least as many values as the weight."""
         values = max(1, self.values(x.shape[1]))
         count = max(1, CHUNK_BYTES // weight.itemsize // values, -(-weight.numel() // values))
         return (slice(n, n + count) for n in range(0, x.shape[0], count))
 
     def sums(self, x: Tensor) -> Tensor:
-        """Of all planes, as `multiply` takes them."""
+        """The sums of all planes, as `multiply` takes them."""
         rows = _last(x).to(_wide(x))
         for bags in self.inward:
             rows = bags.add(rows, len(x))
         return self.shaped(rows, len(x), self.grid)
 
     def shaped(self, rows: Tensor, batch: int, sizes: Ints) -> Tensor:
-        """Matrices (character and group, positions, ...), or images."""
+        """Rows as matrices (character and group, positions, ...), or as images."""
         if self.is_flat:
             return rows.view(self._blocks, batch * math.prod(sizes), -1)
         return rows.view(batch, *sizes, -1).movedim(-1, 1)
 
     def multiply(self, sums: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The bias is added to y^ of the trivial character, which every element gets once."""
+        """The product y^, plus the bias in the trivial character, which every element gets once."""
         groups, cosets = self.spec.groups, len(self.chars.at[0])
         if bias is not None:
             bias = bias.to(weight.dtype).view(groups, 1, -1).expand(-1, cosets, -1).flatten()
@@ -484,7 +485,7 @@ class Fold:
         return _last(dsums) if need_sums else dhat, dweight
 
     def work(self, channels: int, filters: int) -> tuple[int, int, int]:
-        """Of an image with so many fields: multiply-adds, values of the sums and of the products, additions."""
+        """Multiply-adds, values of sums and products, and additions of an image with this many fields."""
         chars, groups, order = self.chars, self.spec.groups, self.spec.order
         planes, cosets = len(chars.planes), len(chars.at[0])
         places = math.prod(self.out)
@@ -497,7 +498,7 @@ class Fold:
 
 
 def _spread(entries: Entries, q: Tensor, p: Tensor, to_size: Ints, of_size: Ints) -> tuple[Tensor, Tensor, Tensor]:
-    """The same entries from all positions p of the table to q of the result; sizes: positions, rows at each."""
+    """The same entries from all positions p of the table to q of the result; sizes: positions and rows at each."""
     to_block, to_row, of_block, of_row, signs = torch.tensor(entries).unbind(1)
     to = (to_block * to_size[0] + q[:, None]) * to_size[1] + to_row
     of = (of_block * of_size[0] + p[:, None]) * of_size[1] + of_row
@@ -513,14 +514,14 @@ def _bags_of(
 
 @lru_cache(maxsize=64)
 def fold(text: str, axes: int, sizes: Ints, whole: bool = False) -> Fold:
-    """Kept, for its tables."""
+    """The `Fold` of a spec, kept for its tables."""
     keep_pages()
     return Fold(GroupSpec.of(text), axes, sizes, whole)
 
 
 def chosen(x: Tensor, text: str, axes: int, backward: bool) -> Fold:
-    """`whole` where that is faster, which it never is if MKL is slow: gradients of many channels, and few positions,
-    which a convolution does not thank for the order its weights take."""
+    """The `Fold`; `whole` where that is faster: for gradients of many channels, and for few positions, where ordering
+    the weight for a convolution costs more than the convolution. Never where MKL is slow."""
     sizes, channels = tuple(x.shape[2:]), x.shape[1]
     one, other = fold(text, axes, sizes), fold(text, axes, sizes, True)
     if backward:
@@ -531,7 +532,7 @@ def chosen(x: Tensor, text: str, axes: int, backward: bool) -> Fold:
 
 
 def fprop(x: Tensor, psi: Tensor, bias: Tensor | None, text: str, axes: int) -> Tensor:
-    """y, in the memory format of x. Numbers of 16 bits are computed in float32, since sums would round them."""
+    """y in the memory format of x. 16-bit inputs are computed in float32, since sums would round them."""
     plan = chosen(x, text, axes, False)
     weight = plan.weight(psi.to(_wide(x)))
     chunks = [*plan.images(x, weight)]

@@ -1,6 +1,6 @@
-"""The layers as functions, which check their arguments and call the ops.
+"""The layers as functions: they check their arguments and call the ops.
 
-The convolutions come for one, two and three spatial axes (``symmetric_conv1d``, ``symmetric_conv2d``, ...).
+Every convolution exists for one, two and three spatial axes (``symmetric_conv1d``, ``symmetric_conv2d``, ...).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Parity = str | Mapping[str, str]
 Activation = Literal["relu", "gelu", "silu", "sigmoid", "tanh"]
 PoolReduction = Literal["max", "min", "sum", "mean"]
 POOL_REDUCTIONS: tuple[str, ...] = get_args(PoolReduction)
-#: Groups of re-orderings that have a name.
+#: The named groups of re-orderings.
 ORDERS = ("swap", "cyclic", "permutations", "flip")
 
 __all__ = [
@@ -85,19 +85,19 @@ def check_activation(where: str, activation: object) -> None:
 
 
 def is_count(value: object) -> bool:
-    """An integer, or a size that a trace keeps symbolic; not a bool."""
+    """Whether this is an integer or a symbolic size of a trace, but not a bool."""
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def as_ints(value: Any) -> Any:
-    """Integers of NumPy and such as Python's, also within tuples and lists; anything else as it is."""
+    """Convert integers of any type, such as NumPy's, to int, also inside tuples and lists; leave anything else."""
     if isinstance(value, tuple | list):
         return tuple(map(as_ints, value))
     return index(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
 def check_counts(where: str, minimum: int, **values: Any) -> list[int]:
-    """Integers, at least `minimum`, as Python's."""
+    """Check that the values are integers >= `minimum`, and return them as ints."""
     for name, value in values.items():
         if not is_count(as_ints(value)):
             raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
@@ -107,7 +107,7 @@ def check_counts(where: str, minimum: int, **values: Any) -> list[int]:
 
 
 def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> list[int]:
-    """One integer per axis."""
+    """Check sizes, and return one integer per axis."""
     converted = as_ints(value)
     sizes: list[Any] = list(converted) if isinstance(converted, tuple) else [converted]
     if len(sizes) == 1:
@@ -120,7 +120,7 @@ def check_sizes(where: str, name: str, value: Ints, ndim: int, minimum: int) -> 
 
 
 def check_input(where: str, x: Tensor, channels: int, ndim: int) -> Tensor:
-    """x with a batch axis, checked."""
+    """Check x, and return it with a batch axis."""
     check_tensor(where, "x", x)
     if x.ndim not in (ndim + 1, ndim + 2):
         raise ValueError(
@@ -157,13 +157,13 @@ def check_bias(where: str, bias: Tensor | None, length: int) -> None:
         raise ValueError(f"{where}: bias must have shape ({length},), got {tuple(bias.shape)}")
 
 
-# --- arguments as specs: plain values, remembered; compilers take the results for constants ---------------------------
+# --- arguments to specs: plain values, cached; compilers treat the results as constants -------------------------------
 
 
 def _padding(
     where: str, padding: str | Ints, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Zero padding of both sides, and what an uneven 'same' adds to the far side, as in torch."""
+    """The zero padding on both sides, and what an uneven 'same' adds on the far side, as in torch."""
     ndim = len(kernel_size)
     if not isinstance(padding, str):
         return check_sizes(where, "padding", padding, ndim, 0), [0] * ndim
@@ -180,7 +180,7 @@ def _padding(
 def _geometry(
     where: str, kernel_size: Ints, stride: Ints, padding: Any, dilation: Ints, output_padding: Ints | None = None
 ) -> Geometry:
-    """With an `output_padding` of a transposed convolution."""
+    """The geometry of a convolution, which is transposed if there is an `output_padding`."""
     size = tuple(map(index, kernel_size))  # type: ignore[arg-type]
     ndim = len(size)
     strides = check_sizes(where, "stride", stride, ndim, 1)
@@ -199,7 +199,7 @@ def _geometry(
 
 
 def _remembered(function: Callable[P, str]) -> Callable[P, str]:
-    """Keep results for arguments that can be hashed: lists as tuples, a mapping as its items."""
+    """Cache the results of a function; lists are hashed as tuples, mappings as their items."""
     remember = functools.lru_cache(maxsize=4096, typed=True)(lambda *args: function(*map(_thawed, args)))  # type: ignore[call-arg]
 
     @constant
@@ -208,7 +208,7 @@ def _remembered(function: Callable[P, str]) -> Callable[P, str]:
         for key in (args, map(_frozen, args)):
             try:
                 return remember(*key)
-            except TypeError:  # an argument cannot be hashed, or is wrong
+            except TypeError:  # an argument is unhashable or wrong
                 pass
         return function(*args)  # type: ignore[call-arg]
 
@@ -216,7 +216,7 @@ def _remembered(function: Callable[P, str]) -> Callable[P, str]:
 
 
 class _Items(tuple[Any, ...]):
-    """Of a mapping."""
+    """The items of a mapping, so that `_thawed` can tell them from a tuple."""
 
 
 def _frozen(value: Any) -> Any:
@@ -231,7 +231,7 @@ def _thawed(value: Any) -> Any:
 
 @_remembered
 def orbit_text(where: str, symmetry: Any, stored: int, groups: int, *sizes: Any) -> str:
-    """`ConvSpec.text` of filters in orbits; `sizes` as of `_geometry`."""
+    """`ConvSpec.text` of filters in orbits; `sizes` are the arguments of `_geometry`."""
     layout, geometry = FilterLayout.from_stored(symmetry, stored, groups, where), _geometry(where, *sizes)
     layout.check_kernel(geometry.kernel_size, where)
     return orbit_spec(layout, geometry).text
@@ -239,7 +239,7 @@ def orbit_text(where: str, symmetry: Any, stored: int, groups: int, *sizes: Any)
 
 @_remembered
 def tied_text(where: str, symmetry: str, parity: Parity, tied: int, free: int, groups: int, *sizes: Any) -> str:
-    """The same of filters with tied taps, followed by free ones."""
+    """`ConvSpec.text` of filters with tied taps, followed by free filters."""
     value, geometry = Symmetry(symmetry), _geometry(where, *sizes)
     value.check_kernel(geometry.kernel_size, where)
     odd = parity_axes(value, dict(parity) if isinstance(parity, tuple) else parity, where)
@@ -249,7 +249,7 @@ def tied_text(where: str, symmetry: str, parity: Parity, tied: int, free: int, g
 
 @_remembered
 def pool_text(where: str, symmetry: str, reduce: str, filters: int, groups: int, *sizes: Any) -> str:
-    """The same of filters whose images are reduced to one."""
+    """`ConvSpec.text` of filters with a reduction over their images."""
     value, geometry = Symmetry(symmetry), _geometry(where, *sizes)
     if value.is_radial:
         raise ValueError(f"{where}: {symmetry!r} has no images to pool over; use a group such as 'hv' or 'd4'")
@@ -259,7 +259,7 @@ def pool_text(where: str, symmetry: str, reduce: str, filters: int, groups: int,
 
 
 def _for_axes(ndim: int, generic: Callable[Concatenate[int, str, P], Tensor]) -> Callable[P, Tensor]:
-    """The public function for `ndim` spatial axes of a generic one."""
+    """The public function for `ndim` spatial axes, made from a generic one."""
     name = f"{generic.__name__.lstrip('_')}{ndim}d"
 
     def function(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -292,9 +292,10 @@ def _symmetric_conv(
     symmetry: Spec,
     activation: Activation | None = None,
 ) -> Tensor:
-    """Convolve with stored filters and their mirror or rotated images: y = act(conv(x, expand(weight)) + b).
+    """Convolve with stored filters and their mirrored or rotated images: y = act(conv(x, expand(weight)) + b).
 
-    Equals ``F.conv{n}d(x, expanded, ...)`` with expanded[o] = g(o) weight[u(o)] in the output order of `FilterLayout`.
+    Equals ``F.conv{n}d(x, expanded, ...)``, where expanded[o] = g(o) weight[u(o)]: filter o is the image under g(o) of
+    stored filter u(o), in the output order of `FilterLayout`.
 
     Args:
         x: (N, C_in, {axes}) or (C_in, {axes}); its memory format is kept.
@@ -380,7 +381,7 @@ def _tied_conv(
     free_weight: Tensor | None = None,
     activation: Activation | None = None,
 ) -> Tensor:
-    """Convolve with filters that are their own image, up to sign, beside free ones.
+    """Convolve with filters that are their own images, up to sign, and with free filters.
 
     dense[u, c, k] = sign[k] weight[u, c, slot[k]] with slot and sign from ``tap_orbits(symmetry, kernel_size, odd)``.
 
@@ -390,8 +391,8 @@ def _tied_conv(
         bias: (C_out,) with C_out = tied + free filters.
         stride, padding, dilation, groups: as in ``F.conv{n}d``, incl. padding='same' and 'valid'.
         symmetry: one name, incl. 'radial' and 'radial:WIDTH'.
-        kernel_size: of the dense filter.
-        parity: 'even' (w = its image), 'odd' (-1 per reflection), or per axis such as {'h': 'odd', 'v': 'even'}.
+        kernel_size: the size of the dense kernel.
+        parity: 'even' (w = its image), 'odd' (-1 per reflection), or one per axis: {'h': 'odd', 'v': 'even'}.
         free_weight: (free filters, C_in / groups, *kernel); inside every group the tied filters come first.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
     Returns:
@@ -418,7 +419,7 @@ def _tied_conv(
 
 
 def stored_tensors(weight: Tensor, free_weight: Tensor | None) -> tuple[Tensor, ...]:
-    """The tensors of a tied layer that hold filters."""
+    """The weights of a tied layer, without empty ones."""
     if free_weight is None:
         return (weight,)
     return (weight, free_weight) if weight.shape[0] else (free_weight,)
@@ -441,15 +442,15 @@ def _orbit_pool_conv(
 ) -> Tensor:
     """Convolve with a filter and all its images and reduce over the orbit: y = act(reduce_g conv(x, g weight) + b).
 
-    'sum' and 'mean' equal one convolution with the symmetrized kernel, and are computed so.
+    'sum' and 'mean' equal one convolution with the symmetrized kernel, and are computed that way.
 
     Args:
         x: (N, C_in, {axes}) or (C_in, {axes}).
         weight: (C_out, C_in / groups, *kernel).
         bias: (C_out,), added once, after the reduction.
         stride, padding, dilation, groups: as in ``F.conv{n}d``, incl. padding='same' and 'valid'.
-        symmetry: one name of a group.
-        reduce: 'max', 'min', 'sum' or 'mean'. 'max' and 'min' have no meaning for complex x.
+        symmetry: the name of a group.
+        reduce: 'max', 'min', 'sum' or 'mean'. 'max' and 'min' are undefined for complex x.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
     Returns:
         (N, C_out, *out) in the dtype of x (the autocast dtype under autocast).
@@ -480,7 +481,7 @@ def group_text(where: str, symmetry: str, groups: int, *sizes: Any) -> str:
 
 
 def linear_text(where: str, symmetry: str) -> str:
-    """The same without space: kernels of size 1, on which every group acts."""
+    """`GroupSpec.text` of a group linear layer: kernels of size 1, on which every group acts."""
     ones = (1,) * (3 if Symmetry(symmetry).only_flips else 2)
     return group_text(where, symmetry, 1, ones, 1, 0, 1)
 
@@ -501,8 +502,8 @@ def _group_conv(
 ) -> Tensor:
     """Convolve fields of a group: y[g, o] = act(sum_{h, c} conv(x[h, c], g w[o, c, g^-1 h]) + b[o]).
 
-    A field has one channel per element, in the order of a symmetric convolution (the identity, then the images):
-    channel = element * fields + field. Moving x by an element moves y. Path `fold` takes 1 / |G| of the dense
+    A field has one channel per element, in the output order of a symmetric convolution (the identity, then the images):
+    channel = element * fields + field. Moving x by an element moves y by it. The path `fold` takes 1 / |G| of the dense
     multiply-adds for flips and 'c2', 1/4 for 'd4', 1/2 for 'c4' (`tritonsym.fold`).
 
     Args:
@@ -510,7 +511,7 @@ def _group_conv(
         weight: (fields out, C / groups, |G|, *kernel).
         bias: (fields out,) or None.
         stride, padding, dilation: as in ``F.conv{n}d``, incl. padding='same' and 'valid'.
-        groups: of fields.
+        groups: the number of groups of fields.
         symmetry: the name of a group.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
     Returns:
@@ -557,7 +558,7 @@ def group_linear(
 
 @constant
 def orbit_scale(symmetry: str, reduce: str) -> int | None:
-    """How many times the orbit mean of a filter the 'sum' or 'mean' of the responses over the orbit amounts to."""
+    """The factor s by which 'sum' or 'mean' pooling equals a convolution with s times the orbit mean; else None."""
     return {"sum": Symmetry(symmetry).order, "mean": 1}.get(reduce)
 
 
@@ -590,21 +591,21 @@ def symmetric_linear(
     never_unpack: bool = False,
     skew: bool = False,
 ) -> Tensor:
-    """y = act(x S^T + b), as `torch.nn.functional.linear`, with the symmetric matrix S = S^T stored packed.
+    """y = act(x S^T + b), as in `torch.nn.functional.linear`, with the symmetric matrix S = S^T stored packed.
 
     Args:
         x: (..., n).
-        weight: `tritonsym.packing.packed_shape(n)`: rectangular full packed, see `tritonsym.packing`.
+        weight: S in rectangular full packed storage (`tritonsym.packing`), of shape `packed_shape(n)`.
         bias: (n,) or None.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
-        never_unpack: build neither S nor its gradient, even where that is slower: by Triton kernels or by blocks.
-        skew: S = -S^T, stored as `tritonsym.packing.packed_shape(n - 1)`.
+        never_unpack: use Triton kernels or blocks, which never build S or its gradient, even where they are slower.
+        skew: S = -S^T instead, of shape `packed_shape(n - 1)`.
     Returns:
         (..., n) in the dtype of x (the autocast dtype under autocast).
     Raises:
-        ValueError: the weight is not a packed rectangle (the message computes the n it would fit), or shapes disagree.
+        ValueError: the weight is not a packed rectangle (the message names the n that would fit), or shapes disagree.
         TypeError: dtypes differ.
-        NotImplementedError: `never_unpack` where only the reference will do: under `torch.func`, for symbolic sizes.
+        NotImplementedError: `never_unpack` where only the reference works: under `torch.func`, or with symbolic sizes.
 
     >>> packed = tritonsym.pack(torch.eye(3))
     >>> functional.symmetric_linear(torch.tensor([1.0, 2.0, 3.0]), packed)
@@ -626,10 +627,10 @@ def symmetric_linear(
 def symmetric_matmul(
     packed: Tensor, x: Tensor, left: bool = False, *, never_unpack: bool = False, skew: bool = False
 ) -> Tensor:
-    """x S, or S x with `left`, for a symmetric matrix S stored packed.  x: (..., n), with `left` (..., n, m).
+    """x S, or S x with `left`, for a packed symmetric matrix S; x is (..., n), with `left` (..., n, m).
 
-    For a batch of packed matrices, with axes in front, x is (..., m, n), with `left` (..., n, m), and the axes in front
-    broadcast as in `torch.matmul`. `never_unpack`, `skew` and errors as in `symmetric_linear`.
+    For packed matrices with batch axes in front, x is (..., m, n), with `left` (..., n, m), and batch axes broadcast as
+    in `torch.matmul`. `never_unpack`, `skew` and errors are as in `symmetric_linear`.
 
     >>> functional.symmetric_matmul(tritonsym.pack(2 * torch.eye(3)), torch.ones(3, 2), left=True)
     tensor([[2., 2.],
@@ -651,7 +652,7 @@ def symmetric_matmul(
 
 
 def _check_batch(where: str, packed: Tensor, x: Tensor, n: int) -> None:
-    """A batch of packed n x n matrices beside the rows of x (..., m, n)."""
+    """Check a batch of packed n x n matrices against x (..., m, n)."""
     pairs = zip(reversed(packed.shape[:-2]), reversed(x.shape[:-2]), strict=False)
     if x.ndim < 2 or x.shape[-1] != n or any(a != b and 1 not in (a, b) for a, b in pairs):
         raise ValueError(
@@ -662,15 +663,15 @@ def _check_batch(where: str, packed: Tensor, x: Tensor, n: int) -> None:
 
 
 def quadratic_form(packed: Tensor, x: Tensor) -> Tensor:
-    """x S x^T for every row of x, with a symmetric matrix S stored packed: half of the multiply-adds by blocks.
+    """x S x^T for every row of x and a packed symmetric matrix S; computed by blocks, it takes half the multiply-adds.
 
     Args:
-        packed: `tritonsym.packing.packed_shape(n)`, or a batch of such, with axes in front.
-        x: (..., n), for a batch of matrices (..., m, n). Complex numbers are not conjugated.
+        packed: of shape `tritonsym.packing.packed_shape(n)`, with batch axes in front for several matrices.
+        x: (..., n), or (..., m, n) for several matrices. Complex numbers are not conjugated.
     Returns:
-        (...), without the last axis of x, in its dtype (the autocast dtype under autocast).
+        (...): the shape of x without its last axis, in the dtype of x (the autocast dtype under autocast).
     Raises:
-        ValueError: `packed` is no rectangle, or shapes disagree.
+        ValueError: `packed` is not a packed rectangle, or shapes disagree.
         TypeError: dtypes differ.
 
     >>> functional.quadratic_form(tritonsym.pack(torch.eye(2)), torch.tensor([[3.0, 4.0]]))
@@ -711,11 +712,11 @@ def gram(x: Tensor) -> Tensor:
 def symmetric_mm(matrix: Tensor, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """beta A + alpha A A for a symmetric matrix A, equal to its transpose to the bit.
 
-    Computed as the lower triangle of beta A + alpha A A^T, which is also its meaning where A is not quite symmetric.
+    Computes the lower triangle of beta A + alpha A A^T, which also defines the result if A is not exactly symmetric.
 
     Args:
         matrix: A, (..., n, n).
-        alpha, beta: numbers; A is not read for beta = 0.
+        alpha, beta: numbers; the term beta A is left out if beta = 0.
     Returns:
         (..., n, n) in the dtype of A (the autocast dtype under autocast).
     Raises:
@@ -750,27 +751,26 @@ def newton_schulz(
     *,
     eps: float = 1e-7,
 ) -> Any:
-    """Orthogonalise: nearly U V^T of the singular value decomposition G = U diag(s) V^T.
+    """Orthogonalise: approximate U V^T of the singular value decomposition G = U diag(s) V^T.
 
-    X = G / max(|G|, eps), then in every step X <- a X + (b A + c A A) X with A = X X^T, where G with more rows than
-    columns is transposed meanwhile, so that A is the smaller Gram matrix. A and b A + c A A are symmetric: half of
-    their products are computed. The iteration of the Muon optimiser (Keller Jordan 2024,
-    https://kellerjordan.github.io/posts/muon/), as in `torch.optim.Muon`, which computes in bfloat16: pass
-    ``G.bfloat16()`` for the same. The default coefficients bring singular values near 1, within about 0.7 to 1.2, in 5
-    steps; a triple for every step is what Polar Express (Amsel et al. 2025, arXiv 2505.16932) computes.
-    `tests/examples/muon.py` is an optimiser.
+    X = G / max(|G|, eps), then in every step X <- a X + (b A + c A A) X with A = X X^T. A G with more rows than columns
+    is transposed first, so that A is the smaller Gram matrix. A and b A + c A A are symmetric, so only half of each is
+    computed. This is the iteration of the Muon optimiser (Keller Jordan 2024,
+    https://kellerjordan.github.io/posts/muon/). `torch.optim.Muon` runs it in bfloat16: pass ``G.bfloat16()`` to do the
+    same. The default coefficients bring singular values near 1, within about 0.7 to 1.2, in 5 steps; one triple per
+    step gives Polar Express (Amsel et al. 2025, arXiv 2505.16932). `tests/examples/muon.py` is an optimiser.
 
     Args:
-        gradient: G, (..., m, k), real; computed in its dtype. Or a list of such, of any shapes: they are iterated
-            together, small ones with zeros around, which stay zeros, so that a bucket of shapes is one batch.
-        steps: how many iterations; 5, or as many as there are triples.
-        coefficients: (a, b, c) for all steps, or a list of one triple for each.
-        eps: the least norm to divide by.
+        gradient: G, (..., m, k), real; its dtype is used throughout. Or a list of such tensors of any shapes: small
+            matrices are padded with zeros, which stay zeros, so that similar shapes run as one batch.
+        steps: the number of iterations; by default 5, or the number of triples.
+        coefficients: (a, b, c) for all steps, or a list with one triple per step.
+        eps: the smallest norm to divide by.
     Returns:
         (..., m, k) in the dtype of G; a list for a list.
     Raises:
         ValueError: G has fewer than two axes, steps < 0, not three coefficients, or not as many triples as steps.
-        TypeError: G is not of real floating dtype, or another argument is not a number.
+        TypeError: the dtype of G is not real and floating, or another argument is not a number.
 
     >>> u = functional.newton_schulz(torch.randn(4, 9))
     >>> bool((torch.linalg.svdvals(u) - 1).abs().max() < 0.5)
@@ -796,13 +796,13 @@ def _check_gradient(where: str, name: str, value: Any) -> None:
 
 
 def _triples(where: str, steps: int | None, coefficients: Any) -> list[Triple]:
-    """One for every step."""
+    """Check the coefficients, and return one triple per step."""
     is_list = isinstance(coefficients, list | tuple) and all(isinstance(t, list | tuple) for t in coefficients)
     triples = list(coefficients) if is_list else [coefficients]
     for triple in triples:
         if not isinstance(triple, tuple | list) or len(triple) != 3:
             raise ValueError(
-                f"{where}: coefficients must be three numbers (a, b, c), or a list of such, got {triple!r}"
+                f"{where}: coefficients must be three numbers (a, b, c), or a list of triples, got {triple!r}"
             )
         for value in triple:
             _check_number(where, "coefficients", value)
@@ -814,12 +814,12 @@ def _triples(where: str, steps: int | None, coefficients: Any) -> list[Triple]:
     return triples if is_list else triples * steps
 
 
-#: Matrices of at most so many rows (the smaller size) are padded, both sizes to multiples of `PADDED_TO`.
+#: In a list, matrices whose smaller size is at most `PADDED_UP_TO` are padded to multiples of `PADDED_TO` on both axes.
 PADDED_UP_TO, PADDED_TO = 128, 32
 
 
 def _in_buckets(matrices: list[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """`function` of batches (count, m, k), m <= k, that hold all matrices (..., m, k) or (..., k, m)."""
+    """Apply `function` to batches (count, m, k), m <= k, that hold all the matrices (..., m, k) or (..., k, m)."""
     wide = [g.mT if g.shape[-2] > g.shape[-1] else g for g in matrices]
     flat = [g.reshape(math.prod(g.shape[:-2]), *g.shape[-2:]) for g in wide]
     buckets: dict[Any, list[int]] = {}
@@ -840,8 +840,8 @@ def _in_buckets(matrices: list[Tensor], function: Callable[[Tensor], Tensor]) ->
 
 
 def _iterate(x: Tensor, triples: Sequence[Triple], eps: float) -> Tensor:
-    """The steps of `newton_schulz` for x (batch, m, k), m <= k."""
-    wide = torch.float32 if x.dtype == torch.float16 else None  # where the norm of usual gradients overflows
+    """Run the steps of `newton_schulz` on x (batch, m, k), m <= k."""
+    wide = torch.float32 if x.dtype == torch.float16 else None  # in float16 the norm of ordinary gradients overflows
     x = (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=eps)).to(x.dtype)
     for a, b, c in triples:
         square = matrices.gram(x, None, 1.0, 0.0, mirrored=False)
@@ -871,7 +871,7 @@ def global_conv1d(
         bias: (C_out,) or None.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
     Returns:
-        (N, C_out, L) or (C_out, L). Equivariant up to rounding: the sum over positions is taken in their order.
+        (N, C_out, L) or (C_out, L). Equivariant up to rounding: positions are summed in order.
     Raises:
         ValueError: shapes disagree.
         TypeError: dtypes differ.
@@ -917,13 +917,13 @@ Orders = str | Sequence[Sequence[int]]
 
 
 def order_length(over: object) -> int:
-    """The number of entries that the first of a list of permutations re-orders."""
+    """The length of the first permutation in a list; 0 if `over` is not one."""
     return len(over[0]) if isinstance(over, Sequence) and over and isinstance(over[0], Sequence) else 0
 
 
 @constant
 def orders_of(over: Any, n: int, where: str) -> tuple[tuple[int, ...], ...]:
-    """The group of re-orderings of n entries that `over` names: order[i] is the entry that comes to place i."""
+    """The group of re-orderings of n entries that `over` names: order[i] is the entry that moves to place i."""
     identity = tuple(range(n))
     if isinstance(over, str):
         check_choice(where, "over", over, ORDERS)

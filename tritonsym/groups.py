@@ -1,7 +1,7 @@
 """How group convolutions are computed and differentiated.
 
-The reference is plain torch ops, the path `fold` one opaque op (``torch.ops.tritonsym.group_conv``), which compilers
-take as it is; derivatives of derivatives and transforms of `torch.func` go through the reference.
+The reference is plain torch ops; the path `fold` is one opaque op (``torch.ops.tritonsym.group_conv``), which compilers
+leave as it is. Second derivatives and `torch.func` transforms use the reference.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tritonsym.spec import out_sizes
 def group_conv(
     where: str, text: str, x: Tensor, psi: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Tensor:
-    """y = act(conv(x) + bias), by the path that the plan names.
+    """y = act(conv(x) + bias), on the path that the plan chooses.
 
     Args:
-        where: the function or layer in whose name errors are raised.
+        where: the function or layer that error messages name.
         text: `GroupSpec.text`.
         x: (N, |G| C, *sizes) or (|G| C, *sizes).
         psi: (O, C / groups, |G|, *kernel).
@@ -53,7 +53,7 @@ def group_conv(
 def group_linear(
     where: str, text: str, x: Tensor, psi: Tensor, bias: Tensor | None, activation: str | None = None
 ) -> Tensor:
-    """The same without space: x (..., |G| C), psi (O, C, |G|); `text` is that of kernels of size 1."""
+    """`group_conv` without space: x (..., |G| C), psi (O, C, |G|); `text` describes kernels of size 1."""
     check_tensor(where, "x", x)
     check_beside(where, x, weight=psi, bias=bias)
     spec = spec_of(text)
@@ -72,7 +72,7 @@ def group_linear(
 
 
 def _folded(x: Tensor, psi: Tensor, bias: Tensor | None, text: str, axes: int) -> Tensor:
-    dtype = computing_dtype(x)  # as autocast would
+    dtype = computing_dtype(x)  # the autocast dtype under autocast
     op: Any = fold.fprop
     if torch.compiler.is_compiling():
         op = _op
@@ -93,7 +93,7 @@ def unpadded(text: str) -> str:
 
 
 def check(where: str, spec: GroupSpec, x: Sequence[int], psi: Sequence[int], bias: Sequence[int] | None) -> None:
-    """Raise ValueError, in the name of the function `where`, unless these shapes fit."""
+    """Raise a ValueError that names `where`, unless these shapes fit."""
     kernel, order, groups = spec.geometry.kernel_size, spec.order, spec.groups
     if len(psi) != 3 + len(kernel) or tuple(psi[2:]) != (order, *kernel) or psi[0] % groups:
         expected = f"(fields out, fields in / groups, {', '.join(map(str, (order, *kernel)))})"
@@ -101,9 +101,9 @@ def check(where: str, spec: GroupSpec, x: Sequence[int], psi: Sequence[int], bia
     channels = order * groups * psi[1]
     if len(x) != len(kernel) + 2 or x[1] != channels:
         raise ValueError(
-            f"{where}: x has shape {tuple(x)}, expected {channels} channels, those of {channels // order} fields of "
-            f"{order} elements of {spec.symmetry.name!r}, and {len(kernel)} spatial axes; a SymmetricConv of this "
-            "symmetry makes such fields of an image"
+            f"{where}: x has shape {tuple(x)}, expected {channels} channels ({channels // order} fields of "
+            f"{order} elements of {spec.symmetry.name!r}) and {len(kernel)} spatial axes; a SymmetricConv of this "
+            "symmetry makes such fields from an image"
         )
     if any(size < 1 for size in out_sizes(spec.geometry, x[2:])):
         raise ValueError(
@@ -124,7 +124,7 @@ def problem(
     dtype: str,
     training: bool,
 ) -> plan.GroupProblem:
-    """What a call plans on, checked."""
+    """Check the shapes of a call, and return the problem to plan."""
     spec = GroupSpec.of(text)
     check(where, spec, x, psi, bias)
     sizes = tuple(n + e for n, e in zip(x[2:], spec.geometry.extra, strict=True))
@@ -143,7 +143,7 @@ def _traced(*arguments: Any) -> int:
 
 
 def _axes(where: str, text: str, x: Tensor, psi: Tensor, bias: Tensor | None) -> int:
-    """How many axes to fold; 0 is the reference."""
+    """How many axes to fold; 0 means the reference."""
     training = needs_gradient(x, psi, bias)
     form = (tuple(map(index, psi.shape)), None if bias is None else tuple(map(index, bias.shape)))
     rest = (x.device.type, plan.dtype_name(x), training)
@@ -206,7 +206,7 @@ _op.register_autograd(_gradients, setup_context=_setup)
 
 
 class _Folded(torch.autograd.Function):
-    """The same for eager mode, without the dispatcher's detours."""
+    """`_op` with its gradients for eager mode, without the cost of the dispatcher."""
 
     forward = staticmethod(fold.fprop)
     setup_context = staticmethod(_setup)

@@ -51,11 +51,11 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block use the 'reference', the 'triton' kernels where there is one, or choose ('auto', the default).
+    """Within the block take the 'reference', the 'triton' kernel where there is one, or choose ('auto', the default).
 
     On CPU tensors 'triton' runs Triton's interpreter, slowly, and needs TRITON_INTERPRET=1 from the start.
 
-    The environment variable TRITONSYM_BACKEND, read on import, sets the same outside of any block. A function that
+    The environment variable TRITONSYM_BACKEND, read on import, sets the backend outside of any block. A function that
     `torch.compile` or `torch.export` has traced keeps the choice in force when it was traced.
 
     Raises:
@@ -78,14 +78,13 @@ def path(name: str, tiles: Tiles = ()) -> Iterator[None]:
     """Within the block force one path, 'reference', 'implicit_gemm', 'shift', 'fused', 'blocks' or 'fold', for tests
     and benchmarks.
 
-    'fold' is for group convolutions, of which it folds all axes that it can, and they have no other but the reference.
-
-    'implicit_gemm' (also by its former name 'expand') is also the kernel of `SymmetricLinear`, `gram` and
-    `symmetric_mm`, on a GPU or under backend('triton'); they have no 'shift', and they alone have 'blocks'. `tiles`:
-    also those of the path's kernels (`Plan.tiles`), for the tuner.
+    Group convolutions have 'reference' and 'fold', which then folds every axis it can. `SymmetricLinear`, `gram` and
+    `symmetric_mm` have 'reference', 'blocks' and, on a GPU or under backend('triton'), 'implicit_gemm' (formerly
+    'expand'). The other convolutions have all but 'blocks' and 'fold'. `tiles` forces the tiles of the path's kernels
+    (`Plan.tiles`), for the tuner.
 
     Raises:
-        ValueError: an unknown name; by a layer, that the path cannot compute it, or that the tiles do not fit.
+        ValueError: an unknown name; later, by a layer, if the path cannot compute it or the tiles do not fit.
 
     >>> with tritonsym.path("shift"):
     ...     y = nn.SymmetricConv2d(4, 4, 3, symmetry="h")(torch.randn(1, 4, 8, 8))
@@ -101,7 +100,7 @@ def path(name: str, tiles: Tiles = ()) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The backend in force: of the innermost `backend` block, else of TRITONSYM_BACKEND, else 'auto'."""
+    """The backend in force: the innermost `backend` block's, else TRITONSYM_BACKEND, else 'auto'."""
     name = _backend.get() or ENVIRONMENT
     if name not in BACKENDS:
         raise ValueError(f"TRITONSYM_BACKEND={name!r}: expected one of {', '.join(BACKENDS)}")
@@ -112,12 +111,12 @@ Switches = tuple[str, str | None, Tiles]
 
 
 def switches() -> Switches:
-    """All that a plan depends on besides its problem and the tables: backend, forced path, its tiles."""
+    """What a plan depends on besides its problem and the tables: the backend, the forced path and its tiles."""
     return current_backend(), *_path.get()
 
 
 def forget() -> None:
-    """Plan anew, from the tables of measurements (`tuned`) as the files are now."""
+    """Drop all plans, and read the tables of measurements (`tuned`) again."""
     tuned.table.cache_clear()
     _plan.cache_clear()
     route.cache_clear()
@@ -128,7 +127,7 @@ def forget() -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """What `plan` decides on. Multiply-adds are those of the whole layer on the whole batch."""
+    """What `plan` decides on. Multiply-adds are counted over the whole batch."""
 
     layer: str
     target: str  # 'cpu', 'cuda', 'cuda:1', or an architecture such as 'sm_90'
@@ -151,27 +150,27 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What decides how fast it is, for `tuned`; sizes that may vary are rounded to powers of two."""
+        """The row of `tuned`'s tables: what decides the speed, with varying sizes rounded to powers of two."""
         raise NotImplementedError
 
     def runs(self, path: str, tiles: Tiles) -> bool:
-        """Whether these are tiles of the path's kernels that fit."""
+        """Whether these tiles fit the path's kernels."""
         try:
             return all(fits(*tile) for fits, tile in zip(self.rules()[path], tiles, strict=True))
         except (KeyError, TypeError, ValueError):
             return False
 
     def rules(self) -> dict[str, tuple[Callable[..., bool], ...]]:
-        """By path, for each tile of its kernels: whether one of these numbers fits."""
+        """For every path, one predicate per tile of its kernels: whether the tile fits."""
         return {"reference": ()}
 
     def tiles(self, path: str) -> Tiles:
-        """Tiles of the path's kernels that fit: not measured."""
+        """Default tiles of the path's kernels: they fit, but were not measured."""
         raise NotImplementedError
 
     @property
     def where(self) -> tuple[int, str]:
-        """Bytes of an operand, and the architecture: what `kernels.tiles` asks for."""
+        """Bytes of an operand and the architecture, as `kernels.tiles` takes them."""
         return ITEMSIZE.get(self.dtype, 2), architecture(self.target)
 
 
@@ -199,7 +198,7 @@ class FixedProblem(Problem):
 class ConvProblem(Problem):
     """A convolution of x (batch, groups channels, *sizes).
 
-    `dense_factor`: the dense layer has so many times the filters of `spec` (orbit 'sum': all images of a filter).
+    `dense_factor`: how many times as many filters as `spec` the dense layer has (orbit 'sum': one per image).
     """
 
     spec: ConvSpec
@@ -251,12 +250,12 @@ class ConvProblem(Problem):
 
     @cached_property
     def work(self) -> tuple[int, int, int]:
-        """Of the shift path: multiply-adds, values of z, and additions."""
+        """Multiply-adds, values of z and additions of the shift path."""
         return self.work_of(self.inner)
 
     @cached_property
     def patch(self) -> tuple[int, ...] | None:
-        """Of the fused kernel; None if it cannot compute the layer."""
+        """The fused kernel's tile, or None if that kernel cannot compute the layer."""
         from tritonsym.kernels.tiles import pick_patch
 
         if not self.has_kernel or max(self.spec.geometry.stride) > 1 or self.is_depthwise:
@@ -266,7 +265,7 @@ class ConvProblem(Problem):
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """How far the results of a patch (H, W) read."""
+        """How far beyond its own positions a patch (H, W) of results reads."""
         g = self.spec.geometry
         return (0, *(d * (k - 1) for d, k in zip(g.dilation, g.kernel_size, strict=True)))[-2:]
 
@@ -292,7 +291,7 @@ class ConvProblem(Problem):
 
     @property
     def terms(self) -> int:
-        """Of all sums of the shift path together."""
+        """Terms of all sums of the shift path."""
         return sum(self.terms_of_blocks)
 
     @property
@@ -301,12 +300,12 @@ class ConvProblem(Problem):
 
     @property
     def outputs(self) -> int:
-        """Filters of a group, with all images."""
+        """Output channels of a group: filters times images."""
         return self.spec.filters // self.spec.groups
 
     @property
     def key(self) -> str:
-        """Positions are those of all groups and images; z says how often the stored rows are multiplied."""
+        """Positions count all groups and images; z is how often the stored rows are multiplied."""
         mode, pool = "training" if self.training else "inference", f" {self.spec.pool}" if self.spec.pool else ""
         return (
             f"conv{pool} {self.dtype} {mode} channels={self.channels} outputs={self.outputs} "
@@ -332,7 +331,7 @@ class ConvProblem(Problem):
         return rules
 
     def tiles(self, path: str) -> Tiles:
-        """Of shift_sum, or the fused kernel, and gather_sum, or of fprop, dgrad and wgrad."""
+        """Tiles of shift_sum (or the fused kernel) and gather_sum, or of fprop, dgrad and wgrad."""
         from tritonsym.kernels import tiles
 
         filters = max(block.filters for block in self.spec.blocks)
@@ -356,12 +355,12 @@ class ConvProblem(Problem):
 
 @dataclass(frozen=True)
 class LinearProblem(Problem):
-    """x S with a packed n x n matrix S, for so many rows of x."""
+    """x S with x (rows, n) and a packed n x n matrix S."""
 
     n: int
     rows: int
     training: bool = False
-    never_unpack: bool = False  # if the reference will not do
+    never_unpack: bool = False  # if the reference, which unpacks, is not allowed
     skew: bool = False  # S = -S^T
 
     @property
@@ -385,13 +384,13 @@ class LinearProblem(Problem):
 
     @property
     def key(self) -> str:
-        """Rows are rounded up, so that a strip holds all that are rounded to as many; strips end at a power of two."""
+        """Rows are rounded up to a power of two, where the kernel's strips end."""
         mode = "training" if self.training else "inference"
         rows = 1 << max(self.rows - 1, 0).bit_length()
         return f"{self.layer} {self.dtype} {mode} n={self.n} rows={rows}" + " packed" * self.never_unpack
 
     def tiles(self, path: str) -> Tiles:
-        """Of the product and of the gradient."""
+        """Tiles of the product and of the gradient."""
         from tritonsym.kernels.tiles import pick_product, pick_square
 
         return astuple(pick_product(self.rows, *self.where)), astuple(pick_square(*self.where))
@@ -441,7 +440,7 @@ class LinearProblem(Problem):
 
 @dataclass(frozen=True)
 class GramProblem(Problem):
-    """X X^T for so many matrices X (n, k)."""
+    """X X^T for a batch of matrices X (n, k)."""
 
     n: int
     k: int
@@ -500,8 +499,8 @@ class GramProblem(Problem):
 
 @dataclass(frozen=True)
 class GroupProblem(Problem):
-    """A group convolution of x (batch, |G| channels, *sizes): so many fields of x and of y. Without sizes, a linear
-    layer."""
+    """A group convolution from `channels` to `filters` fields, of x (batch, |G| channels, *sizes); a linear layer if
+    there are no sizes."""
 
     spec: fold.GroupSpec
     batch: int
@@ -521,7 +520,7 @@ class GroupProblem(Problem):
         return False
 
     def work(self, axes: int, rule: Rule) -> tuple[int, float]:
-        """Multiply-adds with so many axes folded, and what it costs by the rule."""
+        """Multiply-adds with so many axes folded, and the cost by the rule."""
         one, fields = fold.fold(self.spec.text, axes, self.sizes), (self.channels, self.filters)
         products, values, additions = (self.batch * number for number in one.work(*fields))
         weight = one.weight_work(*fields)
@@ -531,7 +530,7 @@ class GroupProblem(Problem):
         return products + weight, cost + rule.value * (rule.flat if one.is_flat else 1) * values
 
     def plan(self, backend: str, forced: str | None) -> Plan:
-        """Of all numbers of axes the one that saves most, if any saves more than its sums cost."""
+        """Fold as many axes as cost least, or none."""
         most = len(self.spec.symmetry.mirrors)
         if forced not in (None, "reference", "fold") or (forced == "fold" and "complex" in self.dtype):
             raise ValueError(
@@ -596,8 +595,8 @@ def gram_problem(shape: Sequence[int], target: str, dtype: str) -> GramProblem:
 
 @dataclass(frozen=True)
 class Device:
-    """Datasheet numbers of a GPU: multiply-adds x 2 per second of dense 16-bit and tf32 products, bytes per second of
-    memory, multiprocessors."""
+    """Datasheet numbers of a GPU: FLOP/s of dense 16-bit and tf32 products, bytes per second of memory, and the number
+    of multiprocessors."""
 
     target: str
     half: float
@@ -605,11 +604,11 @@ class Device:
     peak_memory: float
     processors: int
     l1: float  # bytes per second of all first-level caches
-    sums: float  # multiply-adds x 2 per second without tensor cores, at 6 instructions each, as compiled kernels take
+    sums: float  # FLOP/s without tensor cores, at 6 instructions per multiply-add, as compiled kernels take
 
     @property
     def gemm(self) -> float:
-        """What a vendor's product is assumed to reach; as all below, not measured here."""
+        """What a vendor's product is assumed to reach: like all below, not measured here."""
         return 0.8 * self.half if self.target == "sm_90" else 0.7 * self.half
 
     @property
@@ -622,41 +621,41 @@ class Device:
 
     @property
     def cache(self) -> float:
-        """Of the second level."""
+        """Bytes per second of the second-level cache."""
         return 1.25 * self.peak_memory
 
 
-#: By a part of the device's name. Of the GPUs of one architecture the last stands for all.
+#: By a part of the device's name. The last GPU of an architecture stands for the others of it.
 DEVICES = {
     "A100": Device("sm_80", 312e12, 156e12, 2.04e12, 108, 13e12, 3.2e12),
     "H100 80GB HBM3": Device("sm_90", 989e12, 494e12, 3.35e12, 132, 20e12, 10e12),
     "H200": Device("sm_90", 989e12, 494e12, 4.8e12, 132, 20e12, 10e12),
     "B200": Device("sm_100", 2250e12, 1125e12, 8e12, 148, 24e12, 12e12),
 }
-#: Seconds of a launch, and the speed of our kernels' products as a part of the vendor's: estimates.
+#: Seconds of a launch, and the speed of our kernels' products relative to the vendor's: estimates.
 LAUNCH = 2.5e-6
 TILES_OF_VENDOR, STRIPS_OF_VENDOR, GRAM_OF_VENDOR, IMPLICIT_OF_VENDOR = 0.85, 0.5, 0.75, 0.6
-#: Instructions of a term of the sums, as of the machine code (2 with 8 images, 3.5 with 2), and those that a lane
-#: issues per second: three quarters of 1.755 GHz.
+#: Instructions per term of a sum, read off the machine code (2 with 8 images, 3.5 with 2), and instructions that a
+#: lane issues per second: three quarters of 1.755 GHz.
 TERM, CLOCK = 2.7, 1.3e9
-#: Instructions of the fused kernel for a value of z and for a term of a sum, at every position of a patch, as of the
-#: machine code for bfloat16 on sm_90; a product with 16 columns has half of the tensor cores' rate. Above so many terms
-#: in a block it needs more registers than there are.
+#: Instructions of the fused kernel per value of z and per term of a sum, at every position of a patch, read off the
+#: machine code for bfloat16 on sm_90; the rate of its products with 16 columns, relative to the tensor cores'; and the
+#: terms of a block above which it needs more registers than there are.
 FUSED_VALUE, FUSED_TERM, FUSED_RATE, FUSED_TERMS = 7.5, 1.7, 0.5, 72
-#: n up to which launches, which the estimates know least about, decide: the vendor library's products are taken.
+#: Up to this n launches decide, about which the estimates know least: the vendor's products are taken.
 SMALL_N = 2048
-#: Estimated speedup below which the reference is taken all the same: nothing was measured.
+#: The reference is taken unless the estimated speedup exceeds this, since nothing was measured.
 MARGIN = 1.2
 
 
 def target_of(x: Tensor) -> str:
-    """The `Problem.target` of a tensor: 'cpu', or of a machine whose GPUs may differ 'cuda:1'."""
+    """The `Problem.target` of a tensor: 'cpu', or 'cuda:1', since the GPUs of a machine may differ."""
     device = x.device
     return str(device) if device.type == "cuda" else device.type
 
 
 def architecture(target: str) -> str:
-    """'cuda', the current GPU, or 'cuda:1' as the architecture of that, if it is there."""
+    """The architecture behind 'cuda' (the current GPU) or 'cuda:1', if that GPU is there."""
     if not target.startswith("cuda") or not torch.cuda.is_available():
         return target
     device = torch.cuda.get_device_properties(torch.device(target))
@@ -666,8 +665,7 @@ def architecture(target: str) -> str:
 
 
 def device_of(target: str) -> Device:
-    """The numbers for a target: of the GPU that is there, or of the nearest older architecture; for the interpreter
-    those of an H200."""
+    """The numbers of the GPU that is there, or of the nearest older architecture; of an H200 for the interpreter."""
     if target.startswith("cuda") and torch.cuda.is_available():
         there = torch.cuda.get_device_name(torch.device(target))
         if named := [device for part, device in DEVICES.items() if part.split()[0] in there]:
@@ -681,8 +679,8 @@ def device_of(target: str) -> Device:
 def estimated_seconds(problem: ConvProblem) -> dict[str, float]:
     """Forward time of every path on a GPU, by a roofline model.
 
-    Each step takes its arithmetic or its traffic, whichever is longer, and a launch. Without a product (depthwise) the
-    vendor's convolution is taken to be as fast as our kernel, which then saves no more than expanding the weight.
+    Each step takes as long as its arithmetic or its traffic, whichever is longer, plus a launch. The vendor's
+    depthwise convolution is taken to be as fast as our kernel, which then saves only the expansion of the weight.
     """
     device, itemsize = device_of(problem.target), ITEMSIZE[problem.dtype]
     x = problem.x
@@ -706,7 +704,7 @@ def estimated_seconds(problem: ConvProblem) -> dict[str, float]:
 
 
 def shift_seconds(problem: ConvProblem, inner: bool) -> float:
-    """Of the product and the sums: z, of float16 in float32, is written to memory and read back once, and a term of a
+    """The product plus the sums: z (float32 if x is float16) is written to memory and read back once, and a term of a
     sum takes a load from L1 and `TERM` instructions. With `inner` the product is the vendor's convolution."""
     device, itemsize = device_of(problem.target), ITEMSIZE[problem.dtype]
     multiply_adds, z, additions = problem.work_of(inner)
@@ -719,9 +717,9 @@ def shift_seconds(problem: ConvProblem, inner: bool) -> float:
 
 
 def fused_seconds(problem: ConvProblem) -> float:
-    """Of the fused kernel for bfloat16: all positions of all patches are multiplied, for whole tiles of filters, each
-    of which reads the patch from the second-level cache; instructions for every value of z and every term. Programs
-    come in waves of one per multiprocessor."""
+    """The fused kernel in bfloat16. All positions of all patches are multiplied, once per tile of filters, and every
+    tile reads its patch from the second-level cache; every value of z and every term takes instructions. Programs run
+    in waves of one per multiprocessor."""
     from tritonsym.kernels.tiles import Patch, padded_channels
 
     device, spec = device_of(problem.target), problem.spec
@@ -747,10 +745,12 @@ def fused_seconds(problem: ConvProblem) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """What `fold` costs, in multiply-adds of the dense convolution: a value of its sums and products, an addition, a
-    call; a multiply-add of the grouped convolution that remains where axes stay inside the product, in inference and
-    in training, of a product of matrices of few terms, and of the product's weight; and how many times more values cost
-    around a product of matrices."""
+    """What `fold` costs, in multiply-adds of the dense convolution.
+
+    `value`: a value of its sums or products. `addition`, `call`: one of these. `grouped`: a multiply-add where axes
+    stay inside the product, which is then a grouped convolution, in inference and in training. `few`: a multiply-add
+    of matrix products with few terms. `weight`: a multiply-add of the transform of the weight. `flat`: how many times
+    as much a value costs if the product is one of matrices."""
 
     value: float
     addition: float
@@ -761,31 +761,32 @@ class Rule:
     flat: float = 1
 
 
-#: What an addition of `shift` on the CPU, a block of filters, and a multiply-add with axes inside cost, in those of the
-#: dense convolution; rows count as `WIDTH` values at least. Fitted to perf/results/2026-11-25-cpu-rule.json, least
-#: squares of log(time taken / time of the faster path), threefold where that is the reference.
+#: The cost of an addition of `shift` on the CPU, a block of filters, a multiply-add with axes inside, in multiply-adds
+#: of the dense convolution; a row counts as `WIDTH` values or more. Fitted to perf/results/2026-11-25-cpu-rule.json by
+#: least squares of log(time of the choice / time of the faster path), threefold where the reference is faster.
 ADDITION, BLOCK, INSIDE, WIDTH = 5, 13e6, 1.5, 32
-#: How many times longer torch takes over a multiply-add of one volume alone (perf/results/2026-11-25-cpu-volumes.json).
+#: How many times as long torch's convolution takes per multiply-add if a batch is one volume
+#: (perf/results/2026-11-25-cpu-volumes.json).
 ONE_VOLUME = 4
-#: The rule of group convolutions, fitted to perf/results/2026-11-25-cpu-fold.json, and where MKL is slow to
-#: perf/results/2026-11-26-cpu-fold-amd.json, a choice slower than the reference counting ten times; by this rule fold
-#: pays in float64, too, and in bfloat16, which is computed in float32, on CPUs without matrix instructions for it.
+#: The rules of group convolutions, fitted to perf/results/2026-11-25-cpu-fold.json and, where MKL is slow, to
+#: perf/results/2026-11-26-cpu-fold-amd.json; a choice slower than the reference counts tenfold. They hold in
+#: float64, too, and in bfloat16, which is computed in float32, on CPUs without matrix instructions for it.
 GROUP_CPU = Rule(50, 4)
 GROUP_SLOW_MKL = Rule(50, 4, grouped=(1.1, 1.2), few=1.5, weight=6, flat=2)
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
-#: Terms of all sums together above which the kernel of the additions, which unrolls them, compiles for more than about
-#: 10 seconds (sm_90, Triton 3.7, one core: 8 to 11 for the 196 to 216 terms of hv and c4 7x7, d4 5x5, hvz 3x3x3).
+#: The kernel of the additions unrolls all terms of all sums: with more than this many it compiles for over 10 seconds
+#: (sm_90, Triton 3.7, one core: 8 to 11 for the 196 to 216 terms of hv and c4 7x7, d4 5x5, hvz 3x3x3).
 MOST_TERMS = 216
-#: Sizes of matrices from which blocks pay on the CPU: of a packed one, for rows up to half of what n has more than that
-#: (perf/results/2026-11-25-cpu-matrices-rule.json), and of a product with a symmetric result
+#: Blocks pay on the CPU for up to (n - PACKED_FROM) / 2 rows times a packed n x n matrix
+#: (perf/results/2026-11-25-cpu-matrices-rule.json), and for symmetric n x n results from n = HALF_FROM on
 #: (perf/results/2026-11-25-cpu-matrices.json).
 PACKED_FROM, HALF_FROM = 256, 384
 NEVER_UNPACKED = "Never unpacked: half of the memory, at any speed."
 
 
 def _pays(problem: ConvProblem) -> tuple[str, str]:
-    """`shift` or `fused` where one is taken rather than the reference, else nothing, and why."""
+    """'shift' or 'fused' where that is taken instead of the reference, else '', and why."""
     multiply_adds, z, additions = problem.work
     words = f"{problem.expanded / max(multiply_adds, 1):.3g}x fewer multiply-adds, {additions:,} additions"
     on_cpu = problem.target == "cpu"
@@ -835,7 +836,7 @@ class Plan:
     flops: int
     dense_flops: int
     why: str
-    tiles: Tiles = ()  # of the path's kernels (`kernels.tiles`), if it launches any
+    tiles: Tiles = ()  # of the path's kernels (`kernels.tiles`), if it has any
     inner: bool = False  # whether axes that no image moves stay inside the product of 'shift'
     axes: int = 0  # how many mirrors 'fold' folds
 
@@ -854,8 +855,8 @@ class Plan:
 
 
 def plan(problem: Any) -> Plan:
-    """Choose the path. Pure but for the switches `backend`, `path` and TRITONSYM_BACKEND, and for the tables of
-    measurements (`tuned`), which are read once.
+    """Choose the path. It depends on the problem, the switches `backend`, `path` and TRITONSYM_BACKEND, the tables of
+    measurements (`tuned`), which are read once, and the kind of CPU.
 
     Raises:
         ValueError: a path is forced on a layer that it cannot compute, or with tiles that do not fit.
@@ -991,7 +992,7 @@ def conv_problem(
     last: bool,
     dense_factor: int = 1,
 ) -> ConvProblem:
-    """The problem of a convolution of x (N, C, *sizes), checked; of a call and of `explain`.
+    """The problem of a convolution of x (N, C, *sizes), checked: what a call and `explain` plan on.
 
     Raises:
         ValueError: the stored weights, x or the bias do not fit the spec.
@@ -1017,20 +1018,20 @@ def conv_problem(
 
 @lru_cache(maxsize=8192)
 def route(problem: tuple[Any, ...], *switches: Any) -> Route:
-    """Path, tiles of its kernels one after the other, and whether axes stay inside, of ``conv_problem(*problem)``."""
+    """The path for ``conv_problem(*problem)``, its tiles one after the other, and whether axes stay inside."""
     found = _plan(conv_problem(*problem), *switches)
     return found.path, tuple(number for tile in found.tiles for number in tile), found.inner
 
 
 @constant
 def traced_route(*problem: Any) -> Route:
-    """`route` under the switches in force, for compilers, which take the result for a constant."""
+    """`route` under the switches in force; a constant for compilers."""
     return route(problem, *switches())
 
 
 @constant
 def traced_open_route(where: str, spec: str, weights: Any, bias: Any, target: str, dtype: str, training: bool) -> Route:
-    """The same where a compiler keeps sizes symbolic: the backend in place of the path if it depends on the sizes."""
+    """The same with symbolic sizes: the backend instead of the path where the path depends on the sizes."""
     conv = ConvSpec.of(spec)
     channels = weights[0][0] if conv.geometry.transposed else weights[0][1] * conv.groups
     large = (
@@ -1045,13 +1046,13 @@ def traced_open_route(where: str, spec: str, weights: Any, bias: Any, target: st
 
 @constant
 def matrix_route(kind: str, *problem: Any) -> tuple[str, Tiles]:
-    """Path and tiles of the kernels for the 'linear' or 'gram' problem of these arguments."""
+    """The path and its tiles for the 'linear' or 'gram' problem of these arguments."""
     found = plan(linear_problem(*problem) if kind == "linear" else gram_problem(*problem))
     return found.path, found.tiles
 
 
 def computing_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of t, or the one that torch.autocast casts it to: not float64, not complex."""
+    """The dtype of t, or the one that torch.autocast casts it to (never float64 or complex numbers)."""
     kind = t.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return t.dtype
@@ -1103,10 +1104,10 @@ class ModelPlan(Sequence[tuple[str, Plan]]):
 
 
 def explain(module: nn.Module, x: Tensor, target: str | None = None) -> Any:
-    """The plan for one layer on one input, or for all layers of a model; printed, it is in words.
+    """The plan for one layer, or for all layers of a model, on an input; print it to read it.
 
-    As for a call at the same place: under ``torch.no_grad()`` it is the plan for inference. A copy of a model runs once
-    on x, so that its buffers stay as they are.
+    It is the plan of a call in the same place: under ``torch.no_grad()`` that for inference. A model is copied and the
+    copy runs once on x, so that no buffer changes.
 
     Args:
         module: a layer of `tritonsym.nn` with weights, or a model that calls some.

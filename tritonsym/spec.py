@@ -1,7 +1,7 @@
 """One description of every convolution: which stored weight, with which sign, stands at every tap of every filter.
 
-A `ConvSpec` says all about a convolution but its tensors. Orbit, tied, pooled and transposed layers parse their
-arguments into one; every path is computed from one. Pure Python, no torch.
+A `ConvSpec` describes all of a convolution but its tensors. Orbit, tied, pooled and transposed layers parse their
+arguments into one, and every path computes from one. Pure Python, no torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Ints = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The spatial part of a convolution: y position p reads x at stride p + dilation k - padding.
+    """The spatial part of a convolution: y at position p reads x at stride p + dilation k - padding.
 
-    With `transposed`, x position q adds to y at stride q + dilation k - padding. `extra` is what the far side has more:
-    zeros around x that an uneven padding='same' adds, or the output_padding of a transposed convolution.
+    With `transposed`, x at position q adds to y at stride q + dilation k - padding. `extra` is added on the far side
+    only: the additional zeros of an uneven padding='same', or the output_padding of a transposed convolution.
     """
 
     kernel_size: Ints
@@ -37,7 +37,7 @@ class Geometry:
 
 
 def out_sizes(geometry: Geometry, sizes: Sequence[int]) -> Ints:
-    """Of y, from those of x. A function: Dynamo traces no methods of a constant."""
+    """The spatial sizes of y, from those of x. A function, because Dynamo cannot trace methods of a constant."""
     reach = [d * (k - 1) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
     axes = zip(sizes, geometry.stride, geometry.padding, reach, geometry.extra, strict=True)
     if geometry.transposed:
@@ -47,9 +47,9 @@ def out_sizes(geometry: Geometry, sizes: Sequence[int]) -> Ints:
 
 @dataclass(frozen=True)
 class Block:
-    """Stored filters of one group and their images: dense[first + u] = g untied(stored[u]) for every (first, g).
+    """Stored filters of one group and their images: dense[first + u] = g untied(stored[u]) for every image (first, g).
 
-    The first image is the identity. `orbits` ties the taps of the stored filters; without, all are stored.
+    The first image is the identity. `orbits` ties the taps of the stored filters; if None, all are stored.
     """
 
     filters: int
@@ -58,25 +58,25 @@ class Block:
 
 
 def count_of(orbits: TapOrbits) -> int:
-    """len(orbits), which Dynamo cannot trace."""
+    """`len(orbits)` in a form that Dynamo can trace."""
     return max(orbits.slot) + 1
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """Blocks of every group, the geometry and, with `pool`, 'max' or 'min' over the images of the only block.
+    """The blocks, equal in all groups, the geometry and, as `pool`, 'max' or 'min' over the images of the only block.
 
-    Stored weights: a block with tied taps has a tensor (groups filters, C, orbits) of its own, in the order of the
-    blocks; all others share one (groups stored, C, *kernel), or if transposed (groups C, stored, *kernel).
+    Stored weights: a block with tied taps has its own tensor (groups filters, C, orbits), in the order of the blocks;
+    all others share one (groups stored, C, *kernel), or if transposed (groups C, stored, *kernel).
     """
 
     blocks: tuple[Block, ...]
     groups: int
     geometry: Geometry
     pool: str | None = None
-    # kept as fields, because Dynamo knows no properties of frozen dataclasses
+    # fields, because Dynamo cannot trace properties of frozen dataclasses
     rows: int = field(init=False, repr=False, compare=False)  # stored values per group and channel
-    filters: int = field(init=False, repr=False, compare=False)  # of the dense weight
+    filters: int = field(init=False, repr=False, compare=False)  # in the dense weight
     stored_filters: int = field(init=False, repr=False, compare=False)
     out_channels: int = field(init=False, repr=False, compare=False)
 
@@ -91,7 +91,7 @@ class ConvSpec:
 
     @cached_property
     def text(self) -> str:
-        """As a string, since torch ops take no objects; `of` gives the object back."""
+        """The spec as a string, since torch ops take no objects; `of` parses it."""
         blocks = [
             (b.filters, [(first, str(g)) for first, g in b.images], b.orbits and astuple(b.orbits)) for b in self.blocks
         ]
@@ -124,7 +124,7 @@ class ConvSpec:
 
     @cached_property
     def slot_table(self) -> tuple[tuple[tuple[int, Ints, Ints], ...], ...]:
-        """Of every block and image: the first output filter, and which stored slot with which sign stands at each tap.
+        """For every block and image: the first output filter, and the stored slot and the sign at each tap.
 
         ``dense[first + u, c, k] = sign[k] stored[u, c, slot[k]]``; a sign of 0 forces zero.
         """
@@ -141,7 +141,7 @@ class ConvSpec:
 
     @cached_property
     def row_table(self) -> tuple[Ints, ...]:
-        """Of every filter of a group and tap: sign * (row + 1), 0 where the sign forces zero.
+        """For every filter of a group and every tap: sign * (row + 1), 0 where the sign forces zero.
 
         The rows of a group are its stored weights: block by block, slot by slot, filter by filter.
         """
@@ -161,7 +161,7 @@ class ConvSpec:
 
 
 def weight_shapes(spec: ConvSpec, channels: int) -> list[Ints]:
-    """Of the stored weights, for so many input channels per group."""
+    """Shapes of the stored weights for `channels` input channels per group."""
     plain = sum(block.filters for block in spec.blocks if block.orbits is None)
     ends = (spec.groups * channels, plain) if spec.geometry.transposed else (spec.groups * plain, channels)
     tied = [(spec.groups * b.filters, channels, count_of(b.orbits)) for b in spec.blocks if b.orbits is not None]
@@ -171,16 +171,15 @@ def weight_shapes(spec: ConvSpec, channels: int) -> list[Ints]:
 def check(
     spec: ConvSpec, where: str, x: Sequence[int], weights: Sequence[Sequence[int]], bias: Sequence[int] | None
 ) -> None:
-    """Raise ValueError, in the name of the function `where`, unless x (N, C, *sizes), the stored weights and a bias
-    of these shapes fit."""
+    """Raise a ValueError that names `where`, unless these shapes of x (N, C, *sizes), weights and bias fit."""
     geometry, first = spec.geometry, weights[0]
     channels = first[0] // spec.groups if geometry.transposed else first[1] if len(first) > 1 else 0
     names = ["weight", "free_weight"] if spec.blocks[0].orbits is not None else ["weight"]
     for name, got, expected in zip(names, weights, weight_shapes(spec, channels), strict=False):
         if tuple(got) != expected:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(got)}, expected {expected}: what is stored of kernels of size "
-                f"{geometry.kernel_size}, one value per tap, or per tap orbit of tied filters; from_dense of the layer "
+                f"{where}: {name} has shape {tuple(got)}, expected {expected} for kernels of size "
+                f"{geometry.kernel_size}: one value per tap, or per tap orbit of tied filters; from_dense of the layer "
                 "projects dense weights"
             )
     axes = ", ".join(("D", "H", "W")[-len(geometry.kernel_size) :]) if len(geometry.kernel_size) > 1 else "L"
@@ -223,14 +222,14 @@ def orbit_spec(layout: FilterLayout, geometry: Geometry) -> ConvSpec:
 
 @lru_cache(maxsize=4096)
 def tied_spec(orbits: TapOrbits, tied: int, free: int, groups: int, geometry: Geometry) -> ConvSpec:
-    """So many filters per group that are their own image, followed by free ones."""
+    """`tied` filters per group that are their own images, followed by `free` ordinary ones."""
     blocks = (Block(tied, ((0, Element()),), orbits), Block(free, ((tied, Element()),)))
     return ConvSpec(tuple(block for block in blocks if block.filters) or blocks[:1], groups, geometry)
 
 
 @lru_cache(maxsize=4096)
 def pool_spec(symmetry: Symmetry, reduce: str, filters: int, groups: int, geometry: Geometry) -> ConvSpec:
-    """All images of every filter, reduced; 'sum' and 'mean' are one filter with tied taps (`reference.orbit_mean`)."""
+    """All images of every filter, reduced; for 'sum' and 'mean' one filter with tied taps (`reference.orbit_mean`)."""
     if reduce in ("sum", "mean"):
         return tied_spec(tap_orbits(symmetry, geometry.kernel_size), filters, 0, groups, geometry)
     images = tuple((i * filters, g) for i, g in enumerate(symmetry.elements))

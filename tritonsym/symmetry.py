@@ -1,6 +1,6 @@
 """Symmetries of convolution filters as plain values. Pure Python; no torch.
 
-An `Element` moves the taps of a filter, `tap_orbits` ties them together, with signs, and a `FilterLayout` says which
+An `Element` moves the taps of a filter, `tap_orbits` ties them together up to sign, and a `FilterLayout` says which
 output filters of a layer are images of which stored filter.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 #: Axis letters and the spatial axis each one flips, counted from the last.
 AXES = {"h": -1, "v": -2, "z": -3}
 
-#: Groups in the order in which a layer stores their base filters; the images of a filter follow in this order too.
+#: Groups in the order in which a layer stores their base filters, and the images of a filter in output order.
 _IMAGES = {
     "h": ("h",),
     "v": ("v",),
@@ -79,10 +79,10 @@ def taps(kernel_size: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 class Symmetry:
     """A symmetry of filters, parsed from and printed as its name.
 
-    Groups: any combination of the axis letters ``h`` (left-right), ``v`` (up-down), ``z`` (depth), which is the group
-    those flips generate, and in 2-D ``c2`` (half turn), ``c4`` (quarter turns), ``d4`` (quarter turns and flips).
-    Ties only: ``radial`` (taps at equal distance from the center) and ``radial:WIDTH`` (distances in rings
-    [0, WIDTH), [WIDTH, 2 WIDTH), ..., in taps).
+    Groups: any combination of the axis letters ``h`` (left-right), ``v`` (up-down), ``z`` (depth), meaning the group
+    those flips generate; in 2-D also ``c2`` (half turn), ``c4`` (quarter turns), ``d4`` (quarter turns and flips).
+    Ties only: ``radial`` (taps at equal distance from the centre) and ``radial:WIDTH`` (in one ring of
+    distances: [0, WIDTH), [WIDTH, 2 WIDTH), ..., in taps).
 
     >>> Symmetry("vh"), Symmetry("hv").order, [str(g) for g in Symmetry("c4").elements]
     (Symmetry('hv'), 4, ['id', 'r90', 'r180', 'r270'])
@@ -142,12 +142,12 @@ class Symmetry:
         >>> [row.index(0) for row in Symmetry("c4").products]  # the inverses
         [0, 3, 2, 1]
         """
-        moves = [g.slots((3,) * max(map(abs, AXES.values()))) for g in self.elements]  # they tell all elements apart
+        moves = [g.slots((3,) * max(map(abs, AXES.values()))) for g in self.elements]  # distinct for all elements
         return tuple(tuple(moves.index(tuple(h[k] for k in g)) for h in moves) for g in moves)
 
     @property
     def mirrors(self) -> tuple[Element, ...]:
-        """Generators of the largest subgroup whose elements commute and are their own inverses; each moves other axes.
+        """Generators of the largest subgroup of commuting involutions; they move different axes.
 
         >>> [[str(g) for g in Symmetry(name).mirrors] for name in ("hz", "c4", "d4")]
         [['h', 'z'], ['r180'], ['h', 'h r180']]
@@ -157,13 +157,13 @@ class Symmetry:
 
     @property
     def letters(self) -> str:
-        """The axes that appear in the group's reflections; a parity assigns each a sign."""
+        """The axes that appear in the group's reflections; a parity gives each of them a sign."""
         if self.is_radial:
             return "h"  # every ring is its own mirror image, whichever axis is flipped
         return "".join(letter for letter in AXES if any(letter in g.flips for g in self.elements))
 
     def check_kernel(self, kernel_size: tuple[int, ...], where: str) -> None:
-        """Raise ValueError, in the name of the function `where`, unless the symmetry acts on this kernel size."""
+        """Raise a ValueError that names `where`, unless the symmetry acts on this kernel size."""
         ndim, side = len(kernel_size), max(kernel_size)
         axes = [letter for letter in AXES if -AXES[letter] <= ndim]
         if self.is_radial or (self.only_flips and set(self.name) <= set(axes)):
@@ -182,7 +182,7 @@ class Symmetry:
         raise ValueError(f"{where}: symmetry {self.name!r} {problem}")
 
     def idle_axes(self, kernel_size: tuple[int, ...]) -> str:
-        """Letters whose flip changes nothing because the kernel has size 1 along that axis; of turns both, or none."""
+        """Letters whose flip changes nothing because the kernel has size 1 along that axis; for turns 'hv' or ''."""
         if self.only_flips:
             return "".join(letter for letter in self.name if kernel_size[AXES[letter]] == 1)
         return "hv" if not self.is_radial and max(kernel_size[-2:]) == 1 else ""
@@ -206,7 +206,7 @@ def _is_positive_number(text: str) -> bool:
 class TapOrbits:
     """Which stored value, with which sign, stands at every tap of a filter that is its own image.
 
-    ``dense[k] = sign[k] * stored[slot[k]]``, and 0 where ``slot[k] = -1``: some element maps w[k] to -w[k].
+    ``dense[k] = sign[k] * stored[slot[k]]``, and 0 where ``slot[k] = -1``, because some element maps w[k] to -w[k].
     """
 
     slot: tuple[int, ...]
@@ -225,7 +225,7 @@ class TapOrbits:
 def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "", where: str = "tap_orbits") -> TapOrbits:
     """Orbits of the taps of one filter under `symmetry`, numbered by their first tap in row-major order.
 
-    `odd` names the axes whose reflection turns the filter into its negative (see `parity_axes`).
+    `odd` names the axes whose reflection negates the filter (see `parity_axes`).
 
     Raises:
         ValueError: the symmetry does not act on this kernel, or the signs force every tap to zero.
@@ -251,7 +251,7 @@ def tap_orbits(symmetry: Symmetry, kernel_size: tuple[int, ...], odd: str = "", 
 
 def signed_orbits(group: tuple[tuple[tuple[int, ...], int], ...]) -> TapOrbits:
     """Orbits of the taps under elements given by their `Element.slots` and signs, numbered by their first tap."""
-    ties: dict[int, tuple[int, int]] = {}  # of every tap: slot and sign
+    ties: dict[int, tuple[int, int]] = {}  # tap -> (slot, sign)
     count = 0
     for tap in range(len(group[0][0])):
         if tap not in ties:
@@ -264,7 +264,7 @@ def signed_orbits(group: tuple[tuple[tuple[int, ...], int], ...]) -> TapOrbits:
 
 
 def _ring(symmetry: Symmetry, tap: tuple[int, ...], kernel_size: tuple[int, ...]) -> int:
-    """Four times the squared distance from the center (an integer), or the number of its ring; exact either way."""
+    """Four times the squared distance from the centre (an integer), or the number of its ring; exact either way."""
     squared = sum((2 * k - (size - 1)) ** 2 for k, size in zip(tap, kernel_size, strict=True))
     if symmetry.name == "radial":
         return squared
@@ -273,12 +273,12 @@ def _ring(symmetry: Symmetry, tap: tuple[int, ...], kernel_size: tuple[int, ...]
 
 
 def parity_axes(symmetry: Symmetry, parity: str | Mapping[str, str], where: str = "parity") -> str:
-    """The axes whose reflection negates the filter: '' for 'even', all of them for 'odd', or as a mapping says.
+    """The axes whose reflection negates the filter: '' for 'even', all of them for 'odd', or the odd ones of a mapping.
 
     >>> parity_axes(Symmetry("hv"), {"h": "odd", "v": "even"})
     'h'
 
-    Under 'odd' an element has the sign -1 per reflection it is made of: -1 for ``h``, 1 for ``hv`` and for rotations.
+    Under 'odd' every reflection in an element contributes a factor -1: ``h`` has -1, ``hv`` and rotations have 1.
     """
     if isinstance(parity, Mapping):
         axes = symmetry.letters if symmetry.only_flips else ""
@@ -316,7 +316,7 @@ class FilterLayout:
     orbits: tuple[tuple[Symmetry, int], ...]  # (symmetry, base filters per group), in key order, none of them 0
     free: int  # free filters per group
     groups: int = 1
-    # kept, because Dynamo cannot trace the making of them
+    # stored, because Dynamo cannot trace their computation
     text: str = field(init=False, repr=False, compare=False)
     out_channels: int = field(init=False, repr=False, compare=False)
     stored_channels: int = field(init=False, repr=False, compare=False)  # base filters + free filters
@@ -332,9 +332,9 @@ class FilterLayout:
         """The layout of `out_channels` filters in `groups` groups.
 
         Args:
-            spec: one name (every filter), or a mapping from names to counts of OUTPUT filters or to percents
-                (``'50%'``: round(out_channels / 2), rounded down to whole orbits in every group), also as text,
-                ``'h:50% hv:8'``, as `str` of a layout gives it; or None. What is left over is free filters.
+            spec: a name (for every filter); or a mapping from names to counts of OUTPUT filters or to percents
+                (``'50%'``: round(out_channels / 2), rounded down to whole orbits in every group); or that as text,
+                ``'h:50% hv:8'``, the form of `str` of a layout; or None. The remaining filters are free.
         Raises:
             ValueError: an unknown key, a count that does not fill whole orbits, or more filters than `out_channels`;
                 the message names the key, the number and the nearest valid ones.
@@ -386,9 +386,9 @@ class FilterLayout:
         groups: int = 1,
         where: str = "FilterLayout",
     ) -> FilterLayout:
-        """The layout that stores `stored` filters: what a function infers from a weight.
+        """The layout that stores `stored` filters, as a function infers it from a weight.
 
-        With a name all are base filters; those that counts of output filters leave over are free. Percents say nothing.
+        With a name, all are base filters; with counts of output filters, the rest is free. Percents are an error.
         """
         if isinstance(spec, FilterLayout):
             if (spec.stored_channels, spec.groups) != (stored, groups):
@@ -448,7 +448,7 @@ class FilterLayout:
 
     @property
     def by_field(self) -> tuple[int, ...]:
-        """The output channels with every orbit in one piece, in the order of its elements: ``y[:, by_field]``."""
+        """The output channels with every orbit in one piece, in element order: ``y[:, by_field]``."""
         size = len(self.filters)
         order = sorted(range(size), key=lambda channel: self.filters[channel][0])
         return tuple(group * size + channel for group in range(self.groups) for channel in order)
@@ -466,7 +466,7 @@ class FilterLayout:
 
 
 def as_mapping(spec: object, where: str) -> tuple[Any, int | None]:
-    """Text such as 'h:50% hv:8 free:2', or with commas, as a mapping, and what it says of free filters."""
+    """Parse text such as 'h:50% hv:8 free:2' (or with commas) into a mapping and the count of free filters, if any."""
     if not isinstance(spec, str) or ":" not in spec or spec.startswith("radial"):
         return spec, None
     counts: dict[str, int | str] = {}
@@ -477,7 +477,7 @@ def as_mapping(spec: object, where: str) -> tuple[Any, int | None]:
         counts[key] = int(count) if count.isdecimal() else count
     free = counts.pop("free", None)
     if isinstance(free, str):
-        raise ValueError(f"{where}: free:{free} must be a count of filters; leave it out for all that are left over")
+        raise ValueError(f"{where}: free:{free} must be a count of filters; leave it out to free all remaining filters")
     return counts, free
 
 

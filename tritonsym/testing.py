@@ -1,7 +1,7 @@
-"""Checks for your own test suite: does a layer, or a model built of layers, compute what its symmetry promises?
+"""Checks for your own test suite: does a layer, or a model built from layers, compute what its symmetry promises?
 
-All raise AssertionError with a message that names the tensor and the place, and leave parameters, gradients, buffers,
-training flags and the global random numbers as they were.
+All raise AssertionError with a message that names the tensor and the place. They leave parameters, gradients, buffers,
+training flags and the global random state as they were.
 """
 
 from __future__ import annotations
@@ -48,8 +48,17 @@ def _by_torch(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra:
     return conv(x, weight, bias, layer.stride, layer.padding, extra, layer.groups, layer.dilation)
 
 
+def _by_torch_last(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]) -> Tensor:
+    """Images channels-last, for which torch sums in another order; the result in the memory format of x."""
+    if x.ndim != 4 or weight.ndim != 4:
+        return _by_torch(layer, x, weight, bias, extra)
+    last = {"memory_format": torch.channels_last}
+    y = _by_torch(layer, x.contiguous(**last), weight.contiguous(**last), bias, extra)
+    return y if x.is_contiguous(**last) else y.contiguous()
+
+
 def _by_products(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]) -> Tensor:
-    """One matrix product per group, with the unfolded input; if transposed, the adjoint. Folding adds in float32."""
+    """One matrix product per group with the unfolded input, or its adjoint if transposed, which sums in float32."""
     groups, kernel_size, stride, dilation = layer.groups, layer.kernel_size, layer.stride, layer.dilation
     batched, wide = x if x.ndim == weight.ndim else x[None], torch.promote_types(x.dtype, torch.float32)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -96,7 +105,7 @@ def _dense_linear(layer: Any, x: Tensor) -> Tensor:
 
 
 def _linear_by_products(layer: Any, x: Tensor) -> Tensor:
-    """The sums in the order of another memory format: x W^T with a W^T that is contiguous."""
+    """x W^T with a contiguous W^T, which sums in the order of another memory format."""
     y = x @ layer.expanded_weight().mT.contiguous()
     return reference.activate(y if layer.bias is None else y + layer.bias, layer.activation)
 
@@ -117,7 +126,7 @@ def _dense_topk(layer: Any, x: Tensor) -> Tensor:
 
 
 def _dense_symmetrize(layer: Any, x: Tensor) -> Tensor:
-    """One call on all re-orderings, as in the layer: an inner batch norm sees the same batch."""
+    """One call on all re-orderings, as in the layer, so that an inner batch norm sees the same batch."""
     orders = functional.orders_of(layer.over, x.shape[layer.dim], "Symmetrize")
     y = layer.inner(torch.cat([x.index_select(layer.dim, torch.tensor(o, device=x.device)) for o in orders]))
     return reference.REDUCTIONS[layer.reduce](y.unflatten(0, (len(orders), x.shape[0])))
@@ -139,7 +148,13 @@ _DENSE: Forwards = {
     TopKPool1d: _dense_topk,
     Symmetrize: _dense_symmetrize,
 }
-#: The same by `torch.matmul`: convolutions as products of the unfolded input.
+#: The same with channels-last convolutions.
+_LAST: Forwards = {
+    **_DENSE,
+    _SharedConv: partial(_dense_conv, _by_torch_last),
+    _GroupConv: partial(_dense_group_conv, _by_torch_last),
+}
+#: The same with `torch.matmul`: convolutions as products with the unfolded input.
 _PRODUCTS: Forwards = {
     **_DENSE,
     _SharedConv: partial(_dense_conv, _by_products),
@@ -158,11 +173,11 @@ def _dense_twin(module: nn.Module, forwards: Forwards) -> nn.Module:
     return twin
 
 
-# --- running modules without a trace ----------------------------------------------------------------------------------
+# --- running modules without side effects -----------------------------------------------------------------------------
 
 
 class _Copy(torch.autograd.Function):
-    """A copy with the same strides, which a module may change, as it could not a leaf."""
+    """A copy with the same strides, which a module may change in place, unlike a leaf."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -178,7 +193,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _DrawnAs(TorchDispatchMode):
-    """Random numbers of `dtype` are those that the dtype `own` gives: from one state every dtype draws others."""
+    """Draw random numbers of `dtype` in `own` and cast them: from one state, every dtype draws other numbers."""
 
     def __init__(self, own: torch.dtype, dtype: torch.dtype) -> None:
         super().__init__()
@@ -201,7 +216,7 @@ class _DrawnAs(TorchDispatchMode):
 
 
 def _call(module: nn.Module, args: Sequence[Any]) -> Any:
-    """module(*args) on copies of its buffers and inputs; random numbers go on from the same state in every call."""
+    """module(*args) on copies of its buffers and inputs; every call draws random numbers from the same state."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     tensors = [*module.parameters(), *buffers.values(), *(a for a in args if isinstance(a, Tensor))]
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
@@ -231,7 +246,7 @@ def _upstream(y: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _results(module: nn.Module, inputs: Sequence[Any], gradients: bool = False) -> Named:
-    """The outputs, and if asked for the gradients with respect to inputs and parameters."""
+    """The outputs, and on request the gradients with respect to inputs and parameters."""
     if not gradients:
         with torch.no_grad():
             return _outputs(_call(module, inputs))
@@ -254,7 +269,7 @@ def _results(module: nn.Module, inputs: Sequence[Any], gradients: bool = False) 
 
 
 def _in(dtype: torch.dtype | None) -> Callable[[Any], Any]:
-    """A cast of real tensors to `dtype` and of complex ones to its complex twin; leaves everything else as it is."""
+    """A function that casts real tensors to `dtype`, complex ones to its complex twin, and leaves everything else."""
 
     def cast(value: Any) -> Any:
         if dtype is None or not _is_inexact(value):
@@ -267,11 +282,12 @@ def _in(dtype: torch.dtype | None) -> Callable[[Any], Any]:
 def _truth_and_dense(
     module: nn.Module, inputs: Sequence[Any], gradients: bool = False
 ) -> tuple[Named, list[Named], float]:
-    """`_results` of the dense formulation in float64; in the dtype of the module, with torch's convolution and with
-    matrix products; and a factor for the errors of these.
+    """`_results` of the dense formulation in float64, those in the dtype of the module, and a factor for their errors.
 
-    No dtype is wider than float64: there the error of the dense layer is estimated as its error in float32, times the
-    ratio of the two roundings, times 8, since the truth is as wrong and since libraries sum the two dtypes differently.
+    The second are computed by torch's convolution and, except for complex numbers, also channels-last and by matrix
+    products. No dtype is wider than float64: there the error of the dense layer is estimated as its error in float32,
+    times the ratio of the two roundings, times 8, since the truth has such errors too, and libraries sum the two dtypes
+    differently.
     """
     tensors: list[Tensor] = list(module.parameters()) or [value for value in inputs if isinstance(value, Tensor)]
     is_wide = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
@@ -288,7 +304,7 @@ def _truth_and_dense(
         truth, naive = dense(torch.float64), [dense(narrow)]
         has_products = any(isinstance(m, (_SharedConv, SymmetricLinear)) for m in module.modules())
         if has_products and not any(t.is_complex() for t in tensors):
-            naive.append(dense(narrow, _PRODUCTS))
+            naive += [dense(narrow, _PRODUCTS), dense(narrow, _LAST)]
     return truth, naive, 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if is_wide else 1.0
 
 
@@ -304,7 +320,7 @@ def _rms(t: Tensor) -> float:
 
 
 def _worst(got: Tensor, expected: Tensor, error: Tensor) -> str:
-    """Where, and which two values."""
+    """Where the error is largest, and the two values there."""
     index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     return f"worst at index {index}: got {got[index].item()}, expected {expected[index].item()}"
 
@@ -321,28 +337,28 @@ def _assert_exact(where: str, got: Tensor, expected: Tensor) -> None:
 
 
 def _error(norm: Callable[[Tensor], float], exact: Tensor, naive: Sequence[Tensor]) -> float:
-    """The largest of the dense results that are finite."""
+    """The largest error of the dense results that are finite."""
     return max((norm(b.to(exact) - exact) for b in naive if b.isfinite().all()), default=math.nan)
 
 
 def assert_matches_reference(module: nn.Module, *inputs: Any) -> None:
-    """Outputs and all gradients of `module` are as right as those of the dense torch layers with the same weights.
+    """Assert that outputs and all gradients of `module` are as accurate as those of equivalent dense layers.
 
     The module runs as it is, on the path that `tritonsym.explain` names, with gradients and under no_grad. In copies
-    every tritonsym layer is the dense torch operation on its expanded weight (`Symmetrize` on every re-ordering), with
-    the same random numbers: in float64 or complex128 for the truth, and in the dtype and memory format of the input,
-    there also (but for complex numbers) with convolutions as `torch.matmul` of the unfolded input. Then
+    of it every tritonsym layer is the dense torch operation on its expanded weight (`Symmetrize` on every re-ordering),
+    with the same random numbers. "truth" is computed in float64 or complex128. "dense" is computed in the dtype of the
+    input, by torch's convolutions in its memory format, and (except for complex numbers) also channels-last, and by
+    `torch.matmul` of the unfolded input; the largest error counts. Then
 
         max |got - truth| <= 2 max |dense - truth| + eps max |truth|
 
-    and the same for the root mean square, with the larger error of the two, and eps of the dtype: at most twice as
-    wrong as torch, plus one rounding. For a float64 module the error of the dense layer is estimated: 8 eps(float64) /
-    eps(float32) of that in float32.
+    with eps of the dtype, and the same for the root mean square: at most twice the error of torch, plus one rounding.
+    For a float64 module the error of the dense layer is estimated as 8 eps(float64) / eps(float32) of that in float32.
 
     Args:
         module: a layer of `tritonsym.nn`, or any model, with or without such layers inside.
-        inputs: what to call it with. Gradients are compared for every floating or complex tensor among them and every
-            parameter that requires one; the upstream gradient is fixed random numbers. Where values are tied within
+        inputs: the arguments of the call. Gradients are compared for every floating or complex tensor among them and
+            every parameter that requires one; the upstream gradient is random but fixed. Where values are equal up to
             rounding (max, top-k, ReLU at 0) the gradient is not unique: choose other inputs, or a wider dtype.
     Raises:
         AssertionError: a result is wrong; the message names the tensor, its error, what is allowed and the worst index.
@@ -357,7 +373,7 @@ def assert_matches_reference(module: nn.Module, *inputs: Any) -> None:
     if not outputs:
         raise ValueError(f"{where}: {type(module).__name__} returned no floating or complex tensor to compare")
     _assert_as_right(where, got, truth, naive, factor)
-    # inference may take another path, and kernels apply the activation there
+    # inference may take another path, whose kernels apply the activation
     naive = [named[:outputs] for named in naive]
     _assert_as_right(f"{where} under no_grad", _results(module, inputs), truth[:outputs], naive, factor)
 
@@ -395,7 +411,7 @@ def _image(w: Tensor, g: Element, ndim: int) -> Tensor:
 
 
 def _elements(symmetry: Symmetry, kernel_size: Sequence[int]) -> tuple[Element, ...]:
-    """The group; for rings the largest one that moves the kernel onto itself."""
+    """The elements of the group; for rings, of the largest group that maps the kernel onto itself."""
     if not symmetry.is_radial:
         return symmetry.elements
     is_square = len(kernel_size) == 2 and len(set(kernel_size)) == 1
@@ -403,7 +419,7 @@ def _elements(symmetry: Symmetry, kernel_size: Sequence[int]) -> tuple[Element, 
 
 
 def _pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What has to be equal to the bit: name, one value, the other."""
+    """The pairs that must be equal to the bit: name, value, expected value."""
     if isinstance(layer, SymmetricLinear):
         matrix = layer.expanded_weight()
         yield "expanded_weight() transposed", matrix, -matrix.mT if isinstance(layer, SkewLinear) else matrix.mT
@@ -464,11 +480,11 @@ def _tied_pairs(layer: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def assert_symmetric(module: nn.Module) -> None:
-    """The expanded weight of every tritonsym layer in `module` is its own image under its symmetry, to the bit.
+    """Assert that the expanded weight of every tritonsym layer in `module` is symmetric, to the bit.
 
-    Filters in orbits are the images of the stored filter at its place in the output; tied filters equal their images,
-    up to the sign of their parity, and all taps of a ring are equal; the kernel of a 'sum' or 'mean' pool equals its
-    images; the matrix of `SymmetricLinear` its transpose; the kernel of `GlobalConv1d` has two values.
+    Filters in orbits are images of their stored filters, in output order; tied filters equal their images, up to the
+    sign of their parity, and all taps of a ring are equal; the kernel of a 'sum' or 'mean' pool equals its images; the
+    matrix of `SymmetricLinear` equals its transpose; the kernel of `GlobalConv1d` has two values.
 
     Raises:
         AssertionError: a layer is not symmetric; the message names the layer, the element and the place.
@@ -491,12 +507,12 @@ def assert_symmetric(module: nn.Module) -> None:
 
 
 def _action(g: Element, ndim: int) -> tuple[int, ...]:
-    """What g does to a 3 x ... x 3 grid; it tells all elements apart."""
+    """How g permutes a 3 x ... x 3 grid, which is different for every element."""
     return g.slots((3,) * ndim)
 
 
 def _blocks(layer: Any) -> Iterator[tuple[Symmetry, list[list[int]]]]:
-    """(symmetry, output channels) of all filters but free ones; a row per element where images are output channels."""
+    """(symmetry, output channels) of all but free filters, with a row per element where images are output channels."""
     size = layer.out_channels // layer.groups
     starts = range(0, layer.out_channels, size)
     if isinstance(layer, _OrbitConv):
@@ -546,7 +562,7 @@ def _obstacles(layer: Any, x: Tensor, elements: Sequence[Element], rows: list[li
 def _conv_motions(
     layer: Any, x: Tensor, y: Tensor, symmetry: str | None
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """(g, g x, what y(g x) has to be in some channels, those channels) for every element and block."""
+    """(g, g x, the expected y(g x) in some channels, those channels) for every element and block."""
     where, ndim = "assert_equivariant", len(layer.kernel_size)
     blocks = list(_blocks(layer))
     if not blocks:
@@ -573,7 +589,7 @@ def _conv_motions(
 
 
 def _order_motions(module: Any, x: Tensor, y: Tensor) -> Iterator[tuple[str, Tensor, Tensor, None]]:
-    """The same for re-orderings: at most 24 of those that Symmetrize knows; else a reversal, a rotation, a shuffle."""
+    """The same for re-orderings: at most 24 of those of a Symmetrize; else a reversal, a rotation and a shuffle."""
     dim, follows = getattr(module, "dim", -1), isinstance(module, GlobalConv1d)
     orders: Any
     if isinstance(module, Symmetrize):
@@ -589,7 +605,7 @@ def _order_motions(module: Any, x: Tensor, y: Tensor) -> Iterator[tuple[str, Ten
 
 
 def _allowed_between(module: nn.Module, x: Tensor) -> float:
-    """How far two results may lie apart, each as wrong as `assert_matches_reference` allows; 0 if torch is exact."""
+    """How far apart two results may be, each as wrong as `assert_matches_reference` allows; 0 if torch is exact."""
     truth, naive, factor = _truth_and_dense(module, [x])
     exact, dense = truth[0][1], [named[0][1] for named in naive]
     error = factor * _error(_largest, exact, dense)
@@ -612,8 +628,7 @@ FIELDS = ("scalar", "regular")
 
 
 def _moved(x: Tensor, symmetry: Symmetry, number: int, fields: str) -> Tensor:
-    """Element `number` acts on images (N, C, *sizes), or on vectors (N, C); and of regular fields on the elements:
-    (g x)[h] = g (x[g^-1 h])."""
+    """Move images (N, C, *sizes) or vectors (N, C) by element `number`, for regular fields (g x)[h] = g (x[g^-1 h])."""
     x = reference.image(x, symmetry.elements[number]) if x.ndim > 2 else x
     if fields == "scalar":
         return x
@@ -622,7 +637,7 @@ def _moved(x: Tensor, symmetry: Symmetry, number: int, fields: str) -> Tensor:
 
 
 def _follows(got: Tensor, y: Tensor, symmetry: Symmetry, number: int) -> list[str]:
-    """As which fields a layer's output is moved when the input of the model is."""
+    """The kinds of fields as which a layer's output y is moved to `got` when the model's input is moved."""
     close = math.sqrt(torch.finfo(y.dtype).eps) * _largest(y)
     kinds = [fields for fields in FIELDS if fields == "scalar" or (y.ndim > 1 and y.shape[1] % symmetry.order == 0)]
     images = ((fields, _moved(y, symmetry, number, fields)) for fields in kinds)
@@ -630,7 +645,7 @@ def _follows(got: Tensor, y: Tensor, symmetry: Symmetry, number: int) -> list[st
 
 
 def _recorded(module: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[str, Any, Tensor, Tensor]]]:
-    """The output, and name, layer, input and output of every layer that maps one tensor to one, in order."""
+    """The output, and (name, layer, input, output) of every layer that maps one tensor to one, in calling order."""
     found: list[tuple[str, Any, Tensor, Tensor]] = []
 
     def record(name: str, layer: nn.Module, args: Any, y: Any) -> None:
@@ -647,7 +662,7 @@ def _recorded(module: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[str, Any
 
 
 def _hint(layer: Any, x: Tensor, symmetry: Symmetry) -> str:
-    """What is probably wrong with a layer, and how to mend it."""
+    """What is probably wrong with a layer, and how to fix it."""
     if isinstance(layer, _OrbitConv):
         if str(layer.layout) != f"{symmetry}:{layer.out_channels}":
             return f"its filters are {layer.layout}; lift with symmetry={symmetry.name!r} for all of them"
@@ -705,31 +720,33 @@ def assert_equivariant(
     in_type: str | None = None,
     out_type: str | None = None,
 ) -> None:
-    """Moving the input of a layer or a model moves its output: y(g x) = g y(x) for every element g of its symmetry.
+    """Assert that moving the input of a layer or model moves its output: y(g x) = g y(x) for every element g.
 
-    Any module or stack, given a `symmetry`: its input and output are `in_type` and `out_type`, 'scalar' (images, or
-    vectors, which stay as they are; the default) or 'regular' (fields of `GroupConv*d`, on whose elements g acts
-    too). The message of a failure names the first layer that breaks it. Group layers need no arguments.
+    With a `symmetry`, any model: its input and output are of kind `in_type` and `out_type`, either 'scalar' (the
+    default: images, or vectors, which g leaves as they are) or 'regular' (fields of `GroupConv*d`, whose elements g
+    permutes too). The message of a failure names the first layer that is not equivariant. Group layers need no
+    arguments.
 
-    Layers of other kinds, without types:
+    Other layers, without types:
 
     - `SymmetricConv*d`, `SymmetricConvTranspose*d`: up to the order of the channels within every orbit, since the image
-      g k w of a filter answers to g x as its image k w answers to x. Needs a shared bias, or none.
-    - `TiedConv*d`: up to the sign of the parity. `OrbitPoolConv*d`: as it stands. Free filters are left out.
+      g k w of a filter responds to g x as its image k w responds to x. The bias must be shared, or None.
+    - `TiedConv*d`: up to the sign of the parity. `OrbitPoolConv*d`: y(g x) = g y(x). Free filters are not checked.
     - `GlobalConv1d`: for permutations g of the positions. `TopKPool1d`, `Symmetrize`: y(g x) = y(x), exactly.
 
-    The former may differ by what `assert_matches_reference` allows two results; not where the dense layer is exact.
+    All but the exact ones may differ by what `assert_matches_reference` allows two results, unless the dense layer is
+    exact.
 
     Args:
         module: a model, or one of those layers.
         x: its input, (N, C, ...).
-        symmetry: the group; of a convolution alone, this one instead of the layer's own: it must be part of that.
-        in_type, out_type: of a model.
+        symmetry: the group; for a single convolution, by default its own, else a subgroup of that.
+        in_type, out_type: 'scalar' or 'regular', for a model.
     Raises:
         AssertionError: the outputs differ; the message names the element, the error and the worst index.
-        ValueError: the layer cannot be equivariant: its stride leaves positions at one end, its padding or bias are
-            not symmetric, or the symmetry is not its own.
-        TypeError: the module is no such layer, and no symmetry is given.
+        ValueError: the layer cannot be equivariant: its stride leaves positions at one end, its padding or bias is
+            not symmetric, or its filters do not have this symmetry.
+        TypeError: the module is none of these layers, and no symmetry is given.
 
     >>> testing.assert_equivariant(nn.GroupConv2d(2, 3, 3, symmetry="d4"), torch.randn(1, 16, 7, 7))
     """

@@ -34,7 +34,7 @@ ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
 }
 
 
-#: Modules of torch that fuse or convert layers by the weight and the bias that they read.
+#: Torch modules that read the weight and bias of a layer to fuse or convert it.
 DENSE_READERS = ("torch.nn.utils.fusion", "torch.utils.mkldnn")
 
 
@@ -46,7 +46,7 @@ def with_activation(layer: nn.Module, activation: str | None) -> nn.Module:
 
 
 def learns(module: nn.Module, bias: bool = False) -> bool:
-    """Whether a parameter of a layer's weights, or of its bias, requires a gradient; or of their parametrizations."""
+    """Whether a weight of a layer (or its bias), or a parameter of its parametrization, requires a gradient."""
     parameters = module.named_parameters()
     return any(p.requires_grad for name, p in parameters if ("bias" in name.split(".")) == bias)
 
@@ -57,7 +57,7 @@ def in_format_of(dense: Tensor, stored: Tensor) -> Tensor:
 
 
 def check_normalized(module: nn.Module) -> None:
-    """Refuse what normalizes a stored weight as if it were the dense one: images and ties count in its norm."""
+    """Refuse to normalize a stored weight as if it were the dense one, whose norm counts all images and ties."""
     lists = module._modules.get("parametrizations")
     held = [p for tensor in (lists.children() if lists is not None else ()) for p in tensor.children()]
     for normalizer in (*held, *module._forward_pre_hooks.values()):
@@ -65,15 +65,15 @@ def check_normalized(module: nn.Module) -> None:
             name = type(module).__mro__[1 if held else 0].__name__
             raise ValueError(
                 f"{name}: {kind} acts on the stored weight, not on the filters it "
-                "stands for, expanded_weight(), whose norm is another; remove it, or use it on a plain layer"
+                "stands for, expanded_weight(), whose norm differs; remove it, or use it on a plain layer"
             )
 
 
 class Checkpoints(nn.Module):
-    """A layer with a stored weight, which is another than the dense one.
+    """A layer whose stored weight is not the dense one.
 
-    `load_state_dict` leaves it as it is where a shape differs; the error names every key, and a fix. Tools that take
-    the parameters for those of a plain layer are refused.
+    If a shape in a checkpoint differs, `load_state_dict` leaves the layer unchanged, and its error names every key and
+    a fix. Tools that mistake the stored parameters for those of a plain layer get an error.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -82,12 +82,12 @@ class Checkpoints(nn.Module):
             if reader in DENSE_READERS:
                 raise ValueError(
                     f"{type(self).__name__}: {reader} takes the stored weight for that of a plain layer, and would "
-                    "compute something else; give it what tritonsym.materialize(model) returns"
+                    "compute something else; pass it tritonsym.materialize(model) instead"
                 )
         return super().__getattr__(name)
 
     def _dense_shapes(self) -> Mapping[str, Sequence[int]]:
-        """Of the parameters of the torch layer, by name."""
+        """Shapes of the torch layer's parameters, by name."""
         return {}
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -118,7 +118,7 @@ def _arguments(torch_class: type[nn.Module]) -> inspect.Signature:
 
 
 def _hyperparameters(layer: Any) -> dict[str, Any]:
-    """The arguments that make a convolution like this one."""
+    """The arguments that construct a convolution like this one."""
     names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
     options = {name: getattr(layer, name) for name in [*names, *["output_padding"] * layer.transposed]}
     return {**options, "bias": layer.bias is not None}
@@ -128,12 +128,12 @@ _MINIMUM = {"kernel_size": 1, "stride": 1, "dilation": 1, "padding": 0, "output_
 
 
 class _SharedConv(Checkpoints, ConvNd):
-    """What all the modules here share. The bias has one value per output channel unless a subclass says otherwise."""
+    """Base class of the convolutions. The bias has one value per output channel unless a subclass says otherwise."""
 
     __signature__: inspect.Signature
 
     def __init_subclass__(cls) -> None:
-        """A layer that also subclasses torch's has its arguments, followed by its own, and our docstring."""
+        """Give a subclass of a torch layer the arguments of that layer, then its own keywords, and our docstring."""
         own = list(inspect.signature(cls.__init__).parameters.values())[1:]
         if "__init__" in vars(cls):
             cls.__signature__ = inspect.Signature(own)
@@ -151,7 +151,7 @@ class _SharedConv(Checkpoints, ConvNd):
         functional.check_counts(where, 0, in_channels=given["in_channels"], out_channels=given["out_channels"])
         functional.check_counts(where, 1, groups=given.get("groups", 1))
         self.__dict__["_device"] = given.pop("device", None)
-        # on the meta device: torch checks and stores its arguments, and its dense weight takes no memory
+        # on the meta device torch checks and stores its arguments, but its dense weight takes no memory
         super().__init__(**{name: functional.as_ints(value) for name, value in given.items()}, device="meta")
         for name, minimum in _MINIMUM.items():
             value = getattr(self, name)
@@ -161,7 +161,7 @@ class _SharedConv(Checkpoints, ConvNd):
         self.activation = activation
 
     def _store(self, weight: Sequence[int], bias: int, free: Sequence[int] | None = None) -> None:
-        """Parameters of these shapes instead of torch's."""
+        """Replace torch's parameters by ones of these shapes."""
         made = {"device": self.__dict__.pop("_device"), "dtype": self.weight.dtype}
         self.weight = nn.Parameter(torch.empty(weight, **made))
         if self.bias is not None:
@@ -171,7 +171,7 @@ class _SharedConv(Checkpoints, ConvNd):
         self.reset_parameters()
 
     def _fan_in(self) -> int:
-        """Of the dense filter, as torch counts it."""
+        """Fan-in of the dense filter, as torch counts it."""
         return (self.out_channels if self.transposed else self.in_channels) // self.groups * math.prod(self.kernel_size)
 
     def reset_parameters(self) -> None:
@@ -182,7 +182,7 @@ class _SharedConv(Checkpoints, ConvNd):
                 nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def _spec(self) -> str:
-        """`ConvSpec.text` of the layer as its attributes are now; padding other than by zeros is applied before."""
+        """`ConvSpec.text` from the current attributes, without padding other than by zeros, which is applied before."""
         raise NotImplementedError
 
     @property
@@ -191,7 +191,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return ConvSpec.of(self._spec())
 
     def _sizes(self, output_padding: Any = None) -> tuple[Any, ...]:
-        """What a `spec.Geometry` is made of, once x is padded otherwise than by zeros."""
+        """The arguments of `functional._geometry`; padding other than by zeros is applied before."""
         padding = self.padding if self.padding_mode == "zeros" else 0
         sizes = self.kernel_size, self.stride, padding, self.dilation
         return (*sizes, output_padding or self.output_padding) if self.transposed else sizes
@@ -200,7 +200,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return (self.weight,)
 
     def _scale(self) -> int | None:
-        """Where whole filters are stored, of which the orbit mean is taken first: times how much."""
+        """The factor of the orbit mean, if the layer convolves with that mean of a stored filter; else None."""
         return None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return ops.conv(type(self).__name__, spec, x, self._stored(), self.bias, self.activation, self._scale())
 
     def _padded(self, x: Tensor) -> Tensor:
-        """x with every padding but zeros applied."""
+        """x with padding other than by zeros applied."""
         functional.check_input(type(self).__name__, x, self.in_channels, len(self.kernel_size))
         padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         channels = -len(self.kernel_size) - 1
@@ -222,7 +222,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return padded
 
     def problem(self, x: Tensor, target: str, training: bool) -> plan.ConvProblem:
-        """What a call on x plans on: only the shape, the dtype and the memory format of x matter."""
+        """The problem to plan for a call on x; only the shape, dtype and memory format of x matter."""
         where, ndim = type(self).__name__, len(self.kernel_size)
         batched = x[None] if x.ndim == ndim + 1 else x
         sizes = list(batched.shape)
@@ -246,7 +246,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return {"weight": self._dense_shape(), "bias": (self.out_channels,)}
 
     def _options(self) -> str:
-        """The part of `extra_repr` that torch does not know."""
+        """What `extra_repr` adds to that of torch."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -256,7 +256,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return ", ".join(part for part in parts if part)
 
     def expanded_weight(self) -> Tensor:
-        """The dense filters, differentiable: what the layer means; all of a sharded layer (DTensors)."""
+        """The dense filters that define the layer, differentiable; gathered if the weight is sharded (DTensor)."""
         spec = self.spec
         return reference.expand(spec, [reference.orbit_mean(gathered(w), spec, self._scale()) for w in self._stored()])
 
@@ -265,7 +265,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return self.bias
 
     def _dense_factor(self) -> int:
-        """How many kernels of the dense layer the reference folds into one before it convolves."""
+        """How many dense kernels the reference merges into one before it convolves."""
         return 1
 
     @classmethod
@@ -307,7 +307,7 @@ class _SharedConv(Checkpoints, ConvNd):
         return self.train(layer.training)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
-        """Take over a dense weight and bias: projected, or ('keep') the values where stored filters and taps stand."""
+        """Copy a dense weight and bias: the weight projected, or ('keep') its values at the stored filters and taps."""
         found = (reference.keep if init == "keep" else reference.project)(self.spec, weight)
         if init == "rescale":
             found = reference.rescale(self.spec, weight, found)
@@ -318,7 +318,7 @@ class _SharedConv(Checkpoints, ConvNd):
 
 
 class _OrbitConv(_SharedConv):
-    """Filters that come in orbits; direct and transposed."""
+    """Base class of convolutions, direct and transposed, whose filters come in orbits."""
 
     layout: FilterLayout
     share_bias: bool
@@ -379,12 +379,12 @@ class _OrbitConv(_SharedConv):
         init: Init = "rescale",
         order: Literal["element", "field"] = "element",
     ) -> Self:
-        """Convert a plain torch layer: 'project' its weight (nearest in the Frobenius norm), which averages filters,
-        'rescale' them to their norms after that, 'keep' it, or 'reset'.
+        """Convert a plain torch layer, whose weight is projected, rescaled, kept or reset as `init` says.
 
-        'keep' takes the first filters of every group, where the base and free filters stand, as they are.
-        ``order="field"``: the dense filters have every orbit in one piece (field * elements + element); the outputs of
-        the new layer are still ordered as by `FilterLayout`, and ``y[:, layer.layout.by_field]`` as by the dense layer.
+        'project' takes the nearest symmetric weight in the Frobenius norm, which averages filters; 'rescale' then
+        scales filters back to their norms; 'keep' keeps the first filters of every group as base and free filters.
+        ``order="field"``: the dense layer has every orbit in one piece (field * elements + element). The outputs of the
+        new layer keep the order of `FilterLayout`; ``y[:, layer.layout.by_field]`` has that of the dense layer.
         """
         functional.check_choice(f"{cls.__name__}.from_dense", "order", order, ("element", "field"))
         options = {"symmetry": symmetry, "share_bias": share_bias, "activation": activation}
@@ -400,14 +400,14 @@ class _OrbitConv(_SharedConv):
 
 
 class _SymmetricConv(_OrbitConv):
-    """Convolution whose filters come in orbits: stored filters and their mirrored or rotated images, beside free ones.
+    """Convolution whose filters come in orbits: base filters and their mirrored or rotated images, and free filters.
 
-    y = act(conv(x, expanded_weight()) + expanded_bias()); the weight stored is (stored filters, in/groups, *kernel).
+    y = act(conv(x, expanded_weight()) + expanded_bias()); the stored weight is (stored filters, in/groups, *kernel).
 
     Args:
         in_channels .. padding_mode, device, dtype: as in the torch layer.
         symmetry: a name (every filter), a mapping from names to counts of OUTPUT filters or percents, e.g.
-            ``{'h': 2, 'v': 4, 'hv': '50%'}``, or None; what is left over is free filters. See `FilterLayout` for the
+            ``{'h': 2, 'v': 4, 'hv': '50%'}``, or None; the remaining filters are free. See `FilterLayout` for the
             order of the output channels and `Symmetry` for the names.
         share_bias: one bias per stored filter, shared by its images.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
@@ -418,10 +418,10 @@ class _SymmetricConv(_OrbitConv):
 
     Warns when a flip along a kernel axis of size 1 makes identical copies.
 
-    By default depthwise layers, narrow groups, and on the CPU float64 and complex numbers take the reference. In
-    training an activation is applied to the stored result, since its gradient needs its input. With stride 2 an even
-    input has positions at one end only: the output for a mirrored image is not the mirrored output; odd sizes keep it.
-    Tools that read `weight` for the dense one, or trace into the layer, want ``to_dense()``.
+    By default depthwise layers and narrow groups use the reference, as do float64 and complex numbers on the CPU. In
+    training the activation is not fused, since its gradient needs its input. With stride 2 and an even input size, one
+    end of the input is left over, so the output for a mirrored image is not the mirrored output; with odd sizes it is.
+    Tools that take `weight` for the dense one, or trace into the layer, need ``to_dense()``.
 
     >>> layer = nn.SymmetricConv2d(3, 8, 3, padding=1, symmetry="hv")
     >>> layer.weight.shape, layer.expanded_weight().shape, layer(torch.randn(2, 3, 9, 9)).shape
@@ -442,10 +442,10 @@ class SymmetricConv3d(_SymmetricConv, nn.Conv3d):
 
 
 class _SymmetricConvTranspose(_OrbitConv):
-    """Transposed convolution whose filters come in orbits; the weight stored is (in, stored filters/groups, *kernel).
+    """Transposed convolution whose filters come in orbits; the stored weight is (in, stored filters/groups, *kernel).
 
-    y = act(conv_transpose(x, expanded_weight()) + expanded_bias()); arguments as in the torch layer, then as in
-    `SymmetricConv2d`. ``forward`` takes `output_size` like the torch layer.
+    y = act(conv_transpose(x, expanded_weight()) + expanded_bias()); the arguments are those of the torch layer,
+    then those of `SymmetricConv2d`. ``forward`` takes `output_size` like the torch layer.
 
     >>> layer = nn.SymmetricConvTranspose2d(3, 8, 4, stride=2, padding=1, symmetry="hv")
     >>> layer.weight.shape, layer(torch.randn(2, 3, 9, 9)).shape
@@ -475,19 +475,19 @@ class SymmetricConvTranspose3d(_SymmetricConvTranspose, nn.ConvTranspose3d):
 
 
 class _TiedConv(_SharedConv):
-    """Convolution whose filters are their own image (even) or its negative (odd), beside `free` ordinary ones.
+    """Convolution whose filters equal their own image (even) or its negative (odd), with `free` ordinary ones.
 
     expanded_weight()[u, c, k] = sign[k] weight[u, c, slot[k]] with the tap orbits of `tritonsym.symmetry.tap_orbits`;
-    the weight stored is (out - free, in/groups, orbits), and `free_weight` (free, in/groups, *kernel) or None. Inside
+    `weight` is (out - free, in/groups, orbits), and `free_weight` is (free, in/groups, *kernel) or None. Inside
     every group the tied filters come first.
 
     Args:
         in_channels .. padding_mode, device, dtype: as in the torch layer.
         symmetry: one name, incl. 'radial' (taps at equal distance from the centre share a value) and 'radial:WIDTH'.
         parity: 'even' (w = its image), 'odd' (-1 under every reflection, so 1 under a product of two and under
-            rotations), or per axis such as ``{'h': 'odd', 'v': 'even'}``. Taps that the sign forces to zero are not
+            rotations), or one per axis: ``{'h': 'odd', 'v': 'even'}``. Taps that the sign forces to zero are not
             stored.
-        free: number of ordinary filters.
+        free: the number of ordinary filters.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
 
     Raises:
@@ -528,7 +528,7 @@ class _TiedConv(_SharedConv):
             )
         self.free = free
         self._store((out - free, into, len(self.orbits)), out, (free, into, *self.kernel_size))
-        self.weight.requires_grad_(free < out)  # without filters it never gets a gradient, which DDP waits for
+        self.weight.requires_grad_(free < out)  # empty, it never gets a gradient, which DDP waits for
 
     def _spec(self) -> str:
         where, name, tied = type(self).__name__, self.symmetry.name, self.out_channels - self.free
@@ -555,9 +555,11 @@ class _TiedConv(_SharedConv):
         activation: functional.Activation | None = None,
         init: Init = "rescale",
     ) -> Self:
-        """Convert a plain torch layer: 'project' its weight (signed mean over tap orbits), 'rescale' filters to their
-        norms after that, 'keep' the first tap of every orbit, or 'reset'. The free filters, the last of every group,
-        stay as they are."""
+        """Convert a plain torch layer, whose weight is projected, rescaled, kept or reset as `init` says.
+
+        'project' takes the signed mean over every tap orbit; 'rescale' then scales filters back to their norms; 'keep'
+        keeps the first tap of every orbit. The last filters of every group become the free ones, unchanged.
+        """
         options = {"symmetry": symmetry, "parity": parity, "free": free, "activation": activation}
         return cls._from_dense(layer, init, options)
 
@@ -577,8 +579,8 @@ class TiedConv3d(_TiedConv, nn.Conv3d):
 class _OrbitPoolConv(_SharedConv):
     """Convolve with every filter and all its images, then reduce over the orbit: y = act(reduce_g conv(x, g w) + b).
 
-    With an odd-sized kernel, stride 1 and 'same' padding the response of a flipped image is the flipped response.
-    The weight stored is (out, in/groups, *kernel).
+    With an odd kernel, stride 1 and 'same' padding the response to a flipped image is the flipped response.
+    The stored weight is (out, in/groups, *kernel).
 
     Args:
         in_channels .. padding_mode, device, dtype: as in the torch layer.
@@ -620,7 +622,7 @@ class _OrbitPoolConv(_SharedConv):
         """The dense filters, differentiable.
 
         'sum' and 'mean': (out, ...), the symmetrized kernels. 'max' and 'min': (out * order, ...), the images of a
-        filter next to each other: y = reduce of each `order` consecutive channels.
+        filter next to each other, so that y reduces every `order` consecutive channels.
         """
         dense = super().expanded_weight()
         if self.reduce in ("sum", "mean"):
@@ -637,7 +639,7 @@ class _OrbitPoolConv(_SharedConv):
         return self.symmetry.order if self.reduce in ("sum", "mean") else 1
 
     def to_dense(self) -> nn.Module:
-        """The plain torch layers with equal outputs: one convolution, and for 'max' and 'min' a reduction behind it."""
+        """The plain torch layers with equal outputs: one convolution, followed by a reduction for 'max' and 'min'."""
         layer = self._dense(self.expanded_weight(), self.expanded_bias())
         if self.reduce in ("max", "min"):
             pooled = _PooledDense(layer, self.symmetry.order, self.reduce)
@@ -669,17 +671,17 @@ class _OrbitPoolConv(_SharedConv):
         activation: functional.Activation | None = None,
         init: Init = "rescale",
     ) -> Self:
-        """Convert a plain torch layer: 'project', 'rescale', 'keep' the filters as they are, or 'reset'.
+        """Convert a plain torch layer, whose weight is projected, rescaled, kept or reset as `init` says.
 
-        'project' makes the symmetrized kernel of 'sum' and 'mean' the nearest symmetric one, 'rescale' gives it the
-        norms of the filters, too. No dense layer equals 'max' or 'min': there both are 'keep'.
+        For 'sum' and 'mean', 'project' makes the symmetrized kernel the nearest symmetric one, and 'rescale' also gives
+        it the norms of the filters. No dense layer equals 'max' or 'min': there both keep the filters, as 'keep' does.
         """
         options = {"symmetry": symmetry, "reduce": reduce, "activation": activation}
         return cls._from_dense(layer, init, options)
 
 
 class _PooledDense(nn.Module):
-    """A dense convolution and the reduction of each `order` consecutive channels, for `torch.fx` to make plain."""
+    """A dense convolution and the reduction of every `order` consecutive channels, for `torch.fx` to trace."""
 
     def __init__(self, conv: Any, order: int, reduce: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers of equivariant networks: fields of a group in and out. `SymmetricConv*d` with a shared bias lifts."""
+"""Layers of equivariant networks, from fields to fields. `SymmetricConv*d` with a shared bias lifts images to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def _order(where: str, symmetry: str) -> int:
-    """Elements of the group of this name."""
+    """The number of elements of the group of this name."""
     value = Symmetry(symmetry)
     if value.is_radial:
         raise ValueError(f"{where}: {symmetry!r} has no elements; use a group such as 'hv' or 'd4'")
@@ -49,7 +49,7 @@ def _fields(where: str, name: str, channels: int, symmetry: str) -> int:
 
 
 def _check_stored(layer: Any) -> None:
-    """Refuse a normalized weight, and one of another number of fields, which would be a layer of its own."""
+    """Refuse a normalized weight, and one for other numbers of fields than the layer's."""
     if layer._modules or layer._forward_pre_hooks:
         check_normalized(layer)
     expected = (layer.out_fields, layer.in_fields // getattr(layer, "groups", 1))
@@ -61,7 +61,7 @@ def _check_stored(layer: Any) -> None:
 
 
 class _Fields:
-    """What convolutions and linear layers of fields share."""
+    """Base class of the convolutions and the linear layer of fields."""
 
     weight: Any
     bias: Any
@@ -86,9 +86,12 @@ class _Fields:
         activation: functional.Activation | None = None,
         init: Init = "project",
     ) -> Self:
-        """Convert a plain torch layer whose channels are fields, with groups those of one group after the other as in
-        `expanded_weight`: 'project' its weight onto the equivariant ones (nearest in the Frobenius norm), 'rescale' the
-        filters to their norms (root mean square over a field) after that, 'keep' those of the identity, or 'reset'."""
+        """Convert a plain torch layer of fields, whose weight is projected, rescaled, kept or reset as `init` says.
+
+        Its channels are ordered as in `expanded_weight`. 'project' takes the nearest equivariant weight in the
+        Frobenius norm; 'rescale' then scales filters back to their norms (root mean square over a field); 'keep' keeps
+        the filters of the identity.
+        """
         where = f"{cls.__name__}.from_dense"
         functional.check_choice(where, "init", init, INITS)
         modules = "torch.nn.modules.conv", "torch.nn.modules.linear"
@@ -114,7 +117,7 @@ class _Fields:
         return self.train(layer.training)
 
     def _adopt(self, weight: Tensor, bias: Tensor | None, init: str) -> None:
-        """Take over a dense weight and bias."""
+        """Copy a dense weight and bias, as `init` says."""
         spec = self.spec
         parts = weight.reshape(spec.groups, spec.order, -1, *weight.shape[1:2], *spec.geometry.kernel_size)
         if init == "keep":
@@ -134,18 +137,18 @@ class _Fields:
 class _GroupConv(_Fields, _SharedConv):
     """Group convolution: y[g, o] = act(sum_{h, c} conv(x[h, c], g w[o, c, g^-1 h]) + b[o]), fields to fields.
 
-    Moving x by an element of the group moves y (Cohen and Welling 2016, arXiv 1602.07576). Channels are ordered as
-    those of a symmetric convolution: channel = element * fields + field. See `functional.group_conv2d`. The weight
-    stored is (out_fields, in_fields / groups, elements, *kernel), the bias (out_fields,).
+    Moving x by an element of the group moves y by it (Cohen and Welling 2016, arXiv 1602.07576). Channels are ordered
+    as in a symmetric convolution: channel = element * fields + field. See `functional.group_conv2d`. The stored
+    weight is (out_fields, in_fields / groups, elements, *kernel), the bias (out_fields,).
 
     Args:
-        in_fields, out_fields: channels / elements.
-        kernel_size .. padding_mode, device, dtype: as in the torch layer; `groups` are groups of fields.
+        in_fields, out_fields: numbers of fields (channels / elements).
+        kernel_size .. padding_mode, device, dtype: as in the torch layer; `groups` counts groups of fields.
         symmetry: the name of a group ('h' ... 'hvz', 'c2', 'c4', 'd4').
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
 
     Raises:
-        ValueError: a symmetry that does not act on this kernel, or fields that the groups do not divide.
+        ValueError: a symmetry that does not act on this kernel, or `groups` does not divide the fields.
 
     >>> lift = nn.SymmetricConv2d(3, 8, 3, symmetry="hv", share_bias=True)  # to 2 fields of 4 elements
     >>> layer = nn.GroupConv2d(2, 5, 3, symmetry="hv")
@@ -176,11 +179,11 @@ class _GroupConv(_Fields, _SharedConv):
         if into % self.groups or out % self.groups:
             raise ValueError(f"{where}: groups={self.groups} must divide in_fields={into} and out_fields={out}")
         self.in_fields, self.out_fields, self.symmetry = into, out, Symmetry(symmetry)
-        self._spec()  # or why there is none
+        self._spec()  # raises an error if there is none
         self._store((out, into // self.groups, order, *self.kernel_size), out)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Hide the fifth axis of a 2-D weight, which ``to(memory_format=torch.channels_last)`` refuses."""
+        """Hide the fifth axis of a 2-D weight from ``to(memory_format=torch.channels_last)``, which refuses it."""
         return super()._apply(lambda t: fn(t.flatten(2)).view(t.shape) if t.ndim == 5 else fn(t), recurse)
 
     def _spec(self, output_padding: Any = None) -> str:
@@ -192,7 +195,7 @@ class _GroupConv(_Fields, _SharedConv):
         return groups.group_conv(type(self).__name__, spec, x, self.weight, self.bias, self.activation)
 
     def problem(self, x: Tensor, target: str, training: bool) -> Any:
-        """What a call on x plans on: only the shape and the dtype of x matter."""
+        """The problem to plan for a call on x; only the shape and dtype of x matter."""
         sizes = list(x.shape if x.ndim == len(self.kernel_size) + 2 else (1, *x.shape))
         if self.padding_mode != "zeros":
             sides = self._reversed_padding_repeated_twice
@@ -206,12 +209,14 @@ class _GroupConv(_Fields, _SharedConv):
         return f"symmetry={self.symmetry.name!r}"
 
     def expanded_weight(self) -> Tensor:
-        """The dense filters, differentiable: what the layer means. With groups, those of one group after the other,
-        each in the order of elements and fields: of a torch layer whose channels are sorted like that."""
+        """The dense filters that define the layer, differentiable.
+
+        They are for channels sorted by group of fields (if there are several), then by element, then by field.
+        """
         return fold.expand(gathered(self.weight), self.spec)
 
     def to_dense(self) -> nn.Module:
-        """The plain torch layer with equal outputs; with groups, between two orders of the channels."""
+        """The plain torch layer with equal outputs; with groups, between two re-orderings of the channels."""
         layer = self._dense(self.expanded_weight(), self.expanded_bias())
         if self.groups > 1:
             layer = torch.fx.symbolic_trace(_Regrouped(layer, self.symmetry.order)).train(self.training)
@@ -219,7 +224,7 @@ class _GroupConv(_Fields, _SharedConv):
 
 
 class _Regrouped(nn.Module):
-    """A dense convolution of groups of fields, for `torch.fx` to make plain."""
+    """A dense convolution between two re-orderings of the channels, for `torch.fx` to trace."""
 
     def __init__(self, conv: Any, order: int) -> None:
         super().__init__()
@@ -247,9 +252,9 @@ class GroupConv3d(_GroupConv, nn.Conv3d):
 
 
 class GroupLinear(_Fields, Checkpoints, nn.Linear):
-    """Group convolution without space: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]) of the last axis.
+    """Group convolution without space, on the last axis: y[g, o] = act(sum_{h, c} w[o, c, g^-1 h] x[h, c] + b[o]).
 
-    The weight stored is (out_fields, in_fields, elements), the bias (out_fields,). See `GroupConv2d`.
+    The stored weight is (out_fields, in_fields, elements), the bias (out_fields,). See `GroupConv2d`.
 
     >>> nn.GroupLinear(2, 5, symmetry="hv")(torch.randn(3, 8)).shape
     torch.Size([3, 20])
@@ -292,7 +297,7 @@ class GroupLinear(_Fields, Checkpoints, nn.Linear):
         return groups.group_linear("GroupLinear", self._spec(), input, self.weight, self.bias, self.activation)
 
     def problem(self, x: Tensor, target: str, training: bool) -> plan.GroupProblem:
-        """What a call on x plans on."""
+        """The problem to plan for a call on x."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"GroupLinear: expected an input (..., {self.in_features}), got {tuple(x.shape)}")
         ones = (1,) * len(self.spec.geometry.kernel_size)
@@ -323,7 +328,7 @@ class GroupLinear(_Fields, Checkpoints, nn.Linear):
         return with_activation(layer.train(self.training), self.activation)
 
 
-# --- layers without products ------------------------------------------------------------------------------------------
+# --- normalisation, pooling, dropout ----------------------------------------------------------------------------------
 
 
 def _check_fields(where: str, x: Tensor, order: int, fields: int | None) -> None:
@@ -336,8 +341,8 @@ class _GroupBatchNorm(BatchNorm):
     """Batch normalisation of fields: the elements of a field share their statistics, weight and bias.
 
     Args:
-        fields: channels / elements; `num_features` of the torch layer, whose arguments follow.
-        symmetry: the name of the group.
+        fields: the number of fields (channels / elements), `num_features` of the torch layer.
+        symmetry: the name of the group; the other arguments of the torch layer follow.
 
     >>> nn.GroupBatchNorm2d(2, "hv").weight.shape  # of 2 fields, 8 channels
     torch.Size([2])
@@ -361,11 +366,11 @@ class _GroupBatchNorm(BatchNorm):
         self.symmetry, self.order = Symmetry(symmetry), order
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Done in `forward`, which calls the torch layer with fields in place of channels."""
+        """Checked in `forward`, which calls the torch layer with fields in place of channels."""
 
     def forward(self, input: Tensor) -> Tensor:
         _check_fields(type(self).__name__, input, self.order, self.num_features)
-        if input.is_contiguous():  # elements as further images
+        if input.is_contiguous():  # elements become samples
             x = input.view(-1, self.num_features, *input.shape[2:])
             return super().forward(x).view(input.shape)
         rows = input.movedim(1, -1)
@@ -375,12 +380,12 @@ class _GroupBatchNorm(BatchNorm):
         return f"{super().extra_repr()}, symmetry={self.symmetry.name!r}"
 
     def to_dense(self) -> nn.Module:
-        """The plain torch layer with equal outputs in evaluation; it could not share statistics in training."""
+        """The plain torch layer with equal outputs in evaluation; in training it could not share statistics."""
         cls: Any = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.batchnorm")
         if self.training or not self.track_running_stats:
             raise ValueError(
                 f"{type(self).__name__}.to_dense: a plain {cls.__name__} does not share statistics between the "
-                "elements of a field; call eval() first, of a layer with track_running_stats=True"
+                "elements of a field; call eval() first, on a layer with track_running_stats=True"
             )
         layer: nn.Module = cls(self.order * self.num_features, self.eps, self.momentum, self.affine)
         own = self.state_dict()
@@ -401,7 +406,7 @@ class GroupBatchNorm3d(_GroupBatchNorm, nn.BatchNorm3d):
 
 
 class GroupPool(nn.Module):
-    """Reduce every field to one channel, (N, |G| F, ...) -> (N, F, ...): moving x only moves y ('project' a group).
+    """Reduce every field to one channel, (N, |G| F, ...) -> (N, F, ...): moving x moves only the positions of y.
 
     Args:
         symmetry: the name of the group.
@@ -422,7 +427,7 @@ class GroupPool(nn.Module):
         return self.plain(input)
 
     def plain(self, x: Tensor) -> Tensor:
-        """For `torch.fx`, without checks."""
+        """The computation without checks, for `torch.fx`."""
         return REDUCTIONS[self.reduce](x.unflatten(1, (self.order, -1)).movedim(1, 0))
 
     def extra_repr(self) -> str:
@@ -430,8 +435,9 @@ class GroupPool(nn.Module):
 
 
 class GroupDropout(nn.Module):
-    """In training set whole fields of a sample to zero with probability p, and divide the others by 1 - p: all elements
-    and positions of a field together, so that with the same random numbers moving x moves y.
+    """In training, set whole fields of a sample to zero with probability p, and divide the others by 1 - p.
+
+    All elements and positions of a field share one random choice, so that with equal random numbers moving x moves y.
 
     Args:
         p: the probability.
@@ -453,13 +459,13 @@ class GroupDropout(nn.Module):
         return self.plain(input) if self.training else input
 
     def plain(self, x: Tensor) -> Tensor:
-        """For `torch.fx`, without checks."""
-        one = x.unflatten(1, (self.order, -1))[:, 0, ..., None].flatten(2)[..., 0]  # a value of every field
+        """The computation without checks, for `torch.fx`."""
+        one = x.unflatten(1, (self.order, -1))[:, 0, ..., None].flatten(2)[..., 0]  # one value per field
         return torch.einsum("nc...,nc->nc...", x, self.drop(torch.ones_like(one)).repeat(1, self.order))
 
     def extra_repr(self) -> str:
         return f"symmetry={self.symmetry.name!r}"
 
 
-#: The layers of this file that are no convolutions.
+#: The layers of this file that are not convolutions.
 GROUP_LAYERS = (GroupLinear, _GroupBatchNorm, GroupPool, GroupDropout)

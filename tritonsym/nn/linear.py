@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class SymmetricLinear(Checkpoints):
-    """y = act(x S + b) with an exactly symmetric S (S = S^T to the bit) of which n(n+1)/2 values are stored.
+    """y = act(x S + b) with an exactly symmetric S (S = S^T to the bit), stored as n(n+1)/2 values.
 
     `weight` is S in rectangular full packed storage, shape `tritonsym.packing.packed_shape(n)`. `torch.optim.Muon`
-    would take that rectangle for a matrix and orthogonalise it, which means nothing for S: give the weight to AdamW.
+    would take that rectangle for a matrix and orthogonalise it, which is meaningless for S: give the weight to AdamW.
 
     Args:
-        in_features, out_features: n, twice; they must be equal. (Both, so that it drops in for `torch.nn.Linear`.)
+        in_features, out_features: both n. (There are two, so that the layer drops in for `torch.nn.Linear`.)
         bias, device, dtype: as in `torch.nn.Linear`.
         activation: None, 'relu', 'gelu', 'silu', 'sigmoid' or 'tanh'.
         never_unpack: as in `functional.symmetric_linear`: S is never built, even where that is slower.
@@ -31,8 +31,8 @@ class SymmetricLinear(Checkpoints):
     Raises:
         ValueError: in_features != out_features.
 
-    A product with S takes as many multiply-adds as a dense one: what is saved is memory. On a GPU, where nothing was
-    measured, S is unpacked in every call by default up to n = 2048, if 16 does not divide n, and in float32.
+    A product with S takes as many multiply-adds as a dense one; only memory is saved. On a GPU, where nothing was
+    measured, S is unpacked in every call by default for n <= 2048, for n not divisible by 16, and in float32.
 
     >>> layer = nn.SymmetricLinear(4, 4)
     >>> layer.weight.numel(), torch.equal(layer.expanded_weight(), layer.expanded_weight().T)
@@ -112,7 +112,7 @@ class SymmetricLinear(Checkpoints):
         return self.bias
 
     def problem(self, x: Tensor, target: str, training: bool) -> plan.LinearProblem:
-        """What a call on x plans on. x S takes n^2 multiply-adds per row whatever is stored."""
+        """The problem to plan for a call on x; x S takes n^2 multiply-adds per row, however S is stored."""
         n = self.in_features
         if x.ndim == 0 or x.shape[-1] != n:
             raise ValueError(f"{type(self).__name__}: expected an input (..., {n}), got {tuple(x.shape)}")
@@ -136,8 +136,9 @@ class SymmetricLinear(Checkpoints):
         never_unpack: bool = False,
         init: Init = "rescale",
     ) -> Self:
-        """Convert a `torch.nn.Linear`: 'project' stores (W + W^T) / 2, 'rescale' with the norm of W, 'keep' the lower
-        triangle, or 'reset'.
+        """Convert a `torch.nn.Linear`, whose weight W is projected, rescaled, kept or reset as `init` says.
+
+        'project' stores (W + W^T) / 2; 'rescale' scales that to the norm of W; 'keep' keeps the lower triangle of W.
 
         Raises:
             TypeError: not a `torch.nn.Linear`.
@@ -169,7 +170,7 @@ class SymmetricLinear(Checkpoints):
             before, after = (
                 torch.linalg.vector_norm(w.contiguous().to(wide)) for w in (weight, self.expanded_weight())
             )
-            is_left = after > torch.finfo(weight.dtype).eps * before  # else nothing of the matrix is
+            is_left = after > torch.finfo(weight.dtype).eps * before  # else the projection is zero up to rounding
             self.weight.mul_(torch.where(is_left, before / after, 1.0))
 
     @classmethod
@@ -181,10 +182,10 @@ class SymmetricLinear(Checkpoints):
         activation: functional.Activation | None = None,
         never_unpack: bool = False,
     ) -> Self:
-        """A layer with these values: ``from_packed(pack_tril(v))``, ``from_packed(pack(S, 'average'))``, ...
+        """A layer that stores these values: ``from_packed(pack_tril(v))``, ``from_packed(pack(S, 'average'))``, ...
 
         Raises:
-            ValueError: `packed` has no shape of `packed_shape`, or the bias is not (n,).
+            ValueError: `packed` has the `packed_shape` of no n, or the bias is not (n,).
             TypeError: `packed` holds integers.
         """
         where = f"{cls.__name__}.from_packed"
@@ -201,11 +202,11 @@ class SymmetricLinear(Checkpoints):
 
 
 class SkewLinear(SymmetricLinear):
-    """y = act(x W^T + b) with an exactly skew-symmetric W (W = -W^T to the bit) of which n(n-1)/2 values are stored.
+    """y = act(x W^T + b) with an exactly skew-symmetric W (W = -W^T to the bit), stored as n(n-1)/2 values.
 
     `weight` is W as `tritonsym.pack` packs it with ``skew=True``, shape `tritonsym.packing.packed_shape(n - 1)`. The
-    rest is as in `SymmetricLinear`; `from_dense` projects to (W - W^T) / 2. On a GPU
-    its Triton kernel runs where it is asked for (``tritonsym.backend("triton")``, `never_unpack`).
+    rest is as in `SymmetricLinear`; `from_dense` projects to (W - W^T) / 2. On a GPU its Triton kernel runs only on
+    request (``tritonsym.backend("triton")``, `never_unpack`).
 
     >>> layer = nn.SkewLinear(4, 4)
     >>> layer.weight.numel(), torch.equal(layer.expanded_weight(), -layer.expanded_weight().T)

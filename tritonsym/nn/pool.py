@@ -52,7 +52,7 @@ class GlobalConv1d(Checkpoints):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """U(-a, a) with a = 1 / sqrt(in_channels): each matrix as a convolution of kernel size 1.
+        """U(-a, a) with a = 1 / sqrt(in_channels): each matrix as in a convolution with kernel size 1.
 
         The fan-in of the equivalent wrap-around kernel depends on the length, which the layer does not know.
         """
@@ -68,7 +68,7 @@ class GlobalConv1d(Checkpoints):
         return text + (f", activation={self.activation!r}" if self.activation else "")
 
     def problem(self, x: Tensor, target: str, training: bool) -> plan.FixedProblem:
-        """What a call on x plans on; the dense layer is the wrap-around convolution."""
+        """The problem to plan for a call on x; the dense layer is the wrap-around convolution."""
         if x.ndim not in (2, 3) or x.shape[-2] != self.in_channels:
             expected = f"(N, {self.in_channels}, L) or ({self.in_channels}, L)"
             raise ValueError(f"GlobalConv1d: expected an input {expected}, got {tuple(x.shape)}")
@@ -77,7 +77,7 @@ class GlobalConv1d(Checkpoints):
         return plan.FixedProblem("GlobalConv1d", target, plan.dtype_name(x), dense, cheap)
 
     def expanded_weight(self, length: int) -> Tensor:
-        """The kernel (out, in, 2 length + 1) of the equal convolution, with padding = length; differentiable."""
+        """The kernel (out, in, 2 length + 1) of the equivalent convolution, with padding = length; differentiable."""
         surround = self.surround[..., None].expand(-1, -1, length)
         return torch.cat([surround, self.center[..., None], surround], -1)
 

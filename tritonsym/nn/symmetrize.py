@@ -15,7 +15,7 @@ class Symmetrize(nn.Module):
     see `tritonsym.functional.symmetrize`, also for the arguments.
 
     Raises:
-        ValueError: an unknown `over` or `reduce`; `dim` names the batch axis 0.
+        ValueError: an unknown `over` or `reduce`, or `dim` is the batch axis 0.
         TypeError: `inner` is not a module.
 
     >>> model = nn.Symmetrize(torch.nn.Linear(6, 3), over="swap")
