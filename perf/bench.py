@@ -25,6 +25,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import tritonsym
-from tritonsym import launch, plan, reference, tuned
+from tritonsym import launch, plan, reference, shift, tuned
 from tritonsym.perf.cases import CPU, GPU, Case, Function, cost, memory_format, roofline, select, smallest
 from tritonsym.perf.measure import Step, auto, gate, make_step, measure, paths, spread, tqdm
 
@@ -45,6 +46,9 @@ UNFINISHED = 75
 
 #: Variants compiled by torch, by the path they are traced under.
 COMPILED = {"reference": "compiled", "shift": "compiled-shift"}
+
+#: What is compared with the dense layer, in the order in which it is shown.
+VARIANTS = ("reference", "parametrize", "escnn", *COMPILED.values(), *plan.PATHS[1:], "gemm", "auto")
 
 Row = dict[str, Any]
 
@@ -104,9 +108,16 @@ def gemm(problem: plan.ConvProblem, x: Tensor, training: bool) -> Step | None:
     geometry = problem.spec.geometry
     if problem.spec.groups > 1 or geometry.transposed or max(geometry.stride) > 1:
         return None
-    a, w = x.movedim(1, -1).reshape(-1, problem.channels), x.new_ones(problem.channels, problem.spec.rows)
-    d = a @ w
-    return (lambda: (a @ w, d @ w.mT, d.mT @ a)) if training else lambda: a @ w
+    a, w = x.movedim(1, -1).reshape(-1, problem.channels), x.new_ones(problem.spec.rows, problem.channels)
+    d, sizes = a @ w.mT, x.shape[2:]
+
+    def multiply() -> tuple[Tensor, ...]:
+        if shift.is_convolved(a[None], w):
+            more = shift.convolved_adjoint(d, a, w, sizes, True, True) if training else ()
+            return shift.convolved(a, w, sizes), *more
+        return (a @ w.mT, d @ w, d.mT @ a) if training else (a @ w.mT,)
+
+    return multiply
 
 
 def _steps(
@@ -168,38 +179,22 @@ def speedups(row: Row) -> dict[str, float]:
     return {name: median[f"dense {name.split()[1]}"] / median[name] for name in others}
 
 
-def show(row: Row, device: str, with_heading: bool) -> None:
-    """Print a row, one line per memory format. Under the paths' names: how many times as fast as the dense layer; what
-    follows is of 'auto'."""
+def show(row: Row, device: str) -> None:
+    """Print a row, for every memory format: how many times as fast as the dense layer each variant is, and of 'auto'
+    the path it takes, its time, its host time, and the rates that it reaches."""
     speed, least = speedups(row), roofline(row, device)
     for form, path in row["plan"].items():
         dense, ours = (row["seconds"].get(f"{name} {form}", [math.nan]) for name in ("dense", "auto"))
         median, launched = statistics.median(ours), row.get("launch", {}).get(f"auto {form}", math.nan)
-        cells = {"dense ms": f"{1e3 * statistics.median(dense):.3f}", "spread": f"{spread(dense):.0%}"}
-        for name in (
-            "reference",
-            "parametrize",
-            "escnn",
-            *COMPILED.values(),
-            "implicit_gemm",
-            "shift",
-            "fused",
-            "blocks",
-            "fold",
-            "gemm",
-            "auto",
-        ):
-            cells[name] = f"{speed.get(f'{name} {form}', math.nan):.2f}"
-        cells |= {"auto ms": f"{1e3 * median:.3f}", "+-": f"{spread(ours):.0%}", "least": f"{1e3 * min(ours):.3f}"}
-        cells |= {"launch us": f"{1e6 * launched:.1f}", "TFLOP/s": f"{2e-12 * row['dense'] / median:.1f}"}
-        cells |= {"useful": f"{2e-12 * row['useful'] / median:.1f}", "roofline": f"{(least or math.nan) / median:.0%}"}
-        if with_heading:
-            tqdm.write(
-                f"{'case, dtype, mode, cache, format':64}" + "".join(f" {name[:9]:>9}" for name in cells) + "  plan"
-            )
-        with_heading = False
-        shown = "".join(f" {'-' if 'nan' in cell else cell:>9}" for cell in cells.values())
-        tqdm.write(f"{' '.join((*identity(row), form)):64}{shown}  {path}")
+        cells = [f"dense {1e3 * statistics.median(dense):.3f} ms +-{spread(dense):.0%}"]
+        cells += [f"{name} {speed[key]:.2f}" for name in VARIANTS if (key := f"{name} {form}") in speed]
+        cells += [f"auto ({path}) {1e3 * median:.3f} ms +-{spread(ours):.0%}", f"least {1e3 * min(ours):.3f} ms"]
+        cells += [f"host {1e6 * launched:.1f} us", f"{2e-12 * row['dense'] / median:.1f} TFLOP/s"]
+        cells += [f"useful {2e-12 * row['useful'] / median:.1f}", f"roofline {(least or math.nan) / median:.0%}"]
+        tqdm.write(" ".join((*identity(row), form)))
+        shown = "  ".join(cell.replace(" ", "\0") for cell in cells if "nan" not in cell)
+        lines = textwrap.wrap(shown, 96, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        tqdm.write("\n".join(lines).replace("\0", " "))
     for path, error in row["red"].items():
         tqdm.write(f"    {path} is WRONG and was not timed: {error.splitlines()[0]}")
 
@@ -321,7 +316,7 @@ def _measure(
                     return UNFINISHED, failed
                 try:
                     for row in bench(case, dtype, device, 1 if args.tiny else 3 if args.quick else 9, compiled, done):
-                        show(row, result["device"], len(result["rows"]) == len(done))
+                        show(row, result["device"])
                         result["rows"].append(row)
                         if args.output:
                             tuned.write(args.output, dumped(result))

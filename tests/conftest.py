@@ -1,4 +1,4 @@
-"""One small layer of every kind, as fixtures, for the tests of what all layers have in common.
+"""Fixtures: one small layer of every kind, for tests of what all layers have in common.
 
 Every run of a test draws the same numbers.
 """
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 import tritonsym
 import tritonsym.nn as tnn
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tritonsym-tests-")  # plans by no table of this machine
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="tritonsym-tests-")  # this machine's tables decide no plan
 
 settings.register_profile("tritonsym", deadline=None, derandomize=True)
 settings.load_profile("tritonsym")
 
 
 def pytest_collectstart() -> None:
-    """Before a module is imported, which may draw, too."""
+    """Seed before a test module is imported: it may draw numbers, too."""
     torch.manual_seed(0)
 
 
@@ -43,7 +43,7 @@ def seed() -> None:
 class Layer:
     name: str
     build: Callable[..., nn.Module]
-    shape: tuple[int, ...]  # of one sample
+    shape: tuple[int, ...]  # one sample
     options: dict[str, Any]
     path: str = "reference"  # forced while the test runs
 
@@ -68,14 +68,14 @@ class Layer:
         return next(c for c in self.build.__mro__ if c.__module__ == "torch.nn.modules.conv")
 
     def dense(self, module: Any, x: Tensor) -> Tensor:
-        """What the torch layer makes of the expanded weight; differentiable in the stored one."""
+        """The torch layer's output with the expanded weight; differentiable with respect to the stored one."""
         weights = {"bias": module.expanded_bias()} if module.bias is not None else {}
         if isinstance(module, tnn.GlobalConv1d):
             length = x.shape[-1]
             y = F.conv1d(x, module.expanded_weight(length), padding=length, **weights)
         else:
             accepted = inspect.signature(self.torch_class).parameters
-            options = {**vars(module), **self.options}  # a group convolution is told its fields, not its channels
+            options = {**vars(module), **self.options}  # a group convolution takes fields, not channels
             plain = self.torch_class(**{k: v for k, v in options.items() if k in accepted}, device="meta")
             y = torch.func.functional_call(plain, {"weight": module.expanded_weight(), **weights}, x)
         if (reduce := self.options.get("reduce")) in ("max", "min"):
@@ -158,7 +158,7 @@ QUICK = [layer for layer in SHIFTED if "3d" not in layer.name] + BY_BLOCKS  # a 
 
 any_layer = _fixture("any_layer", LAYERS + QUICK)
 weighted_layer = _fixture("weighted_layer", WEIGHTED + QUICK)
-#: Those that complex numbers, which have no order, make sense for.
+#: Layers that can be complex: they compare no values.
 linear_layer = _fixture(
     "linear_layer", [c for c in WEIGHTED if c.options.get("reduce") not in ("max", "min") and c.path != "fold"]
 )
@@ -187,14 +187,14 @@ def interpreter() -> Iterator[Interpreter]:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What the compiler made of a kernel with a tile; `count` is empty where the target's tools tell nothing."""
+    """A kernel compiled with a tile; `count` is empty for targets without a cubin."""
 
     target: str
     shared: int
     count: Counter[str]  # instructions by name
     load_bits: Counter[int]  # loads from global memory by width
-    waits: set[str]  # of Hopper's matrix instructions: how many may still be in flight
-    from_registers: int  # of these: how many take an operand from registers
+    waits: set[str]  # how many of Hopper's matrix instructions each wait leaves in flight
+    from_registers: int  # how many of these take an operand from registers
 
     def check(self, multiplies: bool = True) -> None:
         from tritonsym.kernels.tiles import SHARED
@@ -204,7 +204,7 @@ class MachineCode:
             assert self.count["LDL"] + self.count["STL"] == 0, "spills"
             instruction = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[self.target]
             assert bool(self.count[instruction]) == multiplies, "tensor cores"
-        if self.from_registers:  # none may be overwritten while in flight (triton pull 11781)
+        if self.from_registers:  # they must not be overwritten while in flight (triton pull 11781)
             assert self.waits == {"0x0"}
 
     @property
@@ -213,13 +213,13 @@ class MachineCode:
 
     @property
     def narrow_loads(self) -> int:
-        """Of 16 bits: addresses that the compiler could not see to be contiguous."""
+        """Loads of 16 bits: the compiler did not see that their addresses are contiguous."""
         return self.load_bits[16]
 
 
 @pytest.fixture(scope="session")
 def ahead_of_time() -> Callable[..., MachineCode]:
-    """compile(kernel, dtype, constants, tile, target, **types): for tensors and sizes that are multiples of 16."""
+    """compile(kernel, dtype, constants, tile, target, **types), with addresses and sizes that are multiples of 16."""
     pytest.importorskip("triton")
     from tritonsym.perf import inspect_kernels
 

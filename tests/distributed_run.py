@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in two processes that know each other by gloo."""
+"""What test_distributed.py runs in each of two processes, which communicate by gloo."""
 
 import copy
 import sys
@@ -59,7 +59,7 @@ def run(rank, file):
     optimizer.step()
     torch.optim.SGD(alone.parameters(), lr=0.1).step()
     state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
-    if rank == 0:  # saved sharded, loaded plainly
+    if rank == 0:  # saved from a sharded model, loaded into a plain one
         plain = copy.deepcopy(net())
         plain.load_state_dict(state)
         torch.testing.assert_close(plain(x), alone(x))

@@ -1,10 +1,10 @@
-"""A process in which Triton's interpreter stands in for a GPU: reads one request a line, answers one line.
+"""A process in which Triton's interpreter stands in for a GPU: it reads one request per line and answers on one line.
 
-A request is JSON: [name of a function below, its keyword arguments]; the answer [result, traceback or null]. The
-interpreter must be chosen before triton is imported, hence the process of its own; `Interpreter` starts it.
+A request is JSON: [name of a function below, its keyword arguments]; the answer is [result, traceback or null].
+TRITON_INTERPRET must be set before triton is imported, hence the separate process, which `Interpreter` starts.
 
-With TRITONSYM_TEST_DEVICE=cuda there is no interpreter: the same functions run on the GPU. Other versions of Triton
-(3.6.0, which needs numpy < 2.3, and 3.9.0 were tried) go into a folder of their own, which PYTHONPATH names:
+With TRITONSYM_TEST_DEVICE=cuda the same functions run on the GPU, without the interpreter. To test another version of
+Triton (3.6.0, which needs numpy < 2.3, and 3.9.0 were tried), install it in a folder and name that in PYTHONPATH:
 
     pip install --no-deps --target other triton==3.6.0 numpy==2.2.6
     PYTHONPATH=other pytest tests/test_kernels_*.py -k "not compile and not registers"
@@ -17,18 +17,18 @@ import sys
 import traceback
 
 DEVICE = os.environ.get("TRITONSYM_TEST_DEVICE", "cpu")
-#: Of a process that runs kernels on that device.
+#: The environment of a process that runs kernels on that device.
 ENVIRONMENT = {
     **os.environ,
     "TRITONSYM_TEST_DEVICE": DEVICE,
     "TRITON_INTERPRET": "1" if DEVICE == "cpu" else "0",
     "OMP_NUM_THREADS": "1",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what deterministic algorithms of torch ask for
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch's deterministic algorithms need it
 }
 
 
 class Interpreter:
-    """``interpreter("convolution", path="shift", ...)`` runs that function over there."""
+    """``interpreter("convolution", path="shift", ...)`` runs that function in the other process."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -49,9 +49,9 @@ class Interpreter:
 
 
 def build(orbits=None, ties=None, filters=0, free=0, kernel=(3, 3), groups=1, pool=None, transposed=False, **geometry):
-    """The `ConvSpec` of `filters` output filters per group in orbits, or so many tied ones and `free` ones.
+    """The `ConvSpec` of `filters` filters per group in orbits, or of `filters` tied and `free` free ones.
 
-    `geometry`: fields of `Geometry`, a number for all axes.
+    `geometry`: fields of `Geometry`; a number stands for all axes.
     """
     from dataclasses import replace
 
@@ -70,7 +70,7 @@ def build(orbits=None, ties=None, filters=0, free=0, kernel=(3, 3), groups=1, po
 
 
 def dense_conv(x, rows, spec):
-    """The convolution of x with the dense weight that the rows (groups, R, C) amount to, by torch; pooled."""
+    """torch's convolution of x with the dense weight that the rows (groups, R, C) stand for, then pooled."""
     import torch
     from torch.nn import functional as F
 
@@ -95,7 +95,7 @@ def dense_conv(x, rows, spec):
 
 
 def weights_of(rows, spec):
-    """The stored weights whose rows (groups, R, C) these are."""
+    """The stored weights that have these rows (groups, R, C)."""
     import torch
 
     shapes, start, found = spec.weight_shapes(rows.shape[2]), 0, []
@@ -112,7 +112,7 @@ def weights_of(rows, spec):
 
 
 def forward(x, rows, bias, spec, path, tiles, activation=None, inner=False):
-    """`launch.fprop`: y, and the winners of a pooled orbit or None."""
+    """`launch.fprop`: y, and the winners of pooled orbits or None."""
     from tritonsym import launch, shift
 
     options = (spec.text, path, tiles, inner, activation, shift.is_last(x), bool(spec.pool))
@@ -136,7 +136,7 @@ def lay_out(x, layout):
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":
         return x.repeat_interleave(2, -1)[..., ::2]
-    if layout == "turned":  # channels innermost, behind the batch and the other axes in reverse
+    if layout == "turned":  # in memory: the spatial axes reversed, the batch, the channels
         order = (*reversed(range(2, x.ndim)), 0, 1)
         return x.permute(order).contiguous().permute([order.index(axis) for axis in range(x.ndim)])
     if layout in ("far", "far rows"):  # every stride has 31 bits, but not every offset
@@ -155,7 +155,7 @@ BFLOAT16 = [("bfloat16", "last"), ("bfloat16", "first")] if DEVICE == "cuda" els
 
 
 def variants(number):
-    """Two pairs of a dtype and a layout, by turns, and those of bfloat16."""
+    """Two pairs of a dtype and a layout, which depend on `number`, and those of bfloat16."""
     layouts = ("first", "last", "sliced", "first", "turned")
     turns = [*zip(("float32", "float16", "float32", "float16", "float16"), layouts, strict=True)]
     return [turns[number % 5], turns[(number + 2) % 5], *BFLOAT16]
@@ -164,10 +164,10 @@ def variants(number):
 def convolution(
     conv, batch, channels, sizes, path, tiles, dtype, layout, activation=None, scratch=None, inner=False, packed=False
 ):
-    """Whether y, dx and the gradient of the rows are exactly those of the dense convolution in float64.
+    """Check that y, dx and dw are exactly those of the dense convolution in float64.
 
-    The numbers are small integers, so that every sum is exact in float32 and float16, and rounded in bfloat16.
-    `packed`: the fused kernel holds products in bfloat16, which they fit for few channels.
+    The numbers are small integers: every sum is exact in float32 and float16, and rounded in bfloat16.
+    `packed`: the fused kernel keeps products in bfloat16, where they are exact for few channels.
     """
     import torch
 
@@ -188,7 +188,7 @@ def convolution(
     y = dense_conv(x, rows, spec)
     dy = draw(*y.shape[:1], 1, *y.shape[2:]).expand(y.shape) if layout == "sliced" else draw(*y.shape)
     dx, drows = torch.autograd.grad(y, (x, rows), dy)
-    if spec.pool:  # shared by up to 8 winners: not exact
+    if spec.pool:  # up to 8 winners share a gradient: inexact
         tolerance = {"rtol": 4e-3 if dtype == torch.float16 else 1e-6, "atol": 1e-2 if dtype == torch.float16 else 1e-5}
     else:
         tolerance = {"rtol": 0, "atol": 0}
@@ -210,7 +210,7 @@ def convolution(
 
 
 def not_finite(conv, batch, channels, sizes, path, tiles, dtype, activation=None):
-    """Whether NaN and infinity in x reach y as they do in the dense convolution."""
+    """Check that NaN and infinity in x reach y as in the dense convolution."""
     import torch
 
     from tritonsym import reference
@@ -230,9 +230,9 @@ def not_finite(conv, batch, channels, sizes, path, tiles, dtype, activation=None
 
 
 def large(path, tiles):
-    """Whether float16 overflows only where the dense convolution does: products that cancel, gradients of many images.
+    """Check that float16 overflows only where the dense convolution does, when products cancel and gradients are large.
 
-    Of 4 channels of 200 and weights of 100 and -100, and of gradients of 30000, inputs of 1 / 32, weights of 1 / 128.
+    4 channels of 200 with weights of 100 and -100; then gradients of 30000, inputs of 1 / 32 and weights of 1 / 128.
     """
     import torch
 
@@ -256,13 +256,13 @@ def large(path, tiles):
 
 
 def repeat(conv, batch, channels, sizes, path, tiles, dtype, times):
-    """Whether so many runs, and either gradient alone, give the same bits.
+    """Check that `times` runs, and either gradient alone, give the same bits.
 
-    On a GPU half of the runs are in a stream beside another one that is busy.
+    On a GPU half of the runs are on a stream of their own, while another one is busy.
     """
     import torch
 
-    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     spec, dtype = build(**conv), getattr(torch, dtype)
     torch.manual_seed(0)
     x = torch.randn(batch, spec.groups * channels, *sizes).to(DEVICE, dtype)
@@ -313,7 +313,7 @@ def layer(kind, options, shape, dtype, path, scale=1):
 
 
 def matrices(n, batch, skew, tile):
-    """Whether products with a packed matrix, by tiles and by strips, its gradient and X X^T are exactly torch's."""
+    """Check that products with a packed matrix, by tiles and by strips, its gradient and X X^T are exactly torch's."""
     import torch
 
     from tritonsym.kernels import gram, symm
@@ -334,7 +334,7 @@ def matrices(n, batch, skew, tile):
 
 
 def sanitized(function, **arguments):
-    """The kernels that this function above launches, and what the sanitizer finds."""
+    """The kernels that the named function launches, and what the sanitizer finds in them."""
     from sanitizer import Sanitizer
 
     with Sanitizer() as seen:
@@ -346,7 +346,7 @@ def sanitized(function, **arguments):
 
 
 def planted():
-    """What the sanitizer finds, and should find, of kernels with bugs, for integers and for floating-point numbers."""
+    """What the sanitizer finds and should find in kernels with planted bugs, for integer and floating dtypes."""
     import torch
     from sanitizer import PLANTED, Sanitizer
 

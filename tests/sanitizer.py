@@ -1,6 +1,6 @@
-"""Triton's interpreter with a check of every access, as compute-sanitizer does it on a GPU; and bugs that it must find.
+"""Triton's interpreter, checking every access as compute-sanitizer does on a GPU, and kernels whose bugs it must find.
 
-To be imported where TRITON_INTERPRET=1.
+Import it only where TRITON_INTERPRET=1.
 """
 
 import numpy as np
@@ -19,11 +19,11 @@ def _places(t):
 
 
 class Sanitizer:
-    """While entered, `kernels` collects the names of what is launched, and `found` what is wrong with it:
+    """While entered, `kernels` collects the names of launched kernels, and `found` what is wrong with them:
 
-    accesses outside of the tensors of the launch, two lanes of a store or two programs that write one address,
-    a program that reads what another writes, and reads of what `torch.empty` left there (NaN, or the largest integer:
-    correct kernels must be fed with neither).
+    accesses outside the tensors of the launch, two lanes of a store or two programs that write one address,
+    a program that reads what another writes, and reads of what `torch.empty` left there (NaN, or the largest integer;
+    inputs must hold neither).
     """
 
     def __init__(self):
@@ -44,14 +44,14 @@ class Sanitizer:
             self._conflicts()
 
         interpreter.GridExecutor.__call__, interpreter._interpreter = launch, self
-        torch.use_deterministic_algorithms(True)  # fills what is allocated
+        torch.use_deterministic_algorithms(True)  # fills torch.empty
         return self
 
     def __exit__(self, *_):
         interpreter.GridExecutor.__call__, interpreter._interpreter = self.launch, self.right
         torch.use_deterministic_algorithms(False)
 
-    def __getattr__(self, name):  # atomic operations, which may meet
+    def __getattr__(self, name):  # atomic operations, which may share an address
         return getattr(self.right, name)
 
     def load(self, places, mask, other, dtype):
@@ -69,7 +69,7 @@ class Sanitizer:
         return self.right.store(places, values, inside)
 
     def _access(self, kind, places, mask):
-        """Which of the accesses may be done, and their addresses."""
+        """Which accesses are allowed, and their addresses."""
         places, mask = places.astype(np.int64), np.broadcast_to(mask, places.shape).astype(bool)
         inside = mask & (self.places.take(np.searchsorted(self.places, places), mode="clip") == places)
         if (inside != mask).any():
@@ -125,7 +125,7 @@ def reads_empty(x_ptr, y_ptr):
     tl.store(x_ptr + at, tl.load(y_ptr + at, mask=at < 6), mask=at < 6)
 
 
-#: What the sanitizer says of each of them, launched as two programs with 6 values x and as many empty y.
+#: What the sanitizer says of each, launched as two programs with 6 values x and 6 empty y.
 PLANTED = {
     reads_outside: "reads out of bounds",
     writes_outside: "writes out of bounds",

@@ -1,4 +1,4 @@
-"""Advice: every layer that can be replaced, timed on the input it gets; and what is saved is what plans say."""
+"""`advise` times every replaceable layer on the input it gets; later plans take the paths that it saves."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Layers that a model reaches by another way than its submodules: followed where that is certain, else left alone."""
+"""Layers that a model reaches other than by its submodules: followed where that is certain, else left alone."""
 
 import copy
 import functools
@@ -18,7 +18,7 @@ Pair = namedtuple("Pair", "conv scale")
 
 
 class Model(nn.Module):
-    """Its forward calls what `hold` keeps of its first convolution; the second one is beside it."""
+    """`hold` keeps a reference to the first convolution, through which forward calls it before the second one."""
 
     def __init__(self, hold, call=lambda held, x: held(x)):
         super().__init__()
@@ -108,7 +108,7 @@ def test_what_is_certain_is_followed_there_and_back(held, inplace):
 def test_what_is_not_certain_is_left_alone_with_a_reason(held, inplace):
     model, x = Model(*held), torch.randn(2, 4, 5, 5)
     if inplace is False and held[0] is HIDDEN["other method"][0]:
-        model.held = None  # a copy of it would be of another layer
+        model.held = None
         model.held = model.conv._conv_forward
     dense = model.conv
     converted, report = replace_layers(model, conv="hv", inplace=inplace)
@@ -228,7 +228,7 @@ def test_an_optimizer_of_old_parameters_is_warned_of(conversion):
     model = nn.Sequential(layer, nn.BatchNorm2d(4))
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
     optimizer = torch.optim.Adam(model.parameters())
-    conversion(model)  # a copy: the optimizer's model is as it was
+    conversion(model)  # converts a copy: the optimizer's model stays as it is
     with pytest.warns(UserWarning, match="a Adam holds 2 of the old ones.*make the optimizer after"):
         conversion(model, inplace=True)
     assert len(optimizer.param_groups) == len(other.param_groups) == 1
@@ -236,7 +236,7 @@ def test_an_optimizer_of_old_parameters_is_warned_of(conversion):
 
 def test_layers_wrapped_for_parallel_training_are_left_alone():
     class DistributedDataParallel(nn.Module):
-        """Has that name."""
+        """Recognised by its name."""
 
         def __init__(self, module):
             super().__init__()

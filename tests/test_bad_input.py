@@ -1,4 +1,4 @@
-"""Whatever is wrong with an argument: who says so, what came, what was expected and how to fix it."""
+"""Messages about wrong arguments: who raises them, what came, what was expected and how to fix it."""
 
 import ast
 import copy
@@ -90,13 +90,13 @@ f_linear, matmul = T.symmetric_linear, T.symmetric_matmul
 
 
 def sharded():
-    """As a DTensor looks."""
+    """A tensor that looks like a DTensor."""
     value = torch.ones(3, 1)
     value.device_mesh = None
     return value
 
 
-#: Who says so (the first word of the message) and what is wrong: a call, the type of the error and what else is said.
+#: The first word of the message, and what is wrong: a call, the type of its error and other words of the message.
 CASES = {
     "GroupConv2d: another number of fields": (
         lambda: assigned(tnn.GroupConv2d(1, 1, 3, symmetry="hv"), "weight", torch.ones(4, 1, 4, 3, 3))(X),
@@ -488,7 +488,7 @@ def orbit_sum():
 
 
 def missing(words, message):
-    """Those of the words, or bracketed groups, that do not occur in the message."""
+    """The words and bracketed groups that do not occur in the message."""
     return [word for word in re.findall(r"\([^)]*\)|\[[^]]*\]|\S+", words) if word not in message]
 
 
@@ -503,7 +503,7 @@ def test_message(case):
     assert not missing(words, message), message
 
 
-#: A layer, a layer whose checkpoint it is given, and words of the message.
+#: A layer, the layer whose checkpoint it loads, and words of the message.
 CHECKPOINTS = {
     "dense": (conv, lambda: nn.Conv2d(4, 8, 3), "weight (8, 4, 3, 3) (4, 4, 3, 3) dense SymmetricConv2d.from_dense"),
     "transposed": (up, lambda: nn.ConvTranspose2d(4, 8, 3), "SymmetricConvTranspose2d.from_dense (4, 8, 3, 3)"),
@@ -520,7 +520,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_wrong_checkpoint_changes_nothing(make, saved, words, assign):
     module = make()
-    state = dict(reversed(saved().state_dict().items()))  # what fits comes first
+    state = dict(reversed(saved().state_dict().items()))  # entries that fit come first
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(RuntimeError) as caught:
         module.load_state_dict(state, assign=assign)
@@ -555,7 +555,7 @@ def passed(module, name, weight):
 
 
 class NothingIsComputed(TorchDispatchMode):
-    """Within its block every operation on a tensor is an error."""
+    """Every tensor operation within its block is an error."""
 
     def __torch_dispatch__(self, function, *_):
         raise AssertionError(function)
@@ -564,14 +564,14 @@ class NothingIsComputed(TorchDispatchMode):
 @pytest.mark.parametrize("path", [None, "reference", "shift"])
 @pytest.mark.parametrize("put", [assigned, written, passed], ids=lambda put: put.__name__)
 @pytest.mark.parametrize(("make", "name", "came", "expected"), SHAPES.values(), ids=SHAPES)
-def test_a_weight_of_another_shape_is_refused_before_anything_is_computed(make, name, came, expected, put, path):  # new
+def test_a_weight_of_another_shape_is_refused_before_anything_is_computed(make, name, came, expected, put, path):
     fresh, used = make(), make()
     if path == "shift" and isinstance(fresh, tnn.SymmetricLinear):
         pytest.skip("a linear layer has no shifts")
     message = re.escape(f"{name} has shape {came}, expected {expected}")
     weight = getattr(used, name).detach().clone()
     with torch.no_grad(), tritonsym.path(path) if path else nullcontext():
-        y = used(X)  # which may keep something for the next call
+        y = used(X)  # may cache something for the next call
         for module, watch in product((fresh, used), (nullcontext, NothingIsComputed)):
             call = put(module, name, torch.ones(came))
             with watch(), pytest.raises(ValueError, match=rf"^{type(module).__name__}.*{message}"):
@@ -597,7 +597,7 @@ def test_every_message_has_a_case():
         "equivariant",
         "importers",
         "testing",
-    )  # whose messages are tested beside what they do
+    )  # their messages are tested in their own files
     files = [path for path in sorted(source.glob("*.py")) if path.stem not in others] + sorted(source.glob("nn/*.py"))
     calls = [call for call, *_ in CASES.values()]
     calls += [lambda m=m, s=s: m().load_state_dict(s().state_dict()) for m, s, _ in CHECKPOINTS.values()]

@@ -1,8 +1,8 @@
-"""A layer's call and training step beside those of torch's dense layer, for comparing runs and machines:
+"""A layer's call and training step beside those of torch's dense layer, to compare runs and machines:
 
     pytest tests/test_benchmark.py --benchmark-only -n 0
 
-In a run of all tests every step is taken once, for its results alone.
+An ordinary test run takes every step once and only checks its results.
 """
 
 import pytest
@@ -27,6 +27,6 @@ def test_step(benchmark, request, case, mode, layer):
     benchmark.disabled |= not request.config.getoption("benchmark_only")
     result = benchmark.pedantic(steps[layer], rounds=25, warmup_rounds=5)
     expected = steps["dense"]()
-    if mode == "training":  # that of the weight differs by the tied values
+    if mode == "training":  # dx; dw has another shape
         result, expected = result[0], expected[0]
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)

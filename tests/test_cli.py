@@ -42,7 +42,7 @@ def test_info_without_triton(capsys, monkeypatch):
 
 
 def test_as_a_module():
-    """In a process of its own, where neither the package nor its command line imports what only a demo needs."""
+    """In a separate process: neither the package nor its command line imports what only the demo needs."""
     script = "import sys, runpy; runpy.run_module('tritonsym', run_name='__main__')"
     loud = f"import atexit, sys; atexit.register(lambda: print(sorted(sys.modules), file=sys.stderr)); {script}"
     result = subprocess.run([sys.executable, "-c", loud, "info"], capture_output=True, text=True)
@@ -83,7 +83,7 @@ def test_check_reports_what_is_wrong(capsys, monkeypatch):
 
 
 def numbers(text):
-    """All lines but those with times, which set the widths of columns."""
+    """The words of all lines without times, which also set the widths of columns."""
     return [line.split() for line in text.splitlines() if " ms " not in line]
 
 
@@ -161,7 +161,7 @@ def test_measurements_without_their_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench"]) == 1
     assert capsys.readouterr().err == 'The bench needs matplotlib: pip install "tritonsym[perf]"\n'
-    with pytest.raises(SystemExit) as stop:  # no plots, so it starts: there is nothing to tune without a GPU
+    with pytest.raises(SystemExit) as stop:  # needs no plots: it starts, and finds no GPU
         main(["tune"])
     assert stop.value.code == 2 and "no kernels to tune on the CPU" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from tritonsym import Symmetry, load_cnn_symmetry, materialize, replace_layers
 
 
 class Conv2dSame(nn.Conv2d):
-    """A subclass with a forward of its own, as image models have them."""
+    """A subclass with its own forward, as in image models."""
 
     def forward(self, x):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class Zoo(nn.Module):
-    """A small network with one of every layer that models are made of."""
+    """A small network with one layer of every kind that models use."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ def image():
 
 
 def dense(cls=nn.Conv2d, **options):
-    """A torch layer, of these sizes unless the options say otherwise."""
+    """A torch layer of these sizes, unless the options say otherwise."""
     if cls is nn.Linear:
         return nn.Linear(12, 12, **options)
     return cls(**{"in_channels": 8, "out_channels": 16, "kernel_size": 3, **options})
@@ -116,7 +116,7 @@ def reasons(report):
 
 @contextmanager
 def unchanged(model):
-    """After the block the model has the very same modules, with equal values, gradient switches and modes."""
+    """Check that the block leaves the model's modules, values, requires_grad flags and training modes unchanged."""
 
     def switches():
         return [p.requires_grad for p in model.parameters()], [module.training for module in model.modules()]
@@ -346,7 +346,7 @@ def test_a_rule_selects_and_chooses():
 
     original = zoo()
     model, report = replace_layers(original, conv="h", rule=rule)
-    # asked about all but subclasses and what attention reads
+    # the rule is asked about all but subclasses and what attention reads
     assert seen == {name: type(original.get_submodule(name)) for name in choices}
     assert {row.name: (row.after, row.symmetry) for row in report} == {
         "stem": ("SymmetricConv2d", "h:16"),
@@ -469,7 +469,7 @@ def test_a_layer_that_cannot_be_replaced_stays_where_it_is(build, conv, reason):
     converted, report = replace_layers(model, conv=conv, inplace=True)
     assert converted is model and model[0] is first
     assert reason in reasons(report)["0"]
-    if conv == "h":  # the layer beside it is not concerned
+    if conv == "h":  # its neighbour is replaced
         assert names(report) == ["1"] and model[1] is not last
 
 
@@ -499,7 +499,7 @@ def refuse(*_):
 
 
 def late(answer):
-    """A rule that is fine until the last layer."""
+    """A rule that is right until the last layer."""
     return lambda name, _: answer if name == "head" else True
 
 
@@ -574,7 +574,7 @@ def test_a_materialized_model_is_plain_torch_with_equal_outputs(inplace):
 
 
 def nested():
-    """A model that uses one layer and one Symmetrize twice, each also inside of another, and an input."""
+    """A model that uses one layer and one Symmetrize twice, also inside others, and an input."""
     conv = tnn.SymmetricConv1d(4, 4, 3, padding=1, symmetry="h")
     inner = tnn.Symmetrize(nn.Sequential(conv, nn.Tanh()), "flip", dim=2, reduce="mean")
     model = nn.Sequential(conv, tnn.Symmetrize(inner, "cyclic", reduce="sum"), inner, tnn.TopKPool1d(2)).double()
@@ -702,7 +702,7 @@ def test_what_learns_still_learns():
 def test_a_normalized_layer_is_materialized(remove):
     layer, x = tnn.SymmetricConv2d(3, 8, 3, symmetry="hv"), torch.randn(1, 3, 5, 5)
     parametrizations.weight_norm(layer)
-    if remove:  # which leaves a hook
+    if remove:  # leaves a hook
         parametrize.remove_parametrizations(layer, "weight")
     plain = materialize(nn.Sequential(layer))
     assert type(plain[0]) is nn.Conv2d
@@ -728,7 +728,7 @@ COUNTS = {2: {"h": 2, "v": 4, "hv": 8}, 3: {"h": 2, "v": 2, "z": 2, "hv": 4, "hz
 
 
 def cnn_symmetry_filters(stored, counts):
-    """The dense filters as that package puts them together: stored ones, then images key by key."""
+    """The dense filters in the order of CNN-Symmetry: stored ones, then images key by key."""
     images = {"h": ["h"], "v": ["v"], "z": ["z"]}
     images |= {a + b: [a, b, a + b] for a, b in ("hv", "hz", "vz")}
     images["hvz"] = ["h", "v", "z", "vz", "hz", "hv", "hvz"]

@@ -9,7 +9,7 @@ import torch
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch knows no other processes")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no torch.distributed")
 def test_two_processes(tmp_path):
     script = Path(__file__).with_name("distributed_run.py")
     runs = [

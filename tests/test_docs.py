@@ -1,4 +1,4 @@
-"""Every public name says what it means, with an example that runs."""
+"""Every public name has a docstring with an example that runs."""
 
 import doctest
 
@@ -18,9 +18,9 @@ FLAGS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 def test_examples(value):
     [test] = doctest.DocTestFinder(recurse=False).find(value, value.__name__, globs=dict(NAMES))
     assert test.examples, f"{value.__name__} has no example"
-    assert len(test.docstring.partition(">>>")[2].split(">>>")) <= 4, "short ones, please"
+    assert len(test.docstring.partition(">>>")[2].split(">>>")) <= 4, "more than 4 statements"
     skipped = any(doctest.SKIP in example.options for example in test.examples)
-    assert skipped == (value is tritonsym.load_escnn), "its example is in test_escnn.py, the others run here"
+    assert skipped == (value is tritonsym.load_escnn), "only load_escnn, which test_escnn.py tests, is skipped"
     messages = []
     doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(test, out=messages.append)
     assert not messages, "".join(messages)

@@ -1,4 +1,4 @@
-"""`assert_equivariant` of whole networks: what holds, and which layer is named where it does not."""
+"""`assert_equivariant` on whole networks: it accepts equivariant ones and names the layer that breaks the others."""
 
 import re
 

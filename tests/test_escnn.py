@@ -1,6 +1,6 @@
-"""Layers of escnn. Neither the library nor these tests import it: `Theirs` has what is read of an ``escnn.nn.R2Conv``.
+"""Layers of escnn, which neither the library nor these tests import: `Theirs` stands in for ``escnn.nn.R2Conv``.
 
-Its filters are made by numpy from base filters, in the order of escnn 1.0.11, of which `RECORDED` holds a sample.
+numpy makes its filters from base filters in the order of escnn 1.0.11, of which `RECORDED` holds a sample.
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The examples keep what they promise. Muon's test is in test_matrices.py."""
+"""The examples do what they promise. Muon's test is in test_matrices.py."""
 
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +11,7 @@ from tritonsym.testing import assert_equivariant, assert_symmetric
 
 
 def trained(model, *inputs):
-    """After a step, so that statistics and weights are no longer those of the start."""
+    """The model after one training step, which changes its statistics and weights."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     outputs = model(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -12,7 +12,7 @@ import tritonsym
 import tritonsym.nn as tnn
 from tritonsym import materialize
 
-GROWN = 5  # samples in a call, other than when it was traced
+GROWN = 5  # batch size of calls, unlike that of the trace
 
 
 def saved(scripted):

@@ -20,19 +20,19 @@ F64 = torch.float64
 
 
 def move(array, g):
-    """What an element does to the last axes, by numpy."""
+    """An element's action on the last axes, by numpy."""
     array = np.rot90(array, g.turns, (-2, -1)) if g.turns else array
     return np.flip(array, [{"h": -1, "v": -2, "z": -3}[letter] for letter in g.flips]) if g.flips else array
 
 
 def action(name):
-    """The images of a marked cube under all elements, as bytes."""
+    """All elements, each with its image of a marked cube."""
     cube = np.arange(27).reshape(3, 3, 3)
     return [(g, move(cube, g)) for g in Symmetry(name).elements]
 
 
 def product(name, i, j):
-    """The number of element i after element j."""
+    """The index of the element that acts as element j, then element i."""
     images = action(name)
     both = move(images[j][1], images[i][0])
     return next(k for k, (_, image) in enumerate(images) if np.array_equal(image, both))
@@ -85,7 +85,7 @@ def layer_and_input(name, kernel_size, options, **factory):
 
 
 def oracle(layer, x):
-    """Every group of fields by torch's convolution with the dense weight of the definition."""
+    """torch's convolution of every group of fields with the dense weight of the definition."""
     order, groups = layer.symmetry.order, layer.groups
     parts = x.unflatten(1, (order, groups, -1)).unbind(2)
     conv = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
@@ -103,8 +103,8 @@ def oracle(layer, x):
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_every_way_of_folding_is_the_definition(case, last, convolved, monkeypatch):
-    """The reference, and any number of mirrors, with the other axes inside the product and not, products of matrices
-    by convolutions and not; gradients against autograd through the reference."""
+    """The reference, and folding by any number of mirrors, with the other axes inside the product or not, and with
+    convolutions as products or not; gradients against autograd through the reference."""
     monkeypatch.setattr(fold, "CONVOLVED_TERMS", 0)
     monkeypatch.setattr(shift, "is_convolved", lambda a, w: convolved)
     layer, x = layer_and_input(*OPTIONS[case], dtype=F64)
@@ -142,7 +142,7 @@ def test_linear_is_the_definition(name):
 
 
 def test_where_all_axes_are_summed(monkeypatch):
-    """Few positions; gradients of many channels whose sums the cache holds; nowhere if MKL is slow."""
+    """For few positions; for gradients of many channels whose sums fit the cache; never if MKL is slow."""
     monkeypatch.setattr(shift, "mkl_is_slow", lambda: False)
     text = tnn.GroupConv2d(1, 1, 3, padding=1, symmetry="h").spec.text
 
@@ -157,8 +157,8 @@ def test_where_all_axes_are_summed(monkeypatch):
 
 
 class Products(TorchDispatchMode):
-    """Multiply-adds of all convolutions and batched products that are called, but for those of the weights with one
-    table. (torch counts no groups backwards.)"""
+    """The multiply-adds of all convolutions and batched products that are called, except products of the weights with
+    one table. (torch's counter ignores groups in the backward pass.)"""
 
     count = 0
 
@@ -175,7 +175,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_multiply_adds_that_are_called(case):
-    """dense / |A| in the product of the forward pass, and twice that in the backward pass."""
+    """dense / |A| in the forward product, and twice that in the backward pass."""
     name, kernel_size, options = OPTIONS[case]
     if options.get("padding") == "same":
         options = {**options, "padding": 1}
@@ -205,7 +205,7 @@ def test_chunks_and_empty_batches(monkeypatch):
 
 @pytest.mark.parametrize(("ndim", "form"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
 def test_memory_formats(ndim, form):
-    """Of a model, as torch's layers; the output has that of the input on every path."""
+    """The layers take a model's format as torch's do; outputs have the format of the input on every path."""
     name = "hv"
     cls, x = getattr(tnn, f"GroupConv{ndim}d"), torch.randn(2, 8, *(5, 4, 3)[:ndim])
     layer = cls(2, 3, 3, padding=1, symmetry=name)
@@ -261,7 +261,7 @@ def test_layers_follow_the_group(name):
     pool, x = tnn.GroupPool(name), torch.randn(2, 2, 6, 6, dtype=F64)
 
     def run(x):
-        torch.manual_seed(2)  # one mask
+        torch.manual_seed(2)  # the same mask
         y = net(x)
         return y, pool(y), pool(head(y))
 
@@ -344,7 +344,7 @@ def test_from_dense_projects():
 
 
 def test_from_dense_with_groups():
-    """Of one group after the other: as every group by itself."""
+    """Every group is converted as if alone."""
     plain = nn.Conv2d(16, 24, 3, groups=2, dtype=F64)
     for init in ("project", "rescale", "keep"):
         layer = tnn.GroupConv2d.from_dense(plain, symmetry="hv", init=init)
@@ -369,11 +369,11 @@ def test_grouped_layers_are_plain_after_to_dense():
 def test_initialisation():
     layer, plain = tnn.GroupConv2d(16, 16, 3, symmetry="hv"), nn.Conv2d(64, 64, 3)
     assert abs(layer.expanded_weight().var() / plain.weight.var() - 1) < 0.1
-    for init in (nn.init.kaiming_normal_, nn.init.xavier_uniform_):  # which see the shape of the weight
+    for init in (nn.init.kaiming_normal_, nn.init.xavier_uniform_):  # these see the shape of the weight
         assert abs(init(layer.weight).var() / init(plain.weight).var() - 1) < 0.1
     start = time.perf_counter()
     tnn.GroupConv2d(64, 64, 3, symmetry="d4")
-    assert time.perf_counter() - start < 1  # milliseconds, on a machine that does nothing else
+    assert time.perf_counter() - start < 1  # milliseconds on an idle machine
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -397,13 +397,13 @@ def test_plans():
         assert planned("hv", 1280, 2, 16, 16).path == "reference"
     with tritonsym.path("fold"):
         assert planned("hv", 16, 2, 16, 16).axes == 2
-    assert planned("hv", 320, 1, 64, 64).axes == 1  # with two, the sums of an image would leave the cache
-    assert planned("hv", 64, 1, 4096, 4096).path == "reference"  # whose tables would take gigabytes
+    assert planned("hv", 320, 1, 64, 64).axes == 1  # with two, the sums of an image would not fit the cache
+    assert planned("hv", 64, 1, 4096, 4096).path == "reference"  # the tables would take gigabytes
 
 
 @pytest.mark.parametrize(("is_slow", "expected"), [(False, [0, 0, 1, 2]), (True, [1, 0, 0, 1])])
 def test_each_kind_of_cpu_has_its_rule(is_slow, expected, monkeypatch):
-    """Where MKL is slow, matrices of few terms do not pay, and convolutions sooner, above all in inference."""
+    """Where MKL is slow, matrices of few terms do not pay, and convolutions pay sooner, above all in inference."""
     monkeypatch.setattr(shift, "mkl_is_slow", lambda: is_slow)
     tritonsym.plan.forget()
     found = []
@@ -423,7 +423,7 @@ def test_each_kind_of_cpu_has_its_rule(is_slow, expected, monkeypatch):
 
 @pytest.mark.parametrize("matrices", [False, True])
 def test_dtypes_that_fold(matrices, monkeypatch):
-    """Of 16 bits only the one that was measured, on a CPU like that."""
+    """Of the 16-bit dtypes only bfloat16, on CPUs without matrix instructions for it."""
     monkeypatch.setattr(tritonsym.plan, "multiplies_bfloat16", lambda: matrices)
     tritonsym.plan.forget()
     folded = set()

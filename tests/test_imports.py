@@ -17,7 +17,7 @@ SOURCE = Path(tritonsym.__file__).parent
 KERNELS = Path(importlib.import_module("tritonsym.kernels").__file__).parent
 PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 
-#: Every module may import those of the lines above its own, and `nn` its own. `kernels` import nothing of the package.
+#: A module may import those of earlier lines; modules of `nn`, and `kernels`, may import one another.
 ORDER = [
     {"_compat", "_table", "symmetry", "packing", "tuned"},
     {"spec"},
@@ -40,8 +40,8 @@ ORDER = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-LAUNCHERS = {"tuned", "launch", "plan", "matrices"}  # may import kernels, within functions
-LAZY = {"__init__": "perf"}  # imported by a function
+LAUNCHERS = {"tuned", "launch", "plan", "matrices"}  # may import kernels within functions
+LAZY = {"__init__": "perf"}  # imported within a function
 
 
 def modules(folder, prefix=""):
@@ -52,7 +52,7 @@ MODULES = modules(SOURCE) | modules(KERNELS, "kernels.") | modules(PERF, "perf."
 
 
 def imports(path, everywhere=True):
-    """Full names of everything a file imports, not only at its top; not what only type checkers read."""
+    """Full names of what a file imports, in functions too if `everywhere`, but not for type checkers only."""
     tree = ast.parse(path.read_text())
     checkers = [
         node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
@@ -81,7 +81,7 @@ def test_imports_point_one_way(name):
     if head == "kernels":
         assert heads(names) <= {"kernels"}
         return
-    assert head in LEVEL, "give the new module its line in ORDER"
+    assert head in LEVEL, "give the new module a line in ORDER"
     allowed = {other for other, level in LEVEL.items() if level < LEVEL[head]}
     if head == "perf":
         assert heads(names) <= allowed | {"perf", "kernels"}
@@ -98,7 +98,7 @@ def test_symmetry_is_pure_python():
 
 
 def fresh(code, **environment):
-    """What a fresh interpreter, started where no source lies, prints as JSON."""
+    """The JSON that a fresh interpreter, started outside the checkout, prints."""
     environment = {**os.environ, **environment}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment)

@@ -17,7 +17,7 @@ from tritonsym.kernels import tiles
 TILES = {"shift": [[32, 16, 4] * 2, [64, 32, 4] * 2], "implicit_gemm": [[32, 16, 32, 4, 2] * 3, [64, 32, 16, 4, 2] * 3]}
 
 
-#: Of every path a few cases at once, the rest with `-m slow`.
+#: A few cases of every path run always, the rest with `-m slow`.
 QUICK = {
     ("hv", "shift"),
     ("mixed", "shift"),
@@ -25,7 +25,7 @@ QUICK = {
     ("h one row", "implicit_gemm"),
     ("hv", "implicit_gemm"),
 }
-#: Where the input has one channel, `implicit_gemm` is another kernel: test_kernels_depthwise.py.
+#: For one input channel `implicit_gemm` is another kernel, which test_kernels_depthwise.py tests.
 PATHS = [
     pytest.param(name, path, marks=() if (name, path) in QUICK else pytest.mark.slow)
     for name, (_, _, channels, _) in CASES.items()
@@ -54,7 +54,7 @@ def test_kernels_are_exact(interpreter, name, path):
         )
 
 
-#: Of every kernel of a path each tile in the tables once: for y, dx and the weight's gradient.
+#: Every tile in the tables once for each of y, dx and dw.
 SHIPPED = [
     *(("shift", (tile, tiles.TILES[i - 1])) for i, tile in enumerate(tiles.TILES)),
     *(
@@ -230,7 +230,7 @@ def test_sums_that_would_compile_for_long_are_not_taken(kernel_size, symmetry, f
 
 
 def convolutions():
-    """What `inspect_kernels` lists of this file's kernels."""
+    """The entries of `inspect_kernels` for this file's kernels."""
     from tritonsym.kernels import conv, shift
     from tritonsym.perf import inspect_kernels
 
@@ -239,37 +239,37 @@ def convolutions():
 
 
 def check_compiled(entry, target):
-    """Ahead of time, no GPU needed: no spills, wide loads and stores, tensor cores, shared memory as `fits` assumes."""
+    """Compiled without a GPU: no spills, wide loads and stores, tensor cores, shared memory as `fits` assumes."""
     from tritonsym.perf import inspect_kernels
 
     kernel = inspect_kernels.compile_entry(entry, target)
     found = inspect_kernels.inspect(kernel, entry.work)
     product = isinstance(entry.tile, tiles.GemmTile)
-    # what is not an operand: table entries in flight, barriers, and where layouts are exchanged
+    # besides operands: table entries in flight, barriers, and exchanges of layouts
     assert found.shared <= (entry.tile.shared(2) if product else 0) + (8 << 10), entry.name
     if target == "gfx942":
         return
     assert found.spills == 0, entry.name
     assert bool(found.tensor_cores) == product, entry.name
-    # as wide as what a thread has of a tile; images of 12 filters begin at multiples of 12
+    # as wide as a thread's part of a tile; images of 12 filters begin at multiples of 12
     values = 8 if product else entry.tile.block_p * entry.tile.block_u // (32 * entry.tile.warps)
     wide = 64 if " of 12 " in entry.name else min(128, 16 * values)
-    if "NCHW" in entry.name:  # neighbours in a warp share a row of an image, at any address
+    if "NCHW" in entry.name:  # a warp reads along a row of an image, at any address
         units = {name: entry.fixed.get(f"{name}_UNIT") == "w" for name in ("SOURCE", "TARGET", "X")}
         images = {"load": units["SOURCE"] or units["X"], "store": units["TARGET"]}
         for access in (name for name, is_image in images.items() if is_image):
             layouts = spread(kernel, access)
             runs = ["sizePerThread = [1, 1], threadsPerWarp = [1, 32]"]
-            if product and entry.tile.block_m == entry.tile.block_n:  # like the weights, of equal shape
+            if product and entry.tile.block_m == entry.tile.block_n:  # as for the weights, whose tile has this shape
                 runs.append("sizePerThread = [1, 8], threadsPerWarp = [4, 8]")
             assert layouts and all(any(run in layout for run in runs) for layout in layouts), entry.name
         assert images["load"] or found.load_bits == wide, entry.name
         assert images["store"] or found.store_bits == wide, entry.name
     else:
         assert (found.load_bits, found.store_bits) == (wide, wide), entry.name
-        if product and target != "sm_80":  # all operands are on their way while others are multiplied
+        if product and target != "sm_80":  # all operands are loaded asynchronously
             assert not spread(kernel, "load"), entry.name
-    if product and entry.tile.block_n == 128 and target == "sm_90":  # no division for every place, say
+    if product and entry.tile.block_n == 128 and target == "sm_90":  # so no division per position
         assert found.instructions < 160, entry.name
 
 
@@ -306,7 +306,7 @@ def test_weight_gradients_of_float32_do_not_spill(target, channels):
 
 
 def spread(kernel, access):
-    """How threads are spread over the tiles that a kernel loads, or stores."""
+    """How threads are spread over the tiles that a kernel loads or stores."""
     code = kernel.asm["ttgir"]
     names = set(re.findall(rf"tt\.{access} .*tensor<\d+x\d+x!tt\.ptr<.*?>, (#\w+)>", code))
     return [re.search(rf"^{name} = (.*)", code, re.M)[1] for name in names]
@@ -314,7 +314,7 @@ def spread(kernel, access):
 
 @pytest.mark.slow
 def test_no_operand_of_a_hopper_product_is_computed_in_registers():
-    """Registers that feed a wgmma must not change before it is done, which Triton has got wrong (its issue 9433)."""
+    """Registers that feed a wgmma must not change before it is done; Triton got this wrong (its issue 9433)."""
     from tritonsym.kernels.tiles import GemmTile
     from tritonsym.perf import inspect_kernels
 

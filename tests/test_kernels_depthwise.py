@@ -77,7 +77,7 @@ CASES = {
     "name", [pytest.param(name, marks=() if i in (0, 3) else pytest.mark.slow) for i, name in enumerate(CASES)]
 )
 def test_kernels_are_exact(interpreter, name):
-    """y, dx and the weights' gradient; with layout 'sliced' dy is expanded."""
+    """y, dx and dw; with layout 'sliced' dy is expanded."""
     conv, batch, sizes = CASES[name]
     number = list(CASES).index(name)
     for dtype, layout in variants(number):
@@ -136,14 +136,14 @@ def test_plans():
 
 
 def sums():
-    """What `inspect_kernels` lists of these kernels."""
+    """The entries of `inspect_kernels` for these kernels."""
     from tritonsym.perf import inspect_kernels
 
     return [entry for entry in inspect_kernels.entries() if entry.name.startswith("depthwise")]
 
 
 def check_compiled(entry, target):
-    """No spills, 128-bit accesses of channels-last tensors, and neighbours in a row of channels-first ones."""
+    """No spills; 128-bit accesses to channels-last tensors; warps read along rows of channels-first ones."""
     from tritonsym.kernels.tiles import fits
     from tritonsym.perf import inspect_kernels
 

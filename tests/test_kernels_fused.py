@@ -12,7 +12,7 @@ pytest.importorskip("triton")  # Linux only
 
 from tritonsym.kernels.tiles import PATCHES, SHARED, Patch, fits_patch, pick_patch
 
-#: Of the sums' adjoint, which the gradients take.
+#: The tile of the sums' adjoint, which the gradients need.
 TO_D = [32, 16, 4]
 IMAGES, LINES = ([16, 16, 16, 8], [8, 8, 16, 4]), ([1, 128, 16, 8], [1, 32, 32, 2])
 NAMES = [name for name, (conv, *_, sizes) in CASES.items() if len(sizes) < 3 and conv.get("stride", 1) == 1]
@@ -40,7 +40,7 @@ def test_the_kernel_is_exact(interpreter, name):
 
 @pytest.mark.parametrize("orbits, pool", [("d4", None), ("hv", "min")])
 def test_products_in_pairs(interpreter, orbits, pool):
-    """As of bfloat16, which the interpreter does not know."""
+    """As for bfloat16, which the interpreter does not know."""
     options = {"conv": {"orbits": orbits, "filters": 8 * 5, "pool": pool}, "tiles": [*IMAGES[1], *TO_D]}
     options |= {"batch": 2, "channels": 3, "sizes": [7, 9], "path": "fused", "dtype": "float32", "layout": "last"}
     assert interpreter("convolution", packed=True, **options)
@@ -130,7 +130,7 @@ def entries():
 
 
 def check_compiled(entry, target):
-    """Tensor cores; no spills, but of 100 terms on sm_100; operands from shared memory, which is as `fits` assumes."""
+    """Tensor cores; no spills, except with over 100 terms on sm_100; operands in shared memory, as `fits` assumes."""
     from tritonsym.perf import inspect_kernels
 
     kernel = inspect_kernels.compile_entry(entry, target)

@@ -11,13 +11,13 @@ from tritonsym.kernels.tiles import SQUARE_TILES, fits
 
 pytest.importorskip("triton")  # Linux only
 
-#: Runs in a process of its own: the interpreter must be chosen before triton is imported.
+#: Runs in a separate process: TRITON_INTERPRET must be set before triton is imported.
 INTERPRET = """
 import json, os, sys, torch
 from tritonsym.kernels.gram import gram
 from tritonsym.kernels.tiles import GemmTile
 torch.set_default_device(os.environ["TRITONSYM_TEST_DEVICE"])
-torch.use_deterministic_algorithms(True)  # what is not written is NaN
+torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
 torch.manual_seed(0)
 for batch, m, k, layout, has_a, dtype in json.load(sys.stdin):
     def draw(*shape):
@@ -34,7 +34,7 @@ for batch, m, k, layout, has_a, dtype in json.load(sys.stdin):
     print(json.dumps([torch.equal(got.tril(), expected.tril()), torch.equal(got, got.mT)]))
 """
 
-#: The float32 square root is not exact: entries at both ends of a row, far down.
+#: `_row_of` takes an inexact float32 square root: check both ends of rows, also far down.
 ROWS = """
 import os, torch, triton, triton.language as tl
 from tritonsym.kernels.gram import _row_of
@@ -50,7 +50,7 @@ for p in (rows * (rows + 1) // 2, rows * (rows + 3) // 2):
     assert torch.equal(got.long(), rows)
 """
 
-#: Sizes 0, 1, below, at and above the tile of 16, more tile rows than the 8 that are grouped.
+#: Sizes 0, 1, below, at and above the tile of 16, and more tile rows than a group of 8.
 CASES = [
     (1, 1, 1, "contiguous", False),
     (2, 15, 7, "transposed", True),
@@ -112,14 +112,14 @@ def test_shipped_tiles_compile(ahead_of_time, target, dtype, place, has_a, trans
     fixed[("x_m" if transposed else "x_k")] = 1
     for precision in ("ieee", "tf32")[: itemsize // 2]:
         found = ahead_of_time(_gram_kernel, dtype, fixed | {"PRECISION": precision}, tile, target, **types)
-        if (target, precision) != ("sm_100", "tf32"):  # some registers spill, which are not torch's default
+        if (target, precision) != ("sm_100", "tf32"):  # spills some registers, and is not torch's default
             found.check(multiplies=itemsize == 2 or precision == "tf32")
         assert found.narrow_loads == 0
 
 
 @pytest.mark.parametrize("ones", [["M"], ["K"], ["M", "K", "x_batch", "x_m", "x_k", "a_batch", "a_m", "a_n"]])
 def test_sizes_of_one_compile(ahead_of_time, ones):
-    """Triton makes them constants, which the interpreter does not."""
+    """Triton makes them constants; the interpreter does not."""
     from tritonsym.kernels.gram import _gram_kernel
 
     fixed = {"HAS_A": True, "BLOCK_M": 128, "BLOCK_K": 32, "GROUP": 8, "PRECISION": "ieee"} | dict.fromkeys(ones, 1)

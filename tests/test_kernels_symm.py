@@ -10,7 +10,7 @@ from interpret import ENVIRONMENT
 
 pytest.importorskip("triton")  # Linux only
 
-#: Runs in a process of its own: the interpreter must be chosen before triton is imported.
+#: Runs in a separate process: TRITON_INTERPRET must be set before triton is imported.
 INTERPRET = """
 import json, os, sys, torch
 from tritonsym.kernels import symm
@@ -43,7 +43,7 @@ for n, batch, layout, has_bias, activation, dtype, skew in json.load(sys.stdin):
     ] + [torch.equal(symm.gradient(x, dy, tile, "ieee", skew).double(), exact.grad)]))
 """
 
-#: Odd and even, size 1, either side of tiles (16 columns), strips (32 rows), segments (32 columns) and their multiples.
+#: Odd and even, 1, on either side of tiles (16 columns), strips (32 rows), segments (32 columns) and their multiples.
 SIZES = (1, 2, 3, 15, 16, 17, 30, 31, 32, 33, 34, 47, 50, 63, 64, 65, 66, 96, 97, 127, 130, 193, 260)
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
@@ -106,7 +106,7 @@ from tritonsym.testing import assert_matches_reference
 torch.set_default_device(os.environ["TRITONSYM_TEST_DEVICE"])
 torch.manual_seed(0)
 
-class Largest(TorchDispatchMode):  # but for the bytes that the interpreter copies
+class Largest(TorchDispatchMode):  # except bytes, which the interpreter copies
     most = 0
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
@@ -175,7 +175,7 @@ with tritonsym.backend("triton"):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * (b.abs().max().item() if b.numel() else 1))
 
-    # left, strides, memory: nothing of n^2 values, forward or backward
+    # left, strides, memory: no tensor of n^2 values, forward or backward
     n = 64
     packed = tritonsym.pack(torch.randn(n, n), "average").requires_grad_()
     x = torch.randn(n, 3, requires_grad=True)
@@ -218,13 +218,13 @@ KERNELS = {"SQUARE_TILES": ("_product_kernel", "_gradient_kernel"), "STRIP_TILES
 
 
 def shipped():
-    """(kernel, dtype, table, place in it, target, is n even)."""
+    """(kernel, dtype, table, place in it, target, is n even, is S skew)."""
     from tritonsym.kernels import tiles
 
     for target, dtype, table in product(("sm_80", "sm_90", "sm_100", "gfx942"), ITEMSIZE, KERNELS):
         of_dtype = getattr(tiles, table)[ITEMSIZE[dtype]]
         places = [place for place, tile in enumerate(of_dtype) if tiles.fits(tile, ITEMSIZE[dtype], target)]
-        if (table, dtype) == ("SQUARE_TILES", "fp32"):  # each is there for some targets
+        if (table, dtype) == ("SQUARE_TILES", "fp32"):  # every tile is for some targets
             places = [of_dtype.index(tiles.pick_square(4, target))]
         for kernel, place in product(KERNELS[table], places):
             marks = () if (target, dtype, place) == ("sm_90", "bf16", 0) else pytest.mark.slow
@@ -263,7 +263,7 @@ def test_shipped_tiles_compile(ahead_of_time, kernel, dtype, table, place, targe
 @pytest.mark.parametrize("ones", [["K"], ["K", "N"], ["B"], ["B", "K", "N", "x_b", "x_k", "strips", "segments"]])
 @pytest.mark.parametrize("kernel", ["_product_kernel", "_gradient_kernel", "_strips_kernel", "_sum_kernel"])
 def test_sizes_of_one_compile(ahead_of_time, kernel, ones):
-    """Triton makes them constants, which the interpreter does not."""
+    """Triton makes them constants; the interpreter does not."""
     from tritonsym.kernels import symm, tiles
 
     tile = (tiles.STRIP_TILES if kernel == "_strips_kernel" else tiles.SQUARE_TILES)[2][-1]

@@ -1,6 +1,6 @@
-"""What a call by kernels takes on the host: rows of stored weights, what is prepared, launches, errors.
+"""The host side of calls by kernels: rows of stored weights, preparation, launches, errors.
 
-A driver stands in for the GPU's: calls go through Triton's JIT, which specializes and compiles, and launch nothing.
+A stub driver replaces the GPU's: calls go through Triton's JIT, which specializes and compiles, but launches nothing.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def dense_weight(spec, weights):
 
 
 def stored_rows(spec, weights):
-    """(groups, R, C): block by block, slot by slot, filter by filter."""
+    """Rows (groups, R, C), ordered by block, slot and filter."""
     return torch.cat([rows.flatten(1, 2) for rows in reference.block_rows(spec, weights)], 1)
 
 
@@ -62,7 +62,7 @@ def test_rows_of_stored_weights(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_rows_that_kernels_take(name):
-    """The same whatever way the weights lie, and back."""
+    """The same for every memory layout of the weights, and written back."""
     spec = build(**CASES[name][0])
     weights = [torch.randn(shape).double() for shape in spec.weight_shapes(3)]
     for form in (weights, [w.mT.contiguous().mT if w.ndim > 1 else w for w in weights]):
@@ -70,7 +70,7 @@ def test_rows_that_kernels_take(name):
         rows = stored.of(form)
         assert rows.is_contiguous() and torch.equal(rows, stored_rows(spec, weights))
         back = [torch.empty_like(w) for w in form]
-        stored.write(back, rows)  # every row is a stored weight
+        stored.write(back, rows)  # every row is stored
         torch.testing.assert_close(back, weights, rtol=0, atol=0)
 
 
@@ -132,7 +132,7 @@ STRIPS, TILES = ["_strips_kernel", "_sum_kernel"], ["_product_kernel"]
     ],
 )
 def test_a_repeated_call_is_a_few_launches(gpu, path, build, x, once, others, most, monkeypatch):
-    """The least of many: what other processes do is not counted. The products are the vendor's: not counted either."""
+    """The least of many times, so as not to measure other processes; without the products, which are the vendor's."""
     monkeypatch.setattr(launch, "_multiply", lambda a, b, out, scale=1: out)
     layer = build().bfloat16()
     inputs = [x.bfloat16().requires_grad_(), *layer.parameters()]
@@ -195,7 +195,7 @@ def test_kernels_of_a_network(gpu, path):
 
 
 def test_tensors_that_are_not_aligned(gpu):
-    """They are compiled for as what they are."""
+    """Kernels are compiled for their alignment."""
     layer, x = nn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="h").bfloat16(), torch.randn(2, 6, 4, 8).bfloat16()
     with tritonsym.path("implicit_gemm"), torch.no_grad():
         for at, count in ((0, 1), (1, 2), (0, 2), (1, 2)):

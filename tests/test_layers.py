@@ -68,7 +68,7 @@ def conv_input(layer, **options):
 
 
 def image(w, g, kernel_size):
-    """g w by the table of taps that test_symmetry checks against numpy."""
+    """g w by the slots of taps, which test_symmetry checks against numpy."""
     taps = w.flatten(w.ndim - len(kernel_size))
     return taps[..., list(g.slots(kernel_size))].view_as(w)
 
@@ -147,7 +147,7 @@ def test_a_symmetric_matrix_equals_its_transpose_to_the_bit(dtype):
     assert_same_bits(matrix, matrix.mT)
 
 
-# --- evidence: tied kernels, pooled images, orbits --------------------------------------------------------------------
+# --- meaning: tied kernels, pooled images, orbits ---------------------------------------------------------------------
 
 
 def test_a_kernel_symmetric_about_its_centre_row_stores_three_of_five_rows():
@@ -253,7 +253,7 @@ def test_identical_copies_are_reported_to_the_caller():
     assert torch.equal(base, v) and torch.equal(h, hv) and torch.equal(h, base.flip(2))
 
 
-# --- evidence: symmetric matrices -------------------------------------------------------------------------------------
+# --- meaning: symmetric matrices --------------------------------------------------------------------------------------
 
 
 def test_a_symmetric_linear_layer_from_vectors_and_matrices():
@@ -290,7 +290,7 @@ def test_a_symmetric_linear_layer_from_a_dense_one(init, matrix):
     torch.testing.assert_close(layer.to_dense()(x), layer(x), rtol=0, atol=0)
 
 
-# --- evidence: sets ---------------------------------------------------------------------------------------------------
+# --- meaning: sets ----------------------------------------------------------------------------------------------------
 
 
 def global_conv(**options):
@@ -346,7 +346,7 @@ def test_top_1_is_global_max_pooling(shape):
     assert torch.equal(tnn.TopKPool1d(shape[-1])(x), x.sort(-1, descending=True).values)
 
 
-# --- evidence: independence of the order of the inputs ----------------------------------------------------------------
+# --- meaning: independence of the order of the inputs -----------------------------------------------------------------
 
 N = 4
 ORDERS = {
@@ -366,7 +366,7 @@ REDUCE = {
 
 
 class Inner(nn.Module):
-    """A model whose rounding depends on the order of its inputs, and which remembers the batches it was given."""
+    """A model whose rounding depends on the order of its inputs, and which records batch sizes."""
 
     def __init__(self, dim=1, dtype=None):
         super().__init__()
@@ -399,7 +399,7 @@ def test_reordered_inputs_give_the_same_bits(over, reduce, batch):
     orders = torch.tensor(ORDERS[over])
     for order in orders:
         assert_same_bits(model(x[:, order]).detach(), y)
-    own = orders[torch.randint(len(orders), (batch,))]  # every sample in an order of its own
+    own = orders[torch.randint(len(orders), (batch,))]  # every sample in its own order
     assert_same_bits(model(x[torch.arange(batch)[:, None], own]).detach(), y)
 
 
@@ -500,12 +500,12 @@ def test_initialisation_of_matrices_is_that_of_the_dense_layers():
 
 
 def assert_uniform_like(layer, dense):
-    """Every parameter is uniform within the bound of the dense layer's, to the sampling error of its variance."""
+    """Check that parameters are uniform within the dense layer's bound, up to the sampling error of the variance."""
     bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(dense.weight)[0])
     assert 0.99 * bound < dense.weight.abs().max() <= bound, "the bound is torch's"
     for name, parameter in layer.named_parameters():
         assert parameter.abs().max() <= bound, name
-        # of n samples of a uniform variable the mean square has the relative standard error sqrt(0.8 / n)
+        # the mean square of n uniform samples has the relative standard error sqrt(0.8 / n)
         error = math.sqrt(0.8 / parameter.numel())
         assert abs(3 * parameter.square().mean() / bound**2 - 1) < 5 * error, name
         if name != "bias":

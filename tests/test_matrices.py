@@ -1,4 +1,4 @@
-"""Products with symmetric results, the iteration on top of them, and the plans of all that a symmetric matrix is in."""
+"""Products with symmetric results, Newton-Schulz on top of them, and the plans of products with symmetric matrices."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def assert_within_rule(got, *dense, truth):
-    """At most twice as wrong as torch in the same dtype, plus one rounding: the largest error and the RMS."""
+    """Check that the largest and RMS errors are at most twice torch's in the same dtype, plus one rounding."""
     assert got.shape == truth.shape and got.dtype == dense[0].dtype
     if not truth.numel():
         return
@@ -39,7 +39,7 @@ def symmetric(*shape, dtype=torch.float32):
 
 
 def dense_newton_schulz(g, triples=((3.4445, -4.7750, 2.0315),) * 5):
-    """As `torch.optim.Muon` iterates, in the dtype of g."""
+    """The iteration of `torch.optim.Muon`, in the dtype of g."""
     x = g.mT if g.shape[0] > g.shape[1] else g
     x = x / x.norm().clamp(min=1e-7)
     for a, b, c in triples:
@@ -141,7 +141,7 @@ def test_newton_schulz_is_the_dense_iteration(shape, dtype):
 
 
 def test_newton_schulz_of_matrices_of_many_shapes():
-    """Small ones with zeros around, which change nothing; large ones by themselves."""
+    """Small ones are padded with zeros, which changes nothing; large ones run by themselves."""
     shapes = [(5, 7), (7, 5), (2, 3, 33, 20), (32, 32), (1, 64), (129, 300), (300, 129), (0, 4), (2, 0, 3)]
     gradients = [torch.randn(shape, dtype=dtype) for dtype in (torch.float32, torch.float64) for shape in shapes]
     found = T.newton_schulz(gradients, coefficients=[(4.0, -6.0, 3.0), (2, -1.5, 0.5)])
@@ -157,7 +157,7 @@ def test_newton_schulz_of_matrices_of_many_shapes():
 
 
 def test_newton_schulz_of_large_values():
-    """Whose norm is no float16."""
+    """Their norm overflows float16."""
     gradient = 100 * torch.randn(700, 700).sign()
     torch.testing.assert_close(T.newton_schulz(gradient.half()).float(), T.newton_schulz(gradient), rtol=0.1, atol=0.01)
 
@@ -206,7 +206,7 @@ def test_the_examples_muon_trains_as_torchs_does():
 
 
 def products(s, x, dy):
-    """x S, its derivative in x, and that in S, where two entries are one."""
+    """x S, and its gradients for x and for S, of which two entries are one value."""
     pairs = x.mH @ dy
     return x @ s, dy @ s.mH, torch.where(torch.eye(len(s), dtype=torch.bool), pairs, pairs + pairs.mT)
 
@@ -241,7 +241,7 @@ def test_products_by_blocks(monkeypatch, dtype, edge, cache):
         rows, drows = x.detach().reshape(-1, n), dy.reshape(-1, n)
         found = y.detach(), got[0], tritonsym.unpack(got[1])
         truths = products(*widened(s, rows, drows))
-        dense = zip(products(s, rows, drows), products(s.mT, rows, drows), strict=True)  # torch adds in another order
+        dense = zip(products(s, rows, drows), products(s.mT, rows, drows), strict=True)  # S^T: in another order
         for one, both, truth in zip(found, dense, truths, strict=True):
             assert_within_rule(one.reshape(truth.shape), *both, truth=truth)
         torch.testing.assert_close(got[2], drows.sum(0))
@@ -282,7 +282,7 @@ def test_symmetric_results_by_blocks(monkeypatch, dtype, edge):
 
 @pytest.mark.parametrize("path", ["blocks", "reference"])
 def test_the_family(monkeypatch, path):
-    """Skew-symmetric, batched, and as a quadratic form, against dense products of what was packed."""
+    """Skew-symmetric and batched matrices, and quadratic forms, against dense products."""
     in_small_blocks(monkeypatch, EDGE=3, CACHE=64, WIDTH=5)
     for n, dtype in itertools.product((1, 2, 5, 8, 13), (torch.float64, torch.complex128)):
         a, x = torch.randn(2, 1, n, n, dtype=dtype), torch.randn(3, 4, n, dtype=dtype, requires_grad=True)
@@ -320,7 +320,7 @@ def test_the_family(monkeypatch, path):
 
 
 def test_a_packed_weight_with_infinities_and_the_other_triangle():
-    """What stands in the rectangle beside a block on the diagonal belongs to the other triangle."""
+    """Values beside a diagonal block in the packed rectangle belong to the other triangle."""
     s = torch.eye(300)
     s[280, 290] = s[290, 280] = float("inf")
     x = torch.ones(1, 300)
@@ -331,7 +331,7 @@ def test_a_packed_weight_with_infinities_and_the_other_triangle():
 
 
 def test_views_and_flags_by_blocks():
-    """Slices, and the conjugates and signs that torch keeps as flags."""
+    """Slices, and conjugation and signs, which torch keeps as flags."""
     many, x = torch.randn(2, 5, 3, dtype=torch.complex64), torch.randn(3, 4, 8, dtype=torch.complex64)[1:, :, 3:]
     with tritonsym.path("blocks"):
         for p, t in ((many[1], x[1]), (many[1].conj(), x[1].conj()), (many[0].conj().imag, x[1].conj().imag)):
@@ -340,7 +340,7 @@ def test_views_and_flags_by_blocks():
 
 
 def allocated(tmp_path, function):
-    """Bytes that a call has allocated at most at one time, and the largest piece."""
+    """The peak of the bytes that a call allocates, and its largest allocation."""
     function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
@@ -409,7 +409,7 @@ def test_a_packed_matrix_is_multiplied_where_that_was_estimated_to_be_faster():
         plan = linear(4096, rows)
         assert plan.path == "implicit_gemm" and len(plan.tiles) == 2 and "estimate" in plan.why
         assert plan.flops == plan.dense_flops == 2 * rows * 4096**2
-    assert linear(4096, 1 << 16).path == "reference"  # unpacking is nothing then
+    assert linear(4096, 1 << 16).path == "reference"  # unpacking costs next to nothing there
     for n, words in ((2048, "vendor"), (256, "vendor"), (4100, "16"), (4097, "16")):
         plan = linear(n, 8)
         assert plan.path == "reference" and words in plan.why and "estimate" in plan.why

@@ -1,6 +1,6 @@
 """Models and exporters of other packages (extra 'models'; run by -m models): random weights, no downloads.
 
-Every model is converted, called, trained by one step, brought back, and has the keys that it had.
+Every model is converted, called, trained for one step and materialized, and keeps the keys of its state_dict.
 """
 
 import copy
@@ -29,8 +29,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def timm():
-    """Its models call no operator of torchvision, whose import wants two declared where none can be loaded: those
-    of the wheel on PyPI, beside a torch for CPUs."""
+    """timm imports torchvision and calls none of its operators. Beside a torch for CPUs those of the wheel on PyPI
+    cannot be loaded; the import then needs two of them declared."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -46,7 +46,7 @@ def first_tensor(output):
 
 
 def round_trip(model, x, symmetry, least):
-    """What every model must do; the report. `least`: how many layers must be replaced."""
+    """Check what every model must do and return the report; at least `least` layers must be replaced."""
     keys, shapes = list(model.state_dict()), first_tensor(model.eval()(x)).shape
     dense = copy.deepcopy(model)
     converted, report = replace_layers(model, {symmetry: "100%"})
@@ -145,7 +145,7 @@ def test_transformers_save_and_load(tmp_path):
     base, config = hf_resnet()
 
     class Symmetric(base):
-        """Built dense, then by the recipe in its config, before the weights are loaded."""
+        """Built dense, then converted by the recipe in its config, before the weights are loaded."""
 
         def __init__(self, config):
             super().__init__(config)

@@ -23,14 +23,14 @@ def run(function, x, inputs):
 
 
 def assert_equals_dense(layer):
-    """Output and all gradients in float64."""
+    """Check the output and all gradients in float64."""
     module, x = layer.make(dtype=torch.float64), layer.input(dtype=torch.float64, requires_grad=True)
     inputs = [x, *module.parameters()]
     torch.testing.assert_close(run(module, x, inputs), run(lambda x: layer.dense(module, x), x, inputs))
 
 
 def assert_as_close_as_torch(got, naive, truth, times=2):
-    """At most twice as wrong as torch in the same dtype, plus one rounding."""
+    """Check that errors are at most `times` those of torch in the same dtype, plus one rounding."""
     error, allowed = ((t.double() - truth).abs() for t in (got, naive))
     rounding = torch.finfo(got.dtype).eps * truth.abs().max()
     assert error.max() <= times * allowed.max() + rounding
@@ -173,7 +173,7 @@ def test_every_dtype_is_as_exact_as_torch(weighted_layer, dtype):
     got = torch.autograd.grad(y, [x, *module.parameters()], upstream)
     plain = torch.autograd.grad(naive, [x, *module.parameters()], upstream)
     true = torch.autograd.grad(truth, [x64, *exact.parameters()], upstream.double())
-    # the shift path multiplies sums that are rounded already: 'auto' does not train on it for that reason
+    # the backward pass of the shift path multiplies sums that are rounded already
     times = 4 if weighted_layer.path == "shift" else 2
     for ours, theirs, value in zip(got, plain, true, strict=True):
         assert ours.dtype == dtype
@@ -272,7 +272,7 @@ def test_conversions_and_freezing(weighted_layer):
 
 
 def stored_elements(layer, module):
-    """Counted by hand from the definition of each layer."""
+    """The number of stored elements, counted by hand."""
     o = layer.options
     if isinstance(module, tnn.SkewLinear):
         return 6 * 5 // 2 + 6
@@ -355,7 +355,7 @@ def test_repr_shows_the_symmetry(layer, text):
 
 
 def image(w, element):
-    """The image of a filter, by the names of design and documentation: turn first, then flip."""
+    """The image of a filter as documented: turn first, then flip."""
     return torch.rot90(w, element.turns, (-2, -1)).flip([{"h": -1, "v": -2, "z": -3}[axis] for axis in element.flips])
 
 

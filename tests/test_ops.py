@@ -190,7 +190,7 @@ def test_functions_compile_without_graph_breaks(name, dynamic):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch")
 def test_export(any_layer):
-    """With a dynamic batch, but for the shift path, whose plan needs all sizes."""
+    """With a dynamic batch, except on the shift path, whose plan needs all sizes."""
     module, dynamic = any_layer.make(), any_layer.path != "shift"
     shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
     program = torch.export.export(module, (any_layer.input(3),), dynamic_shapes=shapes)
@@ -242,7 +242,7 @@ def test_functional_call_and_grad(any_layer):
 def test_vmap_over_the_batch(any_layer):
     module, x = any_layer.make(dtype=torch.float64), any_layer.input(dtype=torch.float64)
     torch.testing.assert_close(vmap(per_sample(module))(x), module(x))
-    assert aten_ops(vmap(per_sample(module)), x) == aten_ops(vmap(per_sample(module)), x[:2])  # no loop
+    assert aten_ops(vmap(per_sample(module)), x) == aten_ops(vmap(per_sample(module)), x[:2])  # no loop over samples
     torch.testing.assert_close(
         vmap(module, in_dims=1, out_dims=1)(torch.stack([x, -x], 1)), torch.stack([module(x), module(-x)], 1)
     )
@@ -413,7 +413,7 @@ def test_many_gradients_at_once(convolution):
 
 # --- dense weights by look-up -----------------------------------------------------------------------------------------
 
-# what the dense weight is looked up by if the stored one is contiguous, and if it is channels-last
+# how the dense weight is looked up if the stored one is contiguous, and if it is channels-last
 LOOKED_UP = {
     "orbits": (lambda: tnn.SymmetricConv2d(4, 16, 3, symmetry="d4"), "values", "values"),
     "mixed": (lambda: tnn.SymmetricConv2d(4, 32, 3, groups=2, symmetry={"d4": 16, "h": 4}), "values", "values"),
@@ -434,7 +434,7 @@ LOOKED_UP = {
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("layer, first_by, last_by", LOOKED_UP.values(), ids=LOOKED_UP.keys())
 def test_dense_weights_are_looked_up(layer, first_by, last_by, last):
-    """The look-up and its derivatives equal those of the images one by one, but for the order of sums."""
+    """The look-up and its derivatives equal those of the images one by one, up to the order of sums."""
     layer = layer().double()
     if last and layer.weight.ndim > 3:
         layer = layer.to(memory_format=(torch.channels_last, torch.channels_last_3d)[layer.weight.ndim - 4])

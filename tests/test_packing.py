@@ -29,7 +29,7 @@ def assert_same_bits(a, b):
 
 
 def random_symmetric(n, dtype=torch.float32):
-    """Random bit patterns, NaNs with payloads among them, and -0.0 and NaN wherever a formula could lose them."""
+    """Random bit patterns, with NaNs with payloads and -0.0, which arithmetic could lose."""
     info = torch.iinfo(INTEGERS[dtype])
     generator = torch.Generator().manual_seed(n)
     lower = torch.randint(info.min, info.max, (n, n), generator=generator, dtype=INTEGERS[dtype])
@@ -122,7 +122,7 @@ def test_gradients(n):
     assert gradcheck(quadratic, packed)
     assert gradgradcheck(quadratic, packed)
     (gradient,) = torch.autograd.grad(unpack(packed).sum(), packed)
-    off_diagonal = 2 - torch.eye(n, dtype=torch.float64)  # a value that stands twice gets both gradients
+    off_diagonal = 2 - torch.eye(n, dtype=torch.float64)  # a value used twice gets both gradients
     torch.testing.assert_close(gradient, pack(off_diagonal), rtol=0, atol=0)
 
 

@@ -18,7 +18,7 @@ import torch
 from matplotlib.image import imread
 
 import tritonsym
-from tritonsym import launch, nn, plan, tuned
+from tritonsym import launch, nn, plan, shift, tuned
 from tritonsym.__main__ import main
 from tritonsym.perf import bench, cases, measure, table, tune
 from tritonsym.perf.questions import QUESTIONS, Setting
@@ -71,15 +71,16 @@ def test_costs():
     assert cases.roofline(row, "NVIDIA H200") == 2 * (2 * 8192 + 8192 * 8193 // 2) / 4.8e12
 
 
-def test_the_parametrized_layer_and_the_product_alone():
+def test_the_parametrized_layer_and_the_product_alone(monkeypatch):
     case = cases.Case("tied-hv", 2, 8, (5, 6))
     layer, x = case.build("float32", "cpu"), case.input("float32", "cpu")["channels_last"]
     same = bench.parametrized(layer)
     assert [p.shape for p in same.parameters()] == [layer.weight.shape]
     torch.testing.assert_close(same(x), layer(x))
-    product = bench.gemm(layer.problem(x, "cpu", False), x, False)()
-    assert product.shape == (2 * 5 * 6, 8 * 4)
-    assert [t.shape for t in bench.gemm(layer.problem(x, "cpu", True), x, True)()] == [(60, 32), (60, 8), (32, 8)]
+    for convolved in (False, True):
+        monkeypatch.setattr(shift, "is_convolved", lambda a, w, convolved=convolved: convolved)
+        assert [t.shape for t in bench.gemm(layer.problem(x, "cpu", False), x, False)()] == [(2 * 5 * 6, 8 * 4)]
+        assert [t.shape for t in bench.gemm(layer.problem(x, "cpu", True), x, True)()] == [(60, 32), (60, 8), (32, 8)]
     for kind in ("stride2-hv", "transpose4-hv", "groups4-hv"):
         other = cases.Case(kind, 1, 16, (4, 4)).build("float32", "cpu")
         assert bench.gemm(other.problem(torch.ones(1, 16, 4, 4), "cpu", False), x, False) is None
@@ -107,7 +108,7 @@ class R2Conv(torch.nn.Module):
 
 
 def test_escnn_is_timed_where_it_is_installed(monkeypatch):
-    """A package of that name with what is called."""
+    """A stub package of that name has what is called."""
     layer = nn.GroupConv2d(2, 3, 3, padding=1, bias=False, symmetry="hv")
     assert bench.escnn(layer, True) is None
     spaces = "class flipRot2dOnR2:\n    def __init__(self, n):\n        self.regular_repr = 2 * n"
@@ -126,12 +127,13 @@ def test_escnn_is_timed_where_it_is_installed(monkeypatch):
 
 
 def test_bench(tmp_path, capsys):
-    """One row a line; resumed, against a baseline; what does not fit is told before anything is measured."""
+    """Files hold one row per line; runs resume, compare with a baseline, and first refuse files that do not fit."""
     file, old = tmp_path / "result.json", tmp_path / "old.json"
     arguments = [*TINY, "3x3-hv,linear", "--output", str(file)]
     assert main([*arguments, "--budget", "0"]) == bench.UNFINISHED
     assert main(arguments) == 0
-    assert "reduced sizes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "reduced sizes" in out and "auto (reference)" in out and max(map(len, out.splitlines())) <= 100
     text = file.read_text()
     result, (head, *rows) = json.loads(text), text.splitlines()
     assert len(rows[:-1]) == len(result["rows"]) == 4 and "rows" in head
@@ -192,7 +194,7 @@ def test_a_wrong_path_is_not_timed_and_what_fails_does_not_stop_the_rest(tmp_pat
 
 
 def test_gates():
-    """Images one by one, matrices whole; a path that is forced where it would not be taken by its outputs."""
+    """Gates check one image or a whole matrix, and only the outputs of a shift path that `auto` would not take."""
     x = torch.randn(4, 4)
     measure.gate(cases.Function(lambda x: x @ x.mT, lambda x: x @ x.mT), x, "reference")
     with pytest.raises(AssertionError, match="RMS error"):
@@ -261,7 +263,7 @@ def test_bad_options(tmp_path, capsys, monkeypatch, program):
 
 
 def results(speed, path="shift", threads=2):
-    """Of all cases: dense layers that take 1 s, and 'auto' so many times as fast, `parametrize` half as fast."""
+    """Results of all cases: dense layers take 1 s, `auto` is `speed` times as fast, `parametrize` half as fast."""
     rows = []
     for case in cases.CPU:
         forms = [*case.input("float32", "meta")]
@@ -283,7 +285,7 @@ def results(speed, path="shift", threads=2):
 
 
 def checkout(folder, **files):
-    """With these results in place of those of `table.RESULTS`."""
+    """Make a checkout in `folder` with these results as the files of `table.RESULTS`."""
     (folder / table.FOLDER).mkdir(parents=True)
     for what, result in files.items():
         (folder / table.FOLDER / table.RESULTS[what.replace("_", " ")]).write_text(bench.dumped(result))
@@ -307,7 +309,7 @@ def test_tables(tmp_path, capsys):
     assert "| with one thread | 3.00 | 3.00 |" in text
     assert "| convolution, `h` | 2.0 to 4.0 | 2.0 to 4.0 |" in text and "`GroupConv`, `d4` | - | 0.9 to 0.9 |" in text
     assert "| `GroupConv`, 8 x 64 x 32x32 | *0.90* | *0.90* |" in text and "| 512 | *0.90* |" in text
-    assert "8 x 16 x" not in text and "| 1024 |" not in text  # these are for the longer page
+    assert "8 x 16 x" not in text and "| 1024 |" not in text  # only on the longer page
     full = (tmp_path / table.FOLDER / "README.md").read_text()
     assert "| channels-last | 2.00 | 8.00 | 8.00 | 5.04 | 4.00 | 16.00 | 16.00 | 10.08 |" in full
     assert "| contiguous | 0.50 | 2.00 | 2.00 | 1.26 |" in full
@@ -338,7 +340,7 @@ def test_shipped_results_can_be_read(file, tmp_path):
     assert table.plot(result, tmp_path / "x.json").stat().st_size > 10_000
 
 
-# --- time on a GPU, with a pretended one ------------------------------------------------------------------------------
+# --- times on a GPU, with a fake one ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cold", [False, True])
@@ -382,7 +384,7 @@ def test_small_steps_are_timed_as_graphs(monkeypatch, cold, can_capture):
 
 @pytest.fixture
 def pretended_kernels(monkeypatch):
-    """Kernels that are right, and the faster the nearer their tiles are to those yielded, by their length and order."""
+    """Fake kernels that are right, and faster the nearer their tiles are to those returned, by length and position."""
     best = {3: [(256, 16, 4), (32, 32, 4)], 4: [(8, 32, 16, 4)] * 2, 5: [(64, 128, 32, 4, 3), (32, 32, 64, 2, 4)]}
 
     def seconds(path, tiles, training):
@@ -419,7 +421,7 @@ def test_tune_finds_the_fastest_and_plans_take_it(pretended_kernels, monkeypatch
     assert not layers[0]._forward_pre_hooks
     monkeypatch.setattr(tune, "search", lambda *_: pytest.fail("searched again"))
     assert tritonsym.tune(model, x).keys() == entries.keys()
-    tuned.user_file(tuned.table_name("cpu")).rename(tuned.user_file("sm_90"))  # as if it had been that GPU
+    tuned.user_file(tuned.table_name("cpu")).rename(tuned.user_file("sm_90"))  # as if measured on that GPU
     plan.forget()
     with torch.no_grad():
         found = tritonsym.explain(layers[0], x, "sm_90")
@@ -497,7 +499,7 @@ def run_all(*arguments):
 
 @pytest.mark.slow
 def test_run_all(tmp_path):
-    """What a machine with a GPU will run, in the interpreter, each time going on where the time was up."""
+    """What a machine with a GPU will run, here in the interpreter; every run resumes where the last ran out of time."""
     pytest.importorskip("triton")  # Linux only
     for _ in range(5):
         run = run_all(tmp_path, "--dry")
@@ -519,13 +521,13 @@ def test_run_all(tmp_path):
         (tmp_path / f"{step}.done").unlink()
     again = run_all(tmp_path, "--dry", "info", "bench", "tune")
     assert again.returncode == 0 and again.stdout.count("done before") == 1
-    assert not (tmp_path / "tests.done").exists(), "it was not asked for"
+    assert not (tmp_path / "tests.done").exists(), "the tests were not asked for"
     assert "forward" not in (tmp_path / "bench.log").read_text(), "all its rows were there"
     assert " us" not in (tmp_path / "tune.log").read_text(), "all its entries were there"
 
 
 def test_questions(monkeypatch, capsys):
-    """On the CPU, without kernels; what is wrong, and what fails, is an error."""
+    """On the CPU, without kernels; a wrong result and an exception both give exit code 1."""
     names = [question.__name__ for question in QUESTIONS if question.__name__ != "large"]
     assert ask(["--tiny", *names]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [f"{name}:" for name in names]

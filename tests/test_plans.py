@@ -1,6 +1,6 @@
-"""Golden plans: which path `auto` takes for every named layer, so that nothing changes one by accident.
+"""Golden plans: the path that `auto` takes for every named layer, so that none changes by accident.
 
-`golden_plans.txt` holds one row a line: case, mode, target, path. A change that is meant rewrites it:
+A line of `golden_plans.txt` holds case, mode, target and path. After an intended change, rewrite it:
 ``python tests/test_plans.py > tests/golden_plans.txt``.
 """
 
@@ -28,7 +28,7 @@ def planned():
 
 
 def test_plans_are_the_golden_ones(monkeypatch):
-    """Of a CPU for which MKL is fast."""
+    """On a CPU where MKL is fast."""
     monkeypatch.setattr(shift, "mkl_is_slow", lambda: False)
     plan.forget()
     for package in ("triton", "tqdm"):

@@ -1,7 +1,7 @@
 """Random layers against the dense torch layer, in float64: outputs and every gradient.
 
-The dense weight is expanded here, from the definition: the images of an array that holds the index of every stored
-weight, made by numpy. Nothing of the package's own algebra takes part.
+The dense weight is expanded here by definition: numpy makes the images of an array that holds the index of every
+stored weight. The package's own algebra takes no part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import tritonsym
 import tritonsym.nn as tnn
 
-EACH = 100, 400  # random layers of every family, quickly and slowly
+EACH = 100, 400  # random layers of every family: quick, slow
 LAYERS = {
     "SymmetricConv": "Conv",
     "SymmetricConvTranspose": "ConvTranspose",
@@ -30,7 +30,7 @@ LAYERS = {
     "OrbitPoolConv": "Conv",
 }
 AXIS = {"h": -1, "v": -2, "z": -3}
-# in the order of a layer's base filters; the images in the order of its output
+# symmetries in the order of base filters, images in the order of output filters
 IMAGES = {
     "h": ["h"],
     "v": ["v"],
@@ -176,7 +176,7 @@ def cases(draw: Any, family: str) -> Case:
                 arguments["stride"] = 1
         mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
         arguments["padding_mode"] = mode
-        if mode in ("reflect", "circular"):  # which cannot pad by more than the input
+        if mode in ("reflect", "circular"):  # these cannot pad by more than the input
             pads = reach if padding == "same" else [0] * ndim if padding == "valid" else padding
             smallest = [max(n, p + 1) for n, p in zip(smallest, pads, strict=True)]
     arguments["padding"] = padding
@@ -241,7 +241,7 @@ def orbits(draw: Any, kernel: Any, names: Any, groups: int, arguments: dict[str,
 
 
 def tied(draw: Any, kernel: Any, names: Any, groups: int, arguments: dict[str, Any]) -> Any:
-    """TiedConv: every symmetry, radial ties, every parity, free filters beside."""
+    """TiedConv: every symmetry, radial ties, every parity, free filters."""
     symmetry = draw(st.sampled_from([*names, "radial", *names, "radial:0.7", "radial:1", *names]))
     flips = set(symmetry) <= set(AXIS)
     parity: Any = draw(st.sampled_from(["even", *["odd"] * (flips or symmetry == "d4"), *["by axis"] * flips]))
@@ -268,7 +268,7 @@ def tied(draw: Any, kernel: Any, names: Any, groups: int, arguments: dict[str, A
 
 
 def pooled(draw: Any, kernel: Any, names: Any, groups: int, arguments: dict[str, Any]) -> Any:
-    """OrbitPoolConv: a dense layer of all the images and, behind it, the reduction."""
+    """OrbitPoolConv: a dense layer of all images, then the reduction."""
     symmetry, reduce = draw(st.sampled_from(names)), draw(st.sampled_from(["max", "min", "sum", "mean"]))
     elements = ["", *IMAGES[symmetry]]
     arguments |= {"symmetry": symmetry, "reduce": reduce}
@@ -308,10 +308,9 @@ def strided(shape: tuple[int, ...], layout: str) -> Tensor:
 
 
 def dense_output(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """The torch layer with the dense weight, then the reduction over images, the bias after it, and the activation.
+    """The torch layer with the dense weight, then the reduction over images, bias and activation; and its kinks.
 
-    And where the output has a kink within rounding, so that either of two gradients is right: where images share the
-    maximum, or relu starts.
+    At a kink, within rounding, either of two gradients is right: images share the maximum, or relu starts.
     """
     own = ("symmetry", "share_bias", "parity", "free", "reduce", "activation")
     arguments = {key: value for key, value in case.arguments.items() if key not in own}
@@ -370,7 +369,7 @@ def check(case: Case) -> None:
 
 @pytest.fixture
 def one_thread():
-    """For convolutions so small that threads would mostly wait for each other."""
+    """Convolutions this small gain nothing from threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -378,7 +377,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's, of its own copy of x
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's, about its own copy of x
 @pytest.mark.filterwarnings("ignore:.*is 1 along axis")  # ours, which test_layers checks
 @pytest.mark.parametrize("each", [EACH[0], pytest.param(EACH[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", LAYERS)

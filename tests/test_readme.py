@@ -21,7 +21,7 @@ SLOW = ("check", "bench")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tests beside this one need the others."""
+    """Leave the other cores to tests that run at the same time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""A converted model is built again from what its report says, then loads its checkpoint."""
+"""A converted model is rebuilt from the recipe in its report, then loads its checkpoint."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every kernel in Triton's interpreter with a check of every access; kernels with bugs show that it sees them."""
+"""Every kernel in Triton's interpreter with a check of every access; planted bugs show that it finds them."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ pytest.importorskip("triton")  # Linux only
 
 from tritonsym import kernels
 
-#: By what launches them: tiles, and all kernels.
+#: The tiles of every path, and the kernels that it launches.
 PATHS = {
     "shift": ([32, 16, 4] * 2, ["_shift_sum_kernel"]),
     "fused": ([8, 8, 16, 4, 32, 16, 4], ["_fused_kernel", "_shift_sum_kernel"]),
@@ -22,7 +22,7 @@ PATHS = {
     ),
 }
 
-#: As in `interpret.CASES`, and how x and dy lie.
+#: A path, a case as in `interpret.CASES`, and the memory layout of x and dy.
 CONVOLUTIONS = [
     ("shift", {"orbits": {"h": 2, "d4": 8}, "filters": 11}, 1, 3, [4, 3], "last"),
     ("shift", *CASES["stride in groups"], "sliced"),

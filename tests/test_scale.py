@@ -1,4 +1,4 @@
-"""A converted model starts where the dense one did: norms of filters are kept, initializers act on what layers mean."""
+"""A converted model starts where the dense one did: filters keep their norms, initializers act on expanded weights."""
 
 import copy
 from functools import partial
@@ -99,7 +99,7 @@ def test_filters_of_which_nothing_is_left_stay_zero():
     layer = tnn.TiedConv2d.from_dense(dense, symmetry="h")
     assert torch.equal(layer.expanded_weight(), torch.zeros(2, 1, 1, 3))
     with torch.no_grad():
-        dense.weight[0] += 1e-7  # rounding must not grow
+        dense.weight[0] += 1e-7  # rounding errors must not grow
     assert tnn.TiedConv2d.from_dense(dense, symmetry="h").expanded_weight().abs().max() < 1e-6
     skew = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_other_dtypes(dtype):
 
 
 def vgg16(width=64, head=4096):
-    """As in torchvision, with its weights: kaiming normal by fan-out, biases 0."""
+    """VGG-16 as initialised in torchvision: kaiming normal by fan-out, biases 0."""
     layers, channels = [], 3
     for size in (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M"):
         if size == "M":
@@ -156,7 +156,7 @@ def check_scale(model, symmetry, x):
     dense, ours = model(x).std(), converted(x).std()
     assert dense / 2 < ours < 2 * dense, (dense, ours)
     shrunk = replace_layers(model, conv=conv, init="project")[0][:-3](x).std()
-    assert shrunk < model[:-3](x).std() / 30  # what the scale is for
+    assert shrunk < model[:-3](x).std() / 30  # without rescaling, outputs shrink
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def results(layer, x):
 @pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 12, 1 << 30])
 @pytest.mark.parametrize("name", LAYERS)
 def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, positions, bounds):
-    """All ways through a layer give the same, channels-last or not."""
+    """All ways through a layer give the same results, channels-last or not."""
     layer = LAYERS[name]()
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(5, 6, 13, 9).to(memory_format=memory_format).requires_grad_()
@@ -65,7 +65,7 @@ def test_bands_of_rows_chunks_of_images_and_axes_inside(name, chunk_bytes, posit
 @pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 30])
 @pytest.mark.parametrize("name", LAYERS)
 def test_products_by_convolutions(name, chunk_bytes, sizes, bounds, monkeypatch):
-    """Where MKL is slow; also of channels a multiple of 512 bytes apart."""
+    """As on CPUs where MKL is slow; also with channels a multiple of 512 bytes apart."""
     layer = LAYERS[name]()
     bounds(chunk_bytes, 1 << 60)
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -155,7 +155,7 @@ def test_every_dtype_of_the_bags_rounds_as_torch_does(symmetry, dtype):
 
 
 def test_one_multiply_add_per_position_and_stored_weight():
-    """Against the GEMMs that are really called."""
+    """As counted in the products that are called."""
     layer = tritonsym.nn.SymmetricConv2d(16, 32, 3, padding=1, symmetry="d4", bias=False)
     x = torch.randn(2, 16, 9, 7)
     with tritonsym.path("shift"), torch.no_grad():
@@ -226,8 +226,8 @@ def test_training_needs_no_more_memory_than_the_dense_layer_and_the_scratch(kind
         peak(layer)  # makes the index tables, which are kept
         ours = peak(layer)
     dense = peak(layer.to_dense())
-    assert dense > 6 * shift.CHUNK_BYTES  # else the comparison says nothing
-    assert ours <= dense + 2 * shift.CHUNK_BYTES, "z of a chunk, and y of it"
+    assert dense > 6 * shift.CHUNK_BYTES  # or the comparison says nothing
+    assert ours <= dense + 2 * shift.CHUNK_BYTES, "more than z and y of a chunk"
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -253,7 +253,7 @@ def test_nan_and_infinity_reach_what_they_reach_in_the_dense_layer(symmetry, val
 
 @pytest.mark.slow
 def test_more_than_31_bits_of_elements():
-    """8 GB, minutes: ``pytest -m slow``."""
+    """Takes 8 GB and minutes: ``pytest -m slow``."""
     layer = tritonsym.nn.TiedConv2d(1, 1, (1, 2), symmetry="h", dtype=torch.bfloat16)
     image = torch.randn(1, 1, 16384, 8192).bfloat16()
     x = image.expand(17, -1, -1, -1)
@@ -300,7 +300,7 @@ def test_a_whole_model_is_explained(capsys):
 
 
 def test_bags_read_whole_rows(monkeypatch):
-    """An expanded gradient, as of a sum, is copied first: torch is slow at adding up rows of other strides."""
+    """An expanded gradient, as of a sum, is copied first: torch adds up rows of other strides slowly."""
     add, tables = torch.embedding_bag, []
     monkeypatch.setattr(torch, "embedding_bag", lambda table, *args: tables.append(table) or add(table, *args))
     layer, x = tnn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="d4"), torch.randn(2, 8, 6, 6)

@@ -67,7 +67,7 @@ def test_the_output_follows_the_input(name, with_head, init):
 
 @pytest.mark.parametrize("group", ["h", "hv", "c4", "d4"])
 def test_equivariant_filters_keep_their_outputs(group):
-    """A network of group layers made plain, converted back."""
+    """A network of group layers is made plain and converted back."""
     order = tnn.GroupPool(group).order
     options = {"padding": 1, "symmetry": group}
     net = nn.Sequential(
@@ -77,7 +77,7 @@ def test_equivariant_filters_keep_their_outputs(group):
         tnn.GroupConv2d(2, 3, 3, stride=2, **options),
     )
     x = torch.randn(4, 3, 7, 7)
-    net.train()(x)  # statistics
+    net.train()(x)  # sets the statistics
     net.eval()
     plain = nn.Sequential(*(m.to_dense() if hasattr(m, "to_dense") else m for m in net))
     torch.testing.assert_close(replace_layers(plain, group=group)[0](x), tnn.GroupPool(group, "mean")(net(x)))

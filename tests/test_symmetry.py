@@ -94,7 +94,7 @@ def test_elements_are_a_group(name, kernel):
     assert len(group) == len(ELEMENTS[name])
     assert identity in group
     for a in group:
-        assert {tuple(a[k] for k in b) for b in group} == group  # closed; the identity among them is some b's inverse
+        assert {tuple(a[k] for k in b) for b in group} == group  # closed; the b that gives the identity is a's inverse
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_tap_orbits_are_what_signed_averaging_leaves(name, kernel):
         np.testing.assert_array_equal(expand / orbits.multiplicity @ expand.T, average)
         stored = [slot for slot in orbits.slot if slot >= 0]
         assert first_seen(stored) == tuple(stored), "orbits are numbered by their first tap"
-        assert all(orbits.sign[orbits.slot.index(slot)] == 1 for slot in stored), "and stored with its sign"
+        assert all(orbits.sign[orbits.slot.index(slot)] == 1 for slot in stored), "first taps have sign 1"
         assert sum(orbits.multiplicity) == len(stored) == np.count_nonzero(average.diagonal())
 
 

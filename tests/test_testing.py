@@ -113,7 +113,7 @@ def test_the_shift_path_is_as_right_as_the_worse_of_convolution_and_products(nam
             assert_matches_reference(layer, x)
 
 
-#: An output wrong by this much relative to its own value has to be found.
+#: A relative error of the output that must be found.
 SMALL = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -213,7 +213,7 @@ def test_wrong_tap(monkeypatch):
 
 
 class Perturbed(tnn.SymmetricConv2d):
-    """Says it means another weight than it computes with."""
+    """Reports another expanded weight than it computes with."""
 
     def expanded_weight(self):
         return super().expanded_weight() + torch.eye(3) * 1e-3
@@ -625,7 +625,7 @@ def test_no_trace_of_equivariance():
 
 
 def test_snapshot_sees_a_trace():
-    """The comparison above can fail: what an ordinary training step changes, it finds."""
+    """The comparison above can fail: it finds what an ordinary training step changes."""
     module, x = Everything(), planar()
     before = snapshot(module, x)
     other = copy.deepcopy(before)

@@ -1,4 +1,4 @@
-"""Tools for plain torch layers: what they make of these layers is right, or an error, never something else."""
+"""Tools for plain torch layers: with these layers their results are right or an error, never wrong."""
 
 import copy
 from functools import partial
@@ -47,7 +47,7 @@ def test_every_layer_with_a_weight_is_here():
 
 
 def sequential(tool):
-    """A tool for models, of one layer."""
+    """Apply a tool for models to a model of one layer."""
     return lambda layer, x: (nn.Sequential(layer)(x), tool(nn.Sequential(layer), x)(x))
 
 
@@ -88,7 +88,7 @@ def trained_quantized(model, x):
 
 
 def reparametrized(tool):
-    """A tool that writes the stored weight in another way: the layer does what its expanded weight says."""
+    """Apply a tool that reparametrizes the stored weight: the layer computes what its expanded weight says."""
 
     def used(layer, x):
         y = layer(x)
@@ -103,7 +103,7 @@ def pruned(layer):
 
 
 class LowRank(nn.Module):
-    """As LoRA: the change of a dense weight of these sizes, by two factors."""
+    """As in LoRA: adds the product of two factors to a weight of this shape."""
 
     def __init__(self, shape):
         super().__init__()
@@ -123,13 +123,13 @@ def dense_shape(layer):
 
 
 def low_rank(layer, x):
-    """On the stored weight: what the layer then means, as everywhere, is its expanded weight."""
+    """Changes the stored weight: the layer computes what its expanded weight says."""
     parametrize.register_parametrization(layer, "weight", LowRank(tuple(layer.weight.shape)))
     return layer.to_dense()(x), layer(x)
 
 
 def adapter(layer, x):
-    """As peft wraps a layer: another one of its class beside it, with fewer channels."""
+    """As in peft: beside the layer another one of its class with fewer channels, then merged."""
     if hasattr(layer, "kernel_size"):
         sizes = layer.kernel_size, layer.stride, layer.padding
         down = type(layer)(layer.in_channels, 2, *sizes, bias=False)
@@ -156,7 +156,7 @@ TOOLS = {
     "low rank": low_rank,
     "adapter": adapter,
 }
-#: Of which no layer can be right: what is known of its singular values is of the stored weight.
+#: No layer can be right with these: they constrain the singular values of the stored weight.
 REFUSED = {"spectral_norm": parametrizations.spectral_norm, "orthogonal": parametrizations.orthogonal}
 
 

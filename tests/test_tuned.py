@@ -27,7 +27,7 @@ SHIPPED = tuned.shipped_file
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
-    """No table of this machine; one folder for the user's and one for the shipped ones."""
+    """No tables of this machine; one folder for the user's tables and one for shipped ones."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "shipped").mkdir()
     (tmp_path / "tritonsym").mkdir()
@@ -92,7 +92,7 @@ def test_positions_and_products_are_told_apart():
 
 
 def test_keys_are_those_of_this_version():
-    """Of tables that users have: whoever changes them changes `tuned.VERSION`."""
+    """Users' tables hold these keys: whoever changes them changes `tuned.VERSION`."""
     assert tuned.VERSION == 3
     numbers = "channels=64 outputs=64 filters=16 taps=9 stored=9216 positions=2048 z=262144"
     assert explain().problem.key.split() == f"conv bfloat16 inference {numbers} layout=first".split()
@@ -101,7 +101,7 @@ def test_keys_are_those_of_this_version():
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 def test_a_call_has_the_key_that_explain_tells(mode, batched):
-    """Which differs by training and by memory format."""
+    """The key depends on training and on the memory format."""
     module = tritonsym.nn.SymmetricConv2d(8, 8, 3, padding=1, padding_mode=mode, symmetry="hv")
     x, seen, route = torch.randn(2, 8, 5, 6), [], plan.route
     for images, training in product((x, x.to(memory_format=torch.channels_last)), (False, True)):
@@ -161,7 +161,7 @@ def gram(n=256, k=256, batch=1, target="sm_90", dtype="bfloat16"):
     return plan.plan(plan.gram_problem((batch, n, k), target, dtype))
 
 
-#: Plans, and tiles that no plan takes unless told to.
+#: Plans, and tiles that they take only from a table.
 MATRICES = {
     "strips": (linear, ((64, 16, 32, 4, 2), (64, 64, 32, 4, 2))),
     "tiles": (partial(linear, rows=100), ((64, 128, 32, 8, 2), (64, 64, 32, 4, 2))),
@@ -223,7 +223,7 @@ SQUARE, STRIP = (64, 64, 32, 4, 2), (64, 32, 32, 4, 2)
 UNFIT = [
     (linear, "shift", [(64, 16, 4)] * 2),
     (linear, "implicit_gemm", [STRIP]),
-    (linear, "implicit_gemm", [STRIP, (64, 32, 32, 4, 2)]),  # half of the gradient mirrors a square
+    (linear, "implicit_gemm", [STRIP, (64, 32, 32, 4, 2)]),  # the gradient needs a square tile
     (linear, "implicit_gemm", [(64, 128, 32, 8, 2), SQUARE]),
     (linear, "implicit_gemm", [(32, 32, 64, 4, 2), SQUARE]),  # steps across the diagonal
     (partial(linear, rows=33), "implicit_gemm", [STRIP, SQUARE]),
@@ -237,7 +237,7 @@ UNFIT = [
 
 @pytest.mark.parametrize(("explain", "path", "tiles"), UNFIT)
 def test_tiles_of_matrices_that_do_not_fit(explain, path, tiles):
-    """Those in a table are ignored, those that are forced an error."""
+    """In a table they are ignored; forced, they are an error."""
     pytest.importorskip("triton")
     put(tuned.user_file(explain().problem.target), path, tiles, explain().problem)
     assert "estimate" in explain().why
@@ -265,7 +265,7 @@ def test_a_tile_that_fits_some_rows_fits_all_with_their_key():
 
 
 def test_a_gpu_that_is_there_has_its_table_by_its_name(monkeypatch):
-    """And its estimate by its architecture."""
+    """Its estimate goes by its architecture."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -307,7 +307,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_shipped_tables_lie_beside_the_kernels():
-    """.ci/lint builds a wheel with one."""
+    """`.ci/lint` builds a wheel with such a table."""
     kernels = importlib.import_module("tritonsym.kernels")
     assert SHIPPED("nvidia-h200") == Path(kernels.__file__).parent / "tuned" / "nvidia-h200.json"
 

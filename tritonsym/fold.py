@@ -40,7 +40,7 @@ from torch import Tensor
 from tritonsym import shift
 from tritonsym._compat import constant
 from tritonsym.reference import far_padded
-from tritonsym.shift import is_last, keep_pages, like
+from tritonsym.shift import apart, channels_last, is_last, keep_pages, like
 from tritonsym.spec import Geometry, Ints
 from tritonsym.symmetry import Symmetry, signed_orbits, taps
 
@@ -544,7 +544,7 @@ def fprop(x: Tensor, psi: Tensor, bias: Tensor | None, text: str, axes: int) -> 
         images = rows.view(len(x[n]), *plan.out, -1)
         if is_one:
             return images.movedim(-1, 1)
-        y[n].movedim(1, -1).copy_(images)
+        y[n].movedim(1, -1).copy_(images if is_last(y) else apart(images))
     return y
 
 
@@ -569,7 +569,8 @@ def backward(
         if need_x:
             for bags in reversed(plan.inward):
                 rows = bags.adjoint.add(rows, images)
-            dx[n].movedim(1, -1).copy_(rows.view(images, *plan.sizes, -1))
+            rows = rows.view(images, *plan.sizes, -1)
+            dx[n].movedim(1, -1).copy_(rows if is_last(dx) else apart(rows))
     if need_psi:
         dweight = plan.weight_adjoint(dweight, psi.shape[1]).view(psi.shape).to(psi.dtype)
     return dx, dweight
@@ -580,4 +581,4 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous()
+    return channels_last(x).movedim(1, -1)

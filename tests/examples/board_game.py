@@ -1,4 +1,4 @@
-"""A tower for 19 x 19 boards: policy and value follow all 8 symmetries of the square, so that none has to be learnt."""
+"""A tower for 19 x 19 boards: policy and value follow all 8 symmetries of the square without learning them."""
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
-"""From a trained symmetric model to ONNX Runtime: a process that knows neither torch nor tritonsym.
+"""From a trained symmetric model to ONNX Runtime, which needs neither torch nor tritonsym.
 
-Needs the extra `models`. `materialize` gives plain torch layers, whose weights are dense; every batch size will do.
+Needs the extra `models`. `materialize` makes plain torch layers with dense weights; the export takes any batch size.
 """
 
 import os
@@ -13,7 +13,7 @@ import tritonsym
 
 
 def trained() -> nn.Module:
-    """In the place of your model."""
+    """Stands in for your model."""
     stem = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
     rest = [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
     model, _ = tritonsym.replace_layers(nn.Sequential(*stem, *rest), conv="hv")
@@ -21,7 +21,7 @@ def trained() -> nn.Module:
 
 
 def export(model: nn.Module, x: Tensor, file: str | os.PathLike[str]) -> None:
-    """Write a model for batches of any size of inputs like x, which are two at least."""
+    """Write a model for batches of any size; the example x needs at least two samples."""
     plain = tritonsym.materialize(model.eval())
     shapes = ({0: torch.export.Dim("batch")},)
     torch.onnx.export(plain, (x,), file, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)

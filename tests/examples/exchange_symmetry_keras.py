@@ -1,6 +1,6 @@
-"""A Keras model (torch backend) of a pair of things, f(x, y) = f(y, x) to the bit whatever it has learnt.
+"""A Keras model (torch backend) of a pair: f(x, y) = f(y, x) to the bit, whatever it has learnt.
 
-Needs the extra `models`. `Symmetrize` evaluates both orders in one batch, `TorchModuleWrapper` makes it a Keras layer.
+Needs the extra `models`. `Symmetrize` evaluates both orders in one batch; `TorchModuleWrapper` makes it a Keras layer.
 """
 
 import os
@@ -16,7 +16,7 @@ import tritonsym.nn as tnn
 
 
 def network(features: int) -> keras.Model:
-    """(N, 2, features), a pair per sample, to (N, 1)."""
+    """From pairs (N, 2, features) to (N, 1)."""
     inner = nn.Sequential(nn.Flatten(), nn.Linear(2 * features, 32), nn.Tanh(), nn.Linear(32, 8))
     pair = tnn.Symmetrize(inner, over="swap", dim=1, reduce="mean")
     model = keras.Sequential([keras.Input((2, features)), TorchModuleWrapper(pair), keras.layers.Dense(1)])

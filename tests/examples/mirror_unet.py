@@ -1,5 +1,5 @@
-"""A 3-D U-Net whose output for a mirrored volume is the mirrored output: mirrored test-time augmentation, 8 passes, is
-free, because all of them would be equal. Every layer but the first and the last takes fields of 'hvz'."""
+"""A 3-D U-Net whose output for a mirrored volume is the mirrored output: the 8 passes of mirrored test-time
+augmentation would be equal, so one is enough. Every layer but the first and the last takes fields of 'hvz'."""
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Residual(nn.Module):
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
-    """Fields of a and b: element by element, as channels are ordered."""
+    """The fields of a and b; channels are ordered by element first."""
     return torch.cat([a.unflatten(1, (8, -1)), b.unflatten(1, (8, -1))], 2).flatten(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Muon, as `torch.optim.Muon`, with all matrices of a step orthogonalised together; as a script: times of both."""
+"""`torch.optim.Muon` with all matrices of a step orthogonalised together; as a script, it times both."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from tritonsym.functional import newton_schulz
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices of any shapes; the other parameters want another optimiser (Adam, usually)."""
+    """For matrices of any shapes; other parameters need another optimiser, usually Adam."""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, steps=5):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "steps": steps})

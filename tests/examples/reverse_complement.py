@@ -1,8 +1,8 @@
 """DNA has two strands: a network whose prediction is the same for a sequence and its reverse complement.
 
-One-hot channels in the order A C T G: two halves of two channels, the first of which the complement exchanges with the
-second, A with T and C with G. So a sequence is two fields of 'h', (A, T) and (C, G), and a group convolution may come
-first: the reverse complement is exactly how 'h' moves fields.
+One-hot channels are in the order A C T G: the complement exchanges the first two with the last two, A with T and C
+with G. So a sequence is two fields of 'h', (A, T) and (C, G), and a group convolution may come first: 'h' moves fields
+exactly as the reverse complement does.
 """
 
 import torch
@@ -14,7 +14,7 @@ ORDER = "ACTG"
 
 
 def one_hot(sequence: str) -> Tensor:
-    """(4, length)."""
+    """One-hot channels (4, length)."""
     return nn.functional.one_hot(torch.tensor([ORDER.index(base) for base in sequence]), 4).T.float()
 
 
@@ -23,7 +23,7 @@ def reverse_complement(sequence: str) -> str:
 
 
 def network(outputs: int, fields: int = 16) -> nn.Sequential:
-    """(N, 4, length) to (N, outputs)."""
+    """From (N, 4, length) to (N, outputs)."""
     return nn.Sequential(
         tnn.GroupConv1d(2, fields, 15, padding=7, symmetry="h"),
         tnn.GroupBatchNorm1d(fields, "h"),

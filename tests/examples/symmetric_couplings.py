@@ -1,7 +1,7 @@
 """Couplings J = J^T from data: a network of spins s = +-1 (Ising, Boltzmann, Hopfield) fitted by pseudo-likelihood.
 
-Every spin sees the field sum_j J_ij s_j of the others, the same matrix from both sides: `SymmetricLinear` stores it
-once and is symmetric to the bit after every step, so that the energy -s J s / 2 exists.
+Every spin sees the field sum_j J_ij s_j of the others. `SymmetricLinear` stores J_ij = J_ji once, so J stays symmetric
+to the bit, and the energy -s J s / 2 exists.
 """
 
 import torch
@@ -19,12 +19,12 @@ class Couplings(nn.Module):
         nn.init.zeros_(self.couplings.bias)
 
     def field(self, s: Tensor) -> Tensor:
-        """(N, spins) to the field at every spin, without that of the spin itself."""
+        """The field (N, spins) at every spin, without the spin's own."""
         own = self.couplings.expanded_weight().diagonal()
         return self.couplings(s) - own * s
 
     def energy(self, s: Tensor) -> Tensor:
-        """(N,); up to a constant, since s_i^2 = 1."""
+        """(N,), up to a constant, since s_i^2 = 1."""
         return -quadratic_form(self.couplings.weight, s) / 2 - s @ self.couplings.bias
 
     def loss(self, s: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Couplings(nn.Module):
 
 
 def fit(model: Couplings, patterns: Tensor, steps: int = 200) -> list[float]:
-    """The losses."""
+    """Fit the model; return the losses."""
     optimizer, losses = torch.optim.Adam(model.parameters(), 0.02), []
     for _ in range(steps):
         optimizer.zero_grad()
