@@ -1,4 +1,4 @@
-"""Positions and addresses: what every convolution kernel computes from a program's number."""
+"""Positions and addresses, which every convolution kernel computes from its program id."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ Three = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Grid:
-    """How positions of the result map to positions of the source: (mul p + step k + shift) / div per axis, where div
-    divides it, for tap k of a kernel of these sizes. Of three axes only the last `axes` are there."""
+    """Where position p of the result reads the source for tap k: at (mul p + step k + shift) / div, if div divides it.
+
+    Every axis has its own numbers and kernel size; of the three axes only the last `axes` are used.
+    """
 
     axes: int
     kernel: Three
@@ -27,7 +29,7 @@ class Grid:
 
     @property
     def reversed(self) -> Grid:
-        """Which positions of the result read a position of the source."""
+        """The inverse: which positions of the result read a position of the source."""
         (d, h, w), (at_d, at_h, at_w) = self.step, self.shift
         return Grid(self.axes, self.kernel, self.div, (-d, -h, -w), (-at_d, -at_h, -at_w), self.mul)
 
@@ -37,9 +39,9 @@ class Grid:
 
 
 def strides_of(t: Tensor, name: str) -> tuple[list[int], dict[str, Any]]:
-    """What a kernel is told of the strides of t (N, C, D, H, W): the numbers and constants of `strides`.
+    """The numbers and constants from which a kernel gets the `strides` of t (N, C, D, H, W).
 
-    Sizes of images and batches change neither of the constants, but where channels-first images are no longer aligned.
+    The constants do not depend on the batch or image size, unless it changes the alignment of channels-first images.
     """
     unit = next((axis for axis, at in (("c", 1), ("w", 4)) if t.shape[at] > 1 and t.stride(at) == 1), "")
     found = [
@@ -52,7 +54,7 @@ def strides_of(t: Tensor, name: str) -> tuple[list[int], dict[str, Any]]:
 
 @triton.jit
 def strides(n, c, d, h, w, ALIGN: tl.constexpr, UNIT: tl.constexpr):
-    """Strides from numbers that count ALIGN values each; the one of axis UNIT, 'c' or 'w', is 1."""
+    """Strides from numbers in units of ALIGN values; the stride of axis UNIT, 'c' or 'w', is 1."""
     if UNIT == "c":
         c = tl.full((), 1, tl.int32)
     else:
@@ -75,12 +77,12 @@ def _unsigned(n):
 
 @triton.jit
 def positions(block, M, D, H, W, BLOCK: tl.constexpr, WIDE: tl.constexpr, AXES: tl.constexpr):
-    """The image n, the position (d, h, w) and p < M for p = block BLOCK + 0, 1, .. of [N, D, H, W]; n is int64."""
+    """The image n (int64), the position (d, h, w) and p < M, for p = block BLOCK + 0, 1, .. of [N, D, H, W]."""
     if WIDE:
         block = block + tl.zeros((BLOCK,), tl.int64)
     p = block * BLOCK + tl.arange(0, BLOCK)
     live = p < M
-    rest = _unsigned(p)  # whose divisions are shorter
+    rest = _unsigned(p)  # unsigned divisions take fewer instructions
     w = (rest % _unsigned(W)).to(p.dtype)
     rest = rest // _unsigned(W)
     h = tl.zeros_like(w)
@@ -109,7 +111,7 @@ def read_at(
     d, h, w, shift_d, shift_h, shift_w, live, SD, SH, SW, source_d, source_h, source_w,
     MUL: tl.constexpr, DIV: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
-    """The offset of position (MUL p + shift) / DIV of an image [SD, SH, SW], and whether p is live and it exists."""
+    """The offset of position (MUL p + shift) / DIV of an image [SD, SH, SW], and whether it is inside and p live."""
     place, inside = _along(tl.zeros_like(w), live, w, shift_w, SW, source_w, MUL[2], DIV[2])
     if AXES > 1:
         place, inside = _along(place, inside, h, shift_h, SH, source_h, MUL[1], DIV[1])
@@ -134,7 +136,7 @@ def read_tap(
 def wide(*tensors: Tensor) -> bool:
     """Whether positions (N, ., D, H, W) or offsets within one image need more than 31 bits.
 
-    Room is left for the part of a last tile that lies outside, and for shifts that lead outside.
+    The limit leaves room for the part of a last tile beyond the end, and for shifts that lead outside.
     """
     limit = 1 << 30
     for t in tensors:

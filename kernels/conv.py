@@ -1,4 +1,4 @@
-"""Implicit GEMM over stored weights: a table says which stored row stands at every tap of every filter.
+"""Implicit GEMM over stored weights: a table says which stored row is at every tap of every filter.
 
     y[p, o]  = act(b[o] + sum_{k, c} sign[o, k] rows[row[o, k], c] x[at(p, k), c])
     dx[q, c] = sum_{k, o} sign[o, k] rows[row[o, k], c] dy[at'(q, k), o]
@@ -33,7 +33,7 @@ from tritonsym.kernels.tiles import GemmTile, most_splits
 def _implicit_gemm_kernel(
     source_ptr,  # [N, groups * SOURCE_C, SD, SH, SW], any strides
     rows_ptr,  # [groups, R, C]
-    table_ptr,  # [O, TAPS]: sign * (row + 1), 0 where no weight stands
+    table_ptr,  # [O, TAPS]: sign * (row + 1), 0 where there is no weight
     bias_ptr,  # [groups * TARGET_C] or None
     target_ptr,  # [N, groups * TARGET_C, TD, TH, TW], any strides
     M,  # N * TD * TH * TW
@@ -41,7 +41,7 @@ def _implicit_gemm_kernel(
     source_n, source_c, source_d, source_h, source_w,
     target_n, target_c, target_d, target_h, target_w,
     SOURCE_ALIGN: tl.constexpr, SOURCE_UNIT: tl.constexpr, TARGET_ALIGN: tl.constexpr, TARGET_UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,  # SOURCE_C, TARGET_C and C count so many each
+    CHANNELS: tl.constexpr,  # the unit of SOURCE_C, TARGET_C and C
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
     AXES: tl.constexpr,
     GRADIENT: tl.constexpr,  # the source channels are filters, the target channels those of the weight
@@ -53,8 +53,8 @@ def _implicit_gemm_kernel(
 ):  # fmt: skip
     """target[p, j] = act(bias[j] + sum_{k, i} source[at(p, k), i] W[k, i, j]).
 
-    at(p, k) = (MUL p + STEP k + SHIFT) / DIV; the source is 0 where DIV does not divide it and outside the image.
-    W[k, i, j] = sign[j, k] rows[row[j, k], i], and with GRADIENT sign[i, k] rows[row[i, k], j].
+    at(p, k) = (MUL p + STEP k + SHIFT) / DIV; the source is 0 outside the image and where DIV does not divide.
+    W[k, i, j] = sign[j, k] rows[row[j, k], i], or with GRADIENT sign[i, k] rows[row[i, k], j].
     """
     source_n, source_c, source_d, source_h, source_w = strides(
         source_n, source_c, source_d, source_h, source_w, SOURCE_ALIGN, SOURCE_UNIT
@@ -129,32 +129,31 @@ def _implicit_gemm_kernel(
 def _wgrad_kernel(
     dy_ptr,  # [N, groups * O, YD, YH, YW], any strides
     x_ptr,  # [N, groups * C, XD, XH, XW], any strides
-    images_ptr,  # [row tiles, 2 + 3 IMAGES]: first row, rows, then per image first filter, tap, sign (0: none)
+    images_ptr,  # [row tiles, 2 + 3 IMAGES]: first row, count, then per image first filter, tap, sign (0: none)
     workspace_ptr,  # [batches, splits, groups, R, C]
     M,  # positions of one image of the tensor that is read in place
     BATCH,  # images
-    STEPS,  # blocks of positions of one split
-    SPLITS,  # of the blocks of an image
-    PART,  # images of one part of the batch
+    STEPS,  # blocks of positions per split
+    SPLITS,  # splits of the positions
+    PART,  # images per part of the batch
     PD, PH, PW, SD, SH, SW, O, C, R, GROUPS,
     dy_n, dy_c, dy_d, dy_h, dy_w, x_n, x_c, x_d, x_h, x_w,
     DY_ALIGN: tl.constexpr, DY_UNIT: tl.constexpr, X_ALIGN: tl.constexpr, X_UNIT: tl.constexpr,
-    FILTERS: tl.constexpr, CHANNELS: tl.constexpr,  # O and C count so many each
+    FILTERS: tl.constexpr, CHANNELS: tl.constexpr,  # the units of O and C
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
     AXES: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # x is read at p and dy at at(p, k), not the other way round
     IMAGES: tl.constexpr,
     SIGNED: tl.constexpr,  # some sign is negative
-    ALIGN: tl.constexpr,  # divides all rows of a tile and first filters, so that neighbours are read together
+    ALIGN: tl.constexpr,  # divides the count of every tile and every first filter, so that loads are wide
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """workspace[b, s, group, r, c] = sum of sign dy[n, p, o] x[n, at(p, k), c] over images (o, k, sign) of row r, over
-    the n of part b of the batch and the p of split s.
+    """workspace[b, s, group, r, c] = sum_{n, p, (o, k, sign)} sign dy[n, p, o] x[n, at(p, k), c].
 
-    at(p, k) as in `_implicit_gemm_kernel`. The innermost loop is over n: places are worked out once for all images of
-    the batch.
+    n is in part b of the batch, p in split s of the positions, (o, k, sign) in the images of row r; at(p, k) as in
+    `_implicit_gemm_kernel`. The innermost loop is over n, so that offsets are computed once for all of its values.
     """
     dy_n, dy_c, dy_d, dy_h, dy_w = strides(dy_n, dy_c, dy_d, dy_h, dy_w, DY_ALIGN, DY_UNIT)
     x_n, x_c, x_d, x_h, x_w = strides(x_n, x_c, x_d, x_h, x_w, X_ALIGN, X_UNIT)
@@ -224,9 +223,9 @@ def fprop(
     activation: str | None = None,
     gradient: bool = False,
 ) -> Launch:
-    """Fills y (N, groups * O, D, H, W) from x (N, groups * C, D, H, W) and rows of this shape (groups, R, C).
+    """A launch that fills y (N, groups * O, D, H, W) from x (N, groups * C, D, H, W) and rows of shape (groups, R, C).
 
-    Called with x, the rows, contiguous, their table, a bias or None, and y.
+    Call it with x, the contiguous rows, their table, a bias or None, and y.
     """
     groups, stored, channels = rows
     batch, target_c, *sizes = y.shape
@@ -251,7 +250,7 @@ def fprop(
 def dgrad(
     dy: Tensor, rows: Sequence[int], dx: Tensor, grid: Grid, tile: GemmTile, *, signed: bool, precision: str
 ) -> Launch:
-    """Fills dx from dy and the rows; `grid` says where dx reads dy."""
+    """A launch that fills dx from dy and the rows; `grid` says where dx reads dy."""
     return fprop(dy, rows, dx, grid, tile, signed=signed, precision=precision, gradient=True)
 
 
@@ -269,11 +268,11 @@ def wgrad(
     precision: str,
     most_bytes: int,
 ) -> tuple[Launch, tuple[int, ...]]:
-    """Fills partial gradients, of parts of the batch and of the positions, of rows of the shape (groups, R, C), and
-    the shape of all: their sum along the first axis is the gradient.
+    """A launch that fills partial gradients of the rows (groups, R, C), and the shape of these partial gradients.
 
-    Called with dy, x, the table `images` of the row tiles of `tile.block_m`, and zeros in float32. `align` divides the
-    rows of every tile and the first filter of every image.
+    Each covers a part of the batch and of the positions; their sum along the first axis is the gradient. Call it with
+    dy, x, the table `images` of the row tiles of `tile.block_m`, and float32 zeros of that shape. `align` divides the
+    count of every tile and the first filter of every image.
     """
     groups, stored, channels = rows
     read, mapped = (x, dy) if transposed else (dy, x)

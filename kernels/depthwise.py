@@ -1,12 +1,12 @@
-"""Convolutions with one input channel per group, from the stored weights themselves: sums of shifted images.
+"""Convolutions with one input channel per group: shifted images, weighted and summed.
 
     y[n, g, o, p] = act(b[g, o] + sum_k sign[o, k] rows[g, row[o, k]] x[n, g, at(p, k)])
     dx[n, g, q]   = sum_{o, k} sign[o, k] rows[g, row[o, k]] dy[n, g, o, at'(q, k)]
     dw[g, r]      = sum_{n, p} sum_{(o, k): row[o, k] = r} sign[o, k] dy[n, g, o, p] x[n, g, at(p, k)]
 
 As in `kernels.conv` the first two are one kernel, and the last splits the positions over programs, whose partial
-results are added afterwards in a fixed order. Tiles are groups x positions, so that neighbours are read together
-whether x is channels-last or channels-first.
+results are added afterwards in a fixed order. Tiles are groups x positions, so that loads are contiguous for x both
+channels-last and channels-first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tritonsym.kernels.tiles import Tile, most_splits
 def _depthwise_kernel(
     source_ptr,  # [N, GROUPS * SOURCE_F, SD, SH, SW], any strides
     rows_ptr,  # [R, GROUPS]
-    table_ptr,  # [F, taps]: sign * (row + 1), 0 where no weight stands
+    table_ptr,  # [F, taps]: sign * (row + 1), 0 where there is no weight
     bias_ptr,  # [GROUPS * TARGET_F] or None
     target_ptr,  # [N, GROUPS * TARGET_F, TD, TH, TW], any strides
     M,  # N * TD * TH * TW
@@ -42,7 +42,7 @@ def _depthwise_kernel(
     source_n, source_c, source_d, source_h, source_w,
     target_n, target_c, target_d, target_h, target_w,
     SOURCE_ALIGN: tl.constexpr, SOURCE_UNIT: tl.constexpr, TARGET_ALIGN: tl.constexpr, TARGET_UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,  # GROUPS counts so many each
+    CHANNELS: tl.constexpr,  # the unit of GROUPS
     SOURCE_F: tl.constexpr,
     TARGET_F: tl.constexpr,
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
@@ -112,13 +112,13 @@ def _depthwise_wgrad_kernel(
     x_ptr,  # [N, GROUPS, XD, XH, XW], any strides
     images_ptr,  # [R, 2 + 3 IMAGES]: row, 1, then per image filter, tap, sign (0: none)
     workspace_ptr,  # [splits, GROUPS, R]
-    M,  # positions of the tensor that is read in place, with the batch
-    STEPS,  # blocks of positions of one split
+    M,  # positions of all images of the tensor that is read in place
+    STEPS,  # blocks of positions per split
     PD, PH, PW, SD, SH, SW, GROUPS, R,
     dy_n, dy_c, dy_d, dy_h, dy_w,
     x_n, x_c, x_d, x_h, x_w,
     DY_ALIGN: tl.constexpr, DY_UNIT: tl.constexpr, X_ALIGN: tl.constexpr, X_UNIT: tl.constexpr,
-    CHANNELS: tl.constexpr,  # GROUPS counts so many each
+    CHANNELS: tl.constexpr,  # the unit of GROUPS
     F: tl.constexpr,
     KERNEL: tl.constexpr, MUL: tl.constexpr, STEP: tl.constexpr, SHIFT: tl.constexpr, DIV: tl.constexpr,
     AXES: tl.constexpr,
@@ -127,8 +127,10 @@ def _depthwise_wgrad_kernel(
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """workspace[split, g, r] = sum of sign dy[n, g, o, p] x[n, g, at(p, k)] over images (o, k, sign) of row r and over
-    the positions (n, p) of the split."""
+    """workspace[split, g, r] = sum_{n, p, (o, k, sign)} sign dy[n, g, o, p] x[n, g, at(p, k)].
+
+    (n, p) is in the split of the positions, (o, k, sign) in the images of row r.
+    """
     dy_n, dy_c, dy_d, dy_h, dy_w = strides(dy_n, dy_c, dy_d, dy_h, dy_w, DY_ALIGN, DY_UNIT)
     x_n, x_c, x_d, x_h, x_w = strides(x_n, x_c, x_d, x_h, x_w, X_ALIGN, X_UNIT)
     GROUPS *= CHANNELS
@@ -173,9 +175,9 @@ def fprop(
     signed: bool,
     activation: str | None = None,
 ) -> Launch:
-    """Fills y (N, groups * J, D, H, W) from x (N, groups * I, D, H, W), I or J being 1, and rows (groups, R, 1).
+    """A launch that fills y (N, groups * J, D, H, W) from x (N, groups * I, D, H, W) and rows (groups, R, 1).
 
-    Called with x, the rows as (R, groups), contiguous, their table, a bias or None, and y.
+    I or J is 1. Call it with x, the rows as (R, groups), contiguous, their table, a bias or None, and y.
     """
     groups = rows[0]
     batch, channels, *sizes = y.shape
@@ -196,7 +198,7 @@ def fprop(
     )  # fmt: skip
 
 
-#: dx from dy: the same, with a `Grid` that says where dx reads dy.
+#: dx from dy: the same kernel, with a `Grid` that says where dx reads dy.
 dgrad = fprop
 
 
@@ -211,9 +213,11 @@ def wgrad(
     transposed: bool,
     most_bytes: int,
 ) -> tuple[Launch, tuple[int, ...]]:
-    """Fills partial gradients, of parts of the positions, of rows of the shape (groups, R, 1), and the shape of all:
-    their sum along the first axis is the gradient. Called with dy, x, the table `images` of the rows, one by one, and
-    zeros in float32."""
+    """A launch that fills partial gradients of the rows (groups, R, 1), and the shape of these partial gradients.
+
+    Each covers a part of the positions; their sum along the first axis is the gradient. Call it with dy, x, the table
+    `images` of the single rows, and float32 zeros of that shape.
+    """
     groups, stored, _ = rows
     read, mapped = (x, dy) if transposed else (dy, x)
     count = read.shape[0] * math.prod(read.shape[2:])

@@ -1,4 +1,4 @@
-"""What every kernel does to a result before it is rounded and stored."""
+"""The epilogue of every kernel: the activation, applied before a result is rounded and stored."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The shift path as one kernel, for few channels: z of a patch of an image never leaves the multiprocessor.
 
-One axis or two, stride 1. A program multiplies a patch, with all positions around it that its results read, by the rows
-of one stored tap after the other (tensor cores), and reads these products at shifted places of the patch (`tl.gather`,
-through shared memory) as `kernels.shift` reads z. x outside the image is 0, hence z, hence no masks on the sums.
+For one axis or two and stride 1. A program multiplies a patch, with the halo that its results read, by the rows of one
+stored tap after the other (tensor cores), and reads these products at shifted places of the patch (`tl.gather`, through
+shared memory), as `kernels.shift` reads z. Outside the image x is 0, so z is 0, too, and the sums need no masks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tritonsym.kernels.prepared import Launch
 from tritonsym.kernels.shift import Table, combine, constants, store_sums
 from tritonsym.kernels.tiles import Patch, padded_channels
 
-#: Of x, where z is rounded to bfloat16, as `shift` rounds it, and two values share a register. Others: z in float32.
+#: Dtypes of x for which z is rounded to bfloat16, as in `shift`, and two values share a register; else z is float32.
 PACKED = (torch.bfloat16,)
 
 
@@ -58,14 +58,14 @@ def _fused_kernel(
     ROWS: tl.constexpr, C: tl.constexpr, TARGET_C: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,  # filter tiles of one group
-    TILE_AT: tl.constexpr,  # of every run of sums of the same rows: its first tile
-    FILTERS: tl.constexpr,  # of every run
-    SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,  # of every run and position
-    OP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,  # of every run and instruction
-    SLOT: tl.constexpr,  # of every run and instruction: which of the run's taps it loads, in the order of first use
-    TOTAL: tl.constexpr, FIRST: tl.constexpr,  # of every run and sum: its value, first channel
+    TILE_AT: tl.constexpr,  # per run of sums of the same rows: its first tile
+    FILTERS: tl.constexpr,  # per run
+    SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,  # per run and position
+    OP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,  # per run and instruction
+    SLOT: tl.constexpr,  # per run and instruction: which of the run's taps it loads, in the order of first use
+    TOTAL: tl.constexpr, FIRST: tl.constexpr,  # per run and sum: its value, its first channel
     LOW_H: tl.constexpr, LOW_W: tl.constexpr,  # the least shifts
-    REACH_H: tl.constexpr, REACH_W: tl.constexpr,  # the largest, counted from these
+    REACH_H: tl.constexpr, REACH_W: tl.constexpr,  # the largest, relative to these
     AXES: tl.constexpr,
     POOL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -77,8 +77,8 @@ def _fused_kernel(
     """y[n, first[o] + u, p] = act(bias + sum_t sign[o, t] z[n, row[o, t] + u, p + shift[o, t]]),
     z[n, r, q] = sum_c rows[r, c] x[n, c, q], which is 0 for q outside the image.
 
-    A program: p of a patch of (BLOCK_H - REACH_H) x (BLOCK_W - REACH_W), q of BLOCK_H x BLOCK_W, BLOCK_U of the u of a
-    run. POOL: the extremum over o instead, and winners[n, u, p] = sum of 2^o over the o that attain it.
+    A program computes BLOCK_U of the u of a run, at p in a patch of (BLOCK_H - REACH_H) x (BLOCK_W - REACH_W), from q
+    in BLOCK_H x BLOCK_W. POOL: the extremum over o, and winners[n, u, p] = sum of 2^o over the o that attain it.
     """
     P: tl.constexpr = BLOCK_H * BLOCK_W
     HEIGHT: tl.constexpr = BLOCK_H - REACH_H
@@ -119,7 +119,7 @@ def _fused_kernel(
         if (tile >= TILE_AT[run]) & (tile < TILE_AT[run + 1]):
             u = (tile - TILE_AT[run]) * BLOCK_U + tl.arange(0, BLOCK_U)  # [U]
             has = u < FILTERS[run]
-            z = ()  # of every tap so far [P, U], or in pairs [P, U / 2]
+            z = ()  # one per tap so far: [P, U], or packed in pairs [P, U / 2]
             values = ()  # [U, P]
             for i in tl.static_range(len(OP[run])):
                 if OP[run][i] == 0:
@@ -132,7 +132,7 @@ def _fused_kernel(
                         else:
                             z = z + (product,)
                     at = p + (SHIFT_H[run][A[run][i]] - LOW_H) * BLOCK_W + (SHIFT_W[run][A[run][i]] - LOW_W)
-                    at = (at & (P - 1))[:, None]  # beyond the patch no results read
+                    at = (at & (P - 1))[:, None]  # only results that are not stored wrap around
                     if PACK:
                         value = tl.gather(z[SLOT[run][i]], tl.broadcast_to(at, (P, BLOCK_U // 2)), 0)
                         value = _unpack(value, P, BLOCK_U)
@@ -153,10 +153,10 @@ def _fused_kernel(
 def conv(
     x: Tensor, rows: tuple[int, int, int], y: Tensor, table: Table, patch: Patch, activation: str | None, precision: str
 ) -> Launch:
-    """Fills y (N, groups * channels, 1, H, W) with the sums of `table` over z; x and y with any strides.
+    """A launch that fills y (N, groups * channels, 1, H, W) with the sums of `table` over z; any strides of x and y.
 
-    Called with x, the rows (groups, R, C), contiguous, y, a bias or None, and the winners of a pooled orbit, with the
-    strides of y, or None.
+    Call it with x, the contiguous rows (groups, R, C), y, a bias or None, and None or the winners of a pooled orbit, in
+    the strides of y.
     """
     groups, count, channels = rows
     fixed: dict[str, Any] = {**constants(table, patch.block_u, by_source=True)}

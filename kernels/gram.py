@@ -43,20 +43,20 @@ def _row_of(p):
 @triton.jit
 def _gram_kernel(
     x_ptr,  # [batch, M, K], any strides
-    a_ptr,  # [batch, M, M], any strides; read where i >= j, and within the tiles on the diagonal
+    a_ptr,  # [batch, M, M], any strides; read where i >= j, and in all of the tiles on the diagonal
     c_ptr,  # [batch, M, M], contiguous
     M, K, x_batch, x_m, x_k, a_batch, a_m, a_n, alpha, beta,
     HAS_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,  # tile rows that are worked on together, for the sake of the cache
+    GROUP: tl.constexpr,  # tile rows that are computed together, to share the cache
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """c[i, j] = c[j, i] = beta a[i, j] + alpha sum_k x[i, k] x[j, k] for i >= j: one program per tile of i >= j."""
+    """c[i, j] = c[j, i] = beta a[i, j] + alpha sum_k x[i, k] x[j, k] for i >= j, one program per such tile."""
     tile_rows = tl.cdiv(M, BLOCK_M)
     tiles = tile_rows * (tile_rows + 1) // 2
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     p = tl.program_id(0) % tiles
-    # tile rows top .. top + height: first the rectangle of `top` columns, column by column, then the triangle
+    # tile rows top to top + height: first a rectangle of `top` columns, column by column, then a triangle
     top = _row_of(p) // GROUP * GROUP
     height = tl.minimum(tile_rows - top, GROUP)
     p -= top * (top + 1) // 2
@@ -89,7 +89,7 @@ def _gram_kernel(
 
 @lru_cache(maxsize=4096)
 def _of_gram(x: Form, a: Form | None, alpha: float, beta: float, tile: GemmTile, precision: str) -> Launch:
-    """Of x, a or else x, and c."""
+    """The launch for x, a (x if there is none) and c."""
     (batch, m, k), strides, *_ = x
     tile_rows = triton.cdiv(m, tile.block_m)
     return Launch(
@@ -105,7 +105,7 @@ def _of_gram(x: Form, a: Form | None, alpha: float, beta: float, tile: GemmTile,
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: GemmTile, precision: str) -> Tensor:
-    """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M) or None, of any strides; of a, the part i >= j."""
+    """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M) or None, of any strides; only a[i >= j] counts."""
     batch, m, _ = x.shape
     c = x.new_empty(batch, m, m)
     launch = _of_gram(form(x), None if a is None else form(a), alpha, beta, tile, precision)

@@ -1,4 +1,4 @@
-"""Launches of which all but the tensors is worked out once."""
+"""Kernel launches with everything but the tensors worked out once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def form(t: Tensor) -> Form:
 class Launch:
     """A kernel on a grid, with its numbers and constants: called with its tensors, or None, in the kernel's order.
 
-    Tensors must be as those of the first call in dtype and device, and None where these were. Those that are aligned to
-    16 bytes go to the compiled kernel itself, others through Triton's JIT. An empty grid: nothing is to be done.
+    Tensors must have the dtypes and the device of the first call's, and be None where these were. If all are aligned to
+    16 bytes, the compiled kernel is called directly, else through Triton's JIT. With an empty grid nothing is done.
     """
 
     def __init__(

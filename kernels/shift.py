@@ -1,7 +1,7 @@
-"""The sums of the shift path as one Triton kernel: forward, its adjoint, any symmetry, one to three axes.
+"""The sums of the shift path as one Triton kernel: forward and adjoint, any symmetry, one to three axes.
 
 Images of a filter read the same values of z and share partial sums of them: the host turns the sums of a `Table` into
-straight-line programs that load every value once (`compile_sums`, greedy common subexpressions as of Paar 1997,
+straight-line programs that load every value once (`compile_sums`, greedy common subexpressions as in Paar 1997,
 "Optimized arithmetic for Reed-Solomon encoders").
 """
 
@@ -30,17 +30,17 @@ Sum = tuple[int, int, tuple[Term, ...]]
 Code = tuple[int, int, int]
 
 
-@dataclass(frozen=True, eq=False)  # tables are kept: as a key, one is itself
+@dataclass(frozen=True, eq=False)  # tables are kept, so that as keys they are compared by identity
 class Table:
-    """Which sums stand in which target channels of a group.
+    """Which sums fill which target channels of a group.
 
     A sum (first, filters, terms) fills the target channels first + u, u < filters. Each of its terms (channel, shift,
-    sign, image) is source channel channel + u at position (mul p + shift) / div of every axis, times sign; `image`
-    counts where the source is the gradient of a pooled orbit (`won`): only images that won receive it. With `pool` the
-    sums are the images of one filter each, and only the largest ('max') or smallest ('min') is stored.
+    sign, image) is sign times source channel channel + u at position (mul p + shift) / div of every axis. `image` is
+    used only with `won`: the source is the gradient of a pooled orbit, which only images that won receive. With `pool`
+    each sum is one image of a filter, and only the largest ('max') or smallest ('min') is stored.
     """
 
-    axes: int  # of an image; three, of which the first ones are not there
+    axes: int  # of an image; positions have three, of which only the last `axes` are used
     source_channels: int  # of a group
     target_channels: int
     sums: tuple[Sum, ...]
@@ -51,20 +51,20 @@ class Table:
 
     @cached_property
     def scale(self) -> float:
-        """A power of two, at most one over the terms of the longest sum: no such mean of finite values overflows."""
+        """A power of two, at most 1 / (terms of the longest sum): scaled by it, no sum of finite values overflows."""
         return 0.5 ** max(len(terms) - 1 for *_, terms in self.sums).bit_length()
 
 
-#: Instructions (op, a, b), each of which is one more value: channel b of the source at position a; a + b; a - b; -a;
+#: Instructions (op, a, b), each of which makes one more value: channel b of the source at position a; a + b; a - b; -a;
 #: a where image b has won, else 0.
 LOAD, ADD, SUBTRACT, NEGATE, PICK = range(5)
 
 
 def compile_sums(sums: Sequence[Sequence[Term]], won: bool) -> tuple[list[Three], list[Code], list[int]]:
-    """Positions, instructions, and the value that is each of the sums, -1 if it has no terms."""
+    """Positions, instructions, and for every sum the number of its value, -1 if it has no terms."""
     keys = sorted({(channel, shift) for terms in sums for channel, shift, *_ in terms})
     places = sorted({shift for _, shift in keys})
-    # values of which no sum has two, one way or the other, are added on their own, so that few are alive at once
+    # values linked by equal channels or positions are an orbit; orbits are added one by one, so few values are alive
     parent = {key: key for key in keys}
 
     def root(key: tuple[int, Three]) -> tuple[int, Three]:
@@ -84,7 +84,7 @@ def compile_sums(sums: Sequence[Sequence[Term]], won: bool) -> tuple[list[Three]
     known: dict[Any, int] = {}
 
     def value(*instruction: Any) -> int:
-        """Of an instruction that is emitted when it is first needed."""
+        """The number of an instruction's value; the instruction is emitted when first needed."""
         if instruction not in known:
             op, a, *b = instruction
             if op == LOAD:
@@ -107,7 +107,7 @@ def compile_sums(sums: Sequence[Sequence[Term]], won: bool) -> tuple[list[Three]
         order: dict[Any, int] = {
             term: n for n, term in enumerate(sorted({term for signs in left for term in signs}, key=str))
         }
-        while True:  # the pair, and its relative sign, that most sums have in common becomes a value
+        while True:  # the pair with a relative sign that most sums share becomes a value
             pairs = Counter(
                 (i, j, signs[i] * signs[j])
                 for signs in left
@@ -125,7 +125,7 @@ def compile_sums(sums: Sequence[Sequence[Term]], won: bool) -> tuple[list[Three]
                     signs[new] = signs.pop(i)
                     del signs[j]
         for number, signs in enumerate(left):
-            # a positive value first, the others from the last
+            # a new total begins with a positive value if it has one; else the latest values come first
             for term, sign in sorted(
                 signs.items(), key=lambda item: (totals[number] is None and item[1] < 0, -order[item[0]])
             ):
@@ -139,7 +139,7 @@ def compile_sums(sums: Sequence[Sequence[Term]], won: bool) -> tuple[list[Three]
 
 @triton.jit
 def _float32(values):
-    """A shift for bfloat16, which Triton converts in more instructions."""
+    """The values in float32; bfloat16 by a bit shift, since Triton's conversion takes more instructions."""
     if values.dtype == tl.bfloat16:
         return (values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -148,7 +148,7 @@ def _float32(values):
 
 @triton.jit
 def combine(values, OP: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """ADD, SUBTRACT or NEGATE."""
+    """The value of an instruction ADD, SUBTRACT or NEGATE."""
     if OP == 1:
         return values[A] + values[B]
     elif OP == 2:
@@ -163,12 +163,12 @@ def store_sums(
     target_ptr, bias_ptr, winners_ptr,
     target,  # offsets of the positions [P], of the group's first channel
     target_c,
-    channel,  # the group's first
+    channel,  # the group's first channel
     u, has, live,
     RUN: tl.constexpr, TOTAL: tl.constexpr, FIRST: tl.constexpr, POOL: tl.constexpr, SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Of a run: its totals, or their extremum and the images that attain it, with bias and activation."""
+    """Store a run's totals, or their extremum and the images that attain it, with bias and activation."""
     mask = has[:, None] & live[None, :]
     if POOL != "":
         best = values[TOTAL[0][0]]
@@ -219,11 +219,11 @@ def _shift_sum_kernel(
     SOURCE_C: tl.constexpr, TARGET_C: tl.constexpr,
     GROUPS: tl.constexpr,
     TILES: tl.constexpr,  # filter tiles of one group
-    TILE_AT: tl.constexpr,  # of every run of sums of equal filters: its first tile
-    FILTERS: tl.constexpr,  # of every run
-    SHIFT_D: tl.constexpr, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,  # of every run and position
-    OP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,  # of every run and instruction
-    TOTAL: tl.constexpr, FIRST: tl.constexpr,  # of every run and sum: its value, first channel
+    TILE_AT: tl.constexpr,  # per run of sums of equally many filters: its first tile
+    FILTERS: tl.constexpr,  # per run
+    SHIFT_D: tl.constexpr, SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr,  # per run and position
+    OP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,  # per run and instruction
+    TOTAL: tl.constexpr, FIRST: tl.constexpr,  # per run and sum: its value, its first channel
     MUL: tl.constexpr, DIV: tl.constexpr, AXES: tl.constexpr,
     POOL: tl.constexpr,
     WON: tl.constexpr,  # the source is the gradient of a pooled orbit: only images that won receive it
@@ -234,10 +234,10 @@ def _shift_sum_kernel(
 ):  # fmt: skip
     """target[n, first[o] + u, p] = act(bias + SCALE sum_t sign[o, t] source[n, channel[o, t] + u, at(p, o, t)]).
 
-    at(p, o, t) = (MUL p + shift[o, t]) / DIV; 0 where DIV does not divide it and outside the image. POOL: the extremum
-    over o instead, and winners[n, u, p] = sum of 2^o over the o that attain it. WON: only terms whose image's bit is
-    set in the winners at their place count. Positions are the last axis of a tile: where no stride is known to be 1 for
-    a run of values (channels-first, sizes that 16 does not divide), Triton gives a warp neighbours along that axis.
+    at(p, o, t) = (MUL p + shift[o, t]) / DIV; the source is 0 outside the image and where DIV does not divide. POOL:
+    the extremum over o, and winners[n, u, p] = sum of 2^o over the o that attain it. WON: only terms count whose image
+    has its bit set in the winners where the term reads. Positions are the last axis of a tile: where Triton knows no
+    stride to be 1 (channels-first, sizes that 16 does not divide), it gives a warp neighbours along that axis.
     """
     source_n, source_c, source_d, source_h, source_w = strides(
         source_n, source_c, source_d, source_h, source_w, SOURCE_ALIGN, SOURCE_UNIT
@@ -289,12 +289,12 @@ def _shift_sum_kernel(
             )  # fmt: skip
 
 
-#: Terms of a run whose sums share no values: more take registers, and the time to compile them.
+#: Most terms of a run whose sums share no values: more would cost registers and time to compile.
 RUN_TERMS = 36
 
 
 def _runs(table: Table) -> list[list[Sum]]:
-    """Neighbouring sums of equal filters, which one program adds up; fewer at a time where they share nothing."""
+    """Runs of neighbouring sums of equally many filters, one program each; shorter runs where sums share no values."""
     runs = []
     for _, group in groupby(table.sums, lambda a_sum: a_sum[1]):
         run = list(group)
@@ -306,7 +306,7 @@ def _runs(table: Table) -> list[list[Sum]]:
 
 
 def _by_source(table: Table) -> list[list[Sum]]:
-    """All sums of the same channels, which are there once."""
+    """Runs of all sums of the same source channels, so that only one run reads them."""
     runs: dict[tuple[int, int], list[Sum]] = {}
     for a_sum in table.sums:
         runs.setdefault((a_sum[1], min((channel for channel, *_ in a_sum[2]), default=-1)), []).append(a_sum)
@@ -315,7 +315,7 @@ def _by_source(table: Table) -> list[list[Sum]]:
 
 @lru_cache(maxsize=1024)
 def constants(table: Table, block_u: int, by_source: bool = False) -> dict[str, Any]:
-    """The constexpr arguments of the kernel for one table and tile width; runs are as for `kernels.fused` or not."""
+    """The constexpr arguments of the kernel for one table and tile width; `by_source`: for `kernels.fused`."""
     tile_at, filters, first = [0], [], []
     programs = []
     for run in _by_source(table) if by_source else _runs(table):
@@ -351,10 +351,10 @@ def constants(table: Table, block_u: int, by_source: bool = False) -> dict[str, 
 def sums(
     source: Tensor, target: Tensor, table: Table, tile: Tile, *, activation: str | None = None, scaled: bool = False
 ) -> Launch:
-    """Fills `target` (N, groups * channels, D, H, W) with the sums of `table` over `source`; both with any strides.
+    """A launch that fills `target` (N, groups * channels, D, H, W) with the sums of `table` over `source`; any strides.
 
-    Called with source, target, a bias or None, and the winners of a pooled orbit: with the strides of the target, to be
-    written, or of the source, for `table.won`; or None. `scaled`: by `table.scale`.
+    Call it with source, target, a bias or None, and None or the winners of a pooled orbit: written, in the strides of
+    the target, or with `table.won` read, in the strides of the source. `scaled`: times `table.scale`.
     """
     batch, channels, *sizes = target.shape
     count = batch * math.prod(sizes)

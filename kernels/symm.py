@@ -5,10 +5,11 @@ With K = ceil(n / 2), N = n - K and even = 1 - n mod 2, the packed rectangle P o
     left:   S[r, c]         = P[r + even, c]          c < K, c <= r < n
     right:  S[K + r, K + c] = P[r, c + 1 - even]      r <= c < N
 
-so that either triangle is P[r K + c + base] with base = even K on the left and 1 - even on the right.
+so that each triangle is P[r K + c + base] with base = even K on the left and 1 - even on the right.
 
-Of a skew-symmetric S (SKEW) the rectangle is that of n - 1: K = ceil((n - 1) / 2), even = n mod 2, and base is
-(even - 1) K and -even, for r > c and r < c alone; those on the right have the other sign: P holds S[K + c, K + r].
+For a skew-symmetric S (SKEW) the rectangle is that of n - 1: K = ceil((n - 1) / 2), even = n mod 2, and base is
+(even - 1) K on the left, for r > c, and -even on the right, for r < c, where P holds S[K + c, K + r], the negative of
+S[K + r, K + c].
 """
 
 from __future__ import annotations
@@ -48,25 +49,25 @@ def _product_kernel(
     m = (group + at % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_left = tile < left_tiles
     first = tl.where(is_left, tile, tile - left_tiles) * BLOCK_N
-    size = tl.where(is_left, K, N)  # columns of the half,
-    end = tl.where(is_left, K + N, N)  # rows of its triangle, of which the left one goes on below,
-    half = tl.where(is_left, 0, K)  # and where both begin
+    size = tl.where(is_left, K, N)  # columns of the half
+    end = tl.where(is_left, K + N, N)  # rows of its triangle; the left one goes on below the half
+    half = tl.where(is_left, 0, K)  # where its columns and the rows of its triangle begin
     base = packed_ptr + tl.where(is_left, (EVEN - SKEW) * K, 1 - EVEN - SKEW)
     j = first + tl.arange(0, BLOCK_N)
     live, inside = (m < B)[:, None], (j < size)[None, :]
     x = x_ptr + m[:, None] * x_b
     x_half = x + half.to(tl.int64) * x_k
-    row = j.to(tl.int64)[None, :] * K  # of P, when S[k, j] is read as S[j, k]
+    row = j.to(tl.int64)[None, :] * K  # offset in P where S[k, j] is read as S[j, k]
     after = first + BLOCK_N
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # S[j, k], k < K <= j: the left triangle's rows below
+    # S[j, k], k < K <= j: the lower rows of the left triangle
     below = packed_ptr + tl.cast(K + EVEN - SKEW, tl.int64) * K + row
     total = accumulate(total, x, below, 0, tl.where(is_left, 0, K), x_k, 1, live, inside, BLOCK_K, PRECISION)
     # S[k, j] and S[j, k] on either side of the diagonal: as stored, and transposed
     k_from, k_to = tl.where(is_left, after, 0), tl.where(is_left, end, first)
     total = accumulate(total, x_half, base + j[None, :], k_from, k_to, x_k, K, live, inside, BLOCK_K, PRECISION)
-    if SKEW:  # all this was read as the negative of what it is on the right
+    if SKEW:  # on the right all this was read with the wrong sign; on the left the sign is undone below
         total = -total
     k_from, k_to = tl.where(is_left, 0, after), tl.where(is_left, first, end)
     total = accumulate(total, x_half, base + row, k_from, k_to, x_k, 1, live, inside, BLOCK_K, PRECISION)
@@ -78,7 +79,7 @@ def _product_kernel(
         a = tl.load(x_k_ptr, mask=live & (k < end)[None, :], other=0.0)
         stored = base + k.to(tl.int64)[:, None] * K + j[None, :]
         is_s, is_mirrored = (k < end)[:, None] & inside, (k < size)[:, None] & inside
-        if SKEW:  # the first row and column begin outside of the rectangle
+        if SKEW:  # the first row and column begin outside the rectangle
             is_s &= tl.where(is_left, k[:, None], j[None, :]) > 0
             is_mirrored &= tl.where(is_left, j[None, :], k[:, None]) > 0
         s = tl.load(stored, mask=is_s, other=0.0)
@@ -112,14 +113,14 @@ def _strip(
 ):  # fmt: skip
     """total[r, m] += sum_c S[r, c] x[m, c] and partial[c, m] = sum_r S[r, c] x[m, r], c != r, over stored entries.
 
-    One load of every entry for both.
+    Every entry is loaded once for both.
     """
     for first in tl.range(begin, end, BLOCK_C, num_stages=1 if DIAGONAL else None):
         c = first + tl.arange(0, BLOCK_C)
         inside = (c < columns)[:, None]
         stored = base + r.to(tl.int64)[:, None] * K + c[None, :]
         is_inside = (r < rows)[:, None] & (c < columns)[None, :]
-        if SKEW and DIAGONAL:  # the first row and column begin outside of the rectangle
+        if SKEW and DIAGONAL:  # the first row and column begin outside the rectangle
             is_inside &= (r > 0)[:, None] if IS_LEFT else (c > 0)[None, :]
         s = tl.load(stored, mask=is_inside, other=0.0)  # [R, C]
         x_c = tl.load(x + c.to(tl.int64)[:, None] * x_k, mask=inside & live, other=0.0)  # [C, B]
@@ -145,11 +146,11 @@ def _strips_kernel(
     EVEN: tl.constexpr, SKEW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
     SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every stored entry S[i, j] into partial sums of y[m, i] and, i != j, of y[m, j]: a program is a strip of rows
-    by a segment of columns, of the left triangle and then of the right one.
+    """Partial sums of y[m, j] over strips of rows i, and of y[m, i] over segments of columns j, of the stored S[i, j].
 
-    partial[strip, j] are the sums over the rows of a strip, partial[strips + segment, i] those over the columns of a
-    segment on the left, partial[strips + segments + segment, i] on the right.
+    partial[strip, j, m] = sum_i S[i, j] x[m, i], i != j, and partial[strips + segment, i, m] = sum_j S[i, j] x[m, j] on
+    the left, partial[strips + segments + segment, i, m] on the right. A program takes one strip by one segment of the
+    left triangle, then of the right one.
     """
     strip, segment = tl.program_id(0), tl.program_id(1)
     r_first, c_first = strip * BLOCK_R, segment * SEGMENT
@@ -198,7 +199,7 @@ def _strips_kernel(
 
 @triton.jit
 def _sum_kernel(
-    partial_ptr,  # as `_strips_kernel` leaves it; other slots are not all written
+    partial_ptr,  # as `_strips_kernel` leaves it: not all slots are written
     bias_ptr,  # [K + N]
     y_ptr,  # [B, K + N], contiguous
     B, K, N, strips, segments,
@@ -237,13 +238,12 @@ def _gradient_kernel(
     B, K, N, x_b, x_k, dy_b, dy_k,
     EVEN: tl.constexpr, SKEW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d of entry S[i, j] = sum_m x[m, i] dy[m, j] + dy[m, i] x[m, j], i != j, and sum_m x[m, i] dy[m, i] for S[i, i];
-    SKEW: with a minus, and none for S[i, i].
+    """d[i, j] = sum_m x[m, i] dy[m, j] + dy[m, i] x[m, j] for stored S[i, j], i != j; d[i, i] = sum_m x[m, i] dy[m, i].
 
-    One program per tile of the rectangle, on or below its diagonal of the left triangle, else of the right one; and
-    one more for every tile on the diagonal of the right one.
+    SKEW: a minus between the products, and no d[i, i]. One program per tile of the rectangle, which on or below its
+    diagonal is of the left triangle, else of the right one; and one more per diagonal tile of the right triangle.
     """
-    tiles = tl.cdiv(tl.maximum(K, N), BLOCK_M)  # in a row
+    tiles = tl.cdiv(tl.maximum(K, N), BLOCK_M)  # per row
     pairs = tl.cdiv(K + N, BLOCK_M) * tiles
     p = tl.program_id(0)
     tile_r = tl.where(p < pairs, p // tiles, p - pairs)
@@ -276,7 +276,7 @@ def _gradient_kernel(
 
 @lru_cache(maxsize=4096)
 def _by_tiles(x: Form, activation: str | None, with_bias: bool, tile: GemmTile, precision: str, skew: bool) -> Launch:
-    """Of x, packed, bias or else x, and y."""
+    """The launch for x, packed, bias (x if there is none) and y."""
     (batch, n), strides, *_ = x
     k, n_right = halves(n, skew)
     columns = triton.cdiv(k, tile.block_n) + triton.cdiv(n_right, tile.block_n)
@@ -294,7 +294,7 @@ def _by_tiles(x: Form, activation: str | None, with_bias: bool, tile: GemmTile, 
 def _by_strips(
     x: Form, activation: str | None, with_bias: bool, tile: GemmTile, precision: str, skew: bool
 ) -> tuple[Launch, Launch, tuple[int, ...]]:
-    """Of x, packed and the partial sums; of these, bias or else x, and y; and the shape of the partial sums."""
+    """Launches for (x, packed, partial sums) and (partial sums, bias or x, y), and the shape of the partial sums."""
     (batch, n), strides, *_ = x
     k, n_right = halves(n, skew)
     segment = SEGMENT_STEPS * tile.block_k
@@ -314,7 +314,7 @@ def _by_strips(
 
 @lru_cache(maxsize=4096)
 def _of_gradient(x: Form, dy: Form, tile: GemmTile, precision: str, skew: bool) -> tuple[Launch, tuple[int, int]]:
-    """Of x, dy and the gradient; and the shape of that."""
+    """The launch for x, dy and the gradient, and the shape of the gradient."""
     (batch, n), strides, *_ = x
     k, n_right = halves(n, skew)
     rows, *tiles = (triton.cdiv(size, tile.block_m) for size in (n, k, n_right))
@@ -372,7 +372,7 @@ def product_by_strips(
 
 
 def product(x: Tensor, *others: Any) -> Tensor:
-    """By strips up to `STRIP_ROWS` rows of x, else by tiles; the tile is the one that `pick_product` gives."""
+    """By strips up to `STRIP_ROWS` rows of x, else by tiles, with a tile such as `pick_product` gives."""
     return (product_by_strips if x.shape[0] <= STRIP_ROWS else product_by_tiles)(x, *others)
 
 

@@ -4,8 +4,8 @@
 
 BUILDER is called without arguments and returns the model. Every convolution that `replace_layers` could replace is
 timed dense and symmetric, on the inputs that it gets in the model, forward and in training, then the model as a whole.
-What comes out wrong is not timed. --save puts the fastest paths into the user's table (`tritonsym.tuned`) for this
-machine, so that every later plan for such a layer says "Measured".
+Paths with wrong results are not timed. --save puts the fastest paths into the user's table (`tritonsym.tuned`) for this
+machine, from which later plans for such layers take them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from tritonsym.perf.bench import machine
 from tritonsym.perf.measure import gate, make_step, measure, paths, tqdm
 
 MODES = ("forward", "training")
-#: What is tried by default, by the number of spatial axes of a model's convolutions.
+#: The symmetries tried by default, by the number of spatial axes of a model's convolutions.
 SYMMETRIES = {1: ("h",), 2: ("h", "hv", "d4"), 3: ("h", "hv", "hvz")}
 
 
 @dataclass(frozen=True)
 class Advised:
-    """One symmetry for layers that are alike, or for the whole model (no layers). Seconds are medians of one call, by
-    mode and by 'dense' and the paths of the symmetric layer; 'auto' is the one that the plan takes."""
+    """One symmetry, measured for layers that are alike, or for the whole model (no layers).
+
+    `seconds` are medians of one call, by mode and by path or 'dense'; `auto` is the path that the plan takes, by mode.
+    """
 
     layers: tuple[str, ...]
     layer: str
@@ -97,13 +99,13 @@ class Advice(Sequence[Advised]):
         return "\n".join(text)
 
     def json(self) -> str:
-        """The machine, and one row a line."""
+        """The machine and the rows, one per line, as JSON."""
         head = json.dumps({**self.machine, "skipped": self.skipped})
         rows = ",\n".join(json.dumps(asdict(row)) for row in (*self.rows, *self.models))
         return f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'
 
     def plot(self, file: Path) -> None:
-        """Bars of the time of a training step, dense and symmetric, of every row."""
+        """Draw the time of a training step, dense and symmetric, as bars for every row."""
         from matplotlib.figure import Figure
 
         rows = [*self.rows[:30], *self.models][::-1]
@@ -179,7 +181,7 @@ def advise(
 
 
 def _inputs(model: nn.Module, x: Tensor) -> list[tuple[str, Any, Tensor]]:
-    """The convolutions that a call runs, each with its first input, without data."""
+    """The convolutions that a call runs, each with its first input as a meta tensor."""
     found: dict[str, tuple[str, Any, Tensor]] = {}
 
     def remember(name: str) -> Callable[..., None]:
@@ -242,7 +244,7 @@ def _advised(
 
 
 def _whole(model: nn.Module, other: nn.Module, x: Tensor, symmetry: str, rounds: int) -> Advised:
-    """The whole model, and all of it that can be replaced."""
+    """The row of the whole model, against the one with all layers replaced that can be."""
     modules = {"dense": model, "symmetric": other}
     seconds: dict[str, dict[str, float]] = {}
     for mode in MODES:
@@ -307,13 +309,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     program.add_argument("builder", type=_builder, metavar="PACKAGE:BUILDER", help="called without arguments")
     program.add_argument("--input", type=_sizes, required=True, help="sizes of the input, with the batch: 8,3,224,224")
-    program.add_argument("--symmetry", help="names, with commas (default: by the model's layers)")
+    program.add_argument("--symmetry", help="names, separated by commas (default: by the model's layers)")
     program.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     program.add_argument("--channels-last", action="store_true", help="model and input in that memory format")
-    program.add_argument("--rounds", type=int, default=5, help="samples of every time (default: %(default)s)")
+    program.add_argument("--rounds", type=int, default=5, help="samples per time (default: %(default)s)")
     program.add_argument("--json", type=Path, help="write all numbers to this file")
     program.add_argument("--plot", type=Path, help="draw them into this .png, .pdf or .svg file (needs matplotlib)")
-    program.add_argument("--save", action="store_true", help="from now on plan by what was measured")
+    program.add_argument("--save", action="store_true", help="let later plans use what was measured")
     sys.path.insert(0, "")  # for a builder in the current folder
     args = program.parse_args(argv)
     model, x = args.builder(), torch.randn(args.input)

@@ -2,16 +2,16 @@
 
     python -m tritonsym bench --output perf/results/NAME.json [--filter c256,linear] [--quick] [--baseline OLD.json]
 
-On a GPU the shapes of networks, without one reduced sizes on the CPU. Variants: `dense`, every path, what is taken by
-default (`auto`), the weight expanded in every call by torch's `parametrize`, and on the CPU the product with the stored
-weights alone (`gemm`), which no path can beat. Beside group convolutions of images, where escnn is installed, stands
-its layer between the same fields, which keeps its dense weight in inference. It needs an environment of its own:
+The cases are shapes of networks on a GPU, and reduced sizes on the CPU. Variants: `dense`, every path, the default
+(`auto`), the weight expanded in every call by torch's `parametrize`, and on the CPU the product with the stored weights
+alone (`gemm`), which no path can beat. Where escnn is installed, 2-D group convolutions are compared with its layer
+between the same fields, too, which keeps its dense weight in inference. escnn needs an environment of its own:
 
     pip install -e . escnn==1.0.11 'scikit-learn<1.2' 'scipy<1.12'
 
-All are timed in one run, in an order drawn for every round; what does not match the reference is not timed. The JSON
-has one row a line with all samples, in seconds, and is written after every row, so that an interrupted run keeps what
-it measured; --resume goes on with it.
+All are timed in one run, in a random order in every round; a path that does not match the reference is not timed. The
+JSON has one row per line with all samples, in seconds, and is written after every row, so that an interrupted run keeps
+what it measured; --resume continues it.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ UNFINISHED = 75
 #: Variants compiled by torch, by the path they are traced under.
 COMPILED = {"reference": "compiled", "shift": "compiled-shift"}
 
-#: What is compared with the dense layer, in the order in which it is shown.
+#: The variants that are compared with the dense layer, in the order in which they are shown.
 VARIANTS = ("reference", "parametrize", "escnn", *COMPILED.values(), *plan.PATHS[1:], "gemm", "auto")
 
 Row = dict[str, Any]
 
 
 class Named(nn.Module):
-    """A layer with a name that Dynamo sees: code compiled under one `tritonsym.path` is not taken for another's."""
+    """A layer with a name that Dynamo sees, so that code compiled for one `tritonsym.path` is not used for another."""
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def parametrized(layer: Any) -> nn.Module:
 
 
 def escnn(layer: Any, training: bool) -> nn.Module | None:
-    """escnn's layer from and to as many fields of the same group, with weights of its own; None if there is none."""
+    """escnn's layer from and to as many fields of the same group, with its own weights; None if there is none."""
     names = {"h": (1, "flip2dOnR2"), "hv": (2, "flipRot2dOnR2"), "d4": (4, "flipRot2dOnR2")}
     if not isinstance(layer, tritonsym.nn.GroupConv2d) or layer.symmetry.name not in names or not find_spec("escnn"):
         return None
@@ -103,8 +103,10 @@ def escnn(layer: Any, training: bool) -> nn.Module | None:
 
 
 def gemm(problem: plan.ConvProblem, x: Tensor, training: bool) -> Step | None:
-    """x times the stored weights, (positions, C) x (C, rows), and if training both gradients' products; None for layers
-    with groups or strides."""
+    """x times the stored weights, (positions, C) x (C, rows), and if training the products of both gradients.
+
+    None for layers with groups or strides, and for transposed ones.
+    """
     geometry = problem.spec.geometry
     if problem.spec.groups > 1 or geometry.transposed or max(geometry.stride) > 1:
         return None
@@ -123,7 +125,7 @@ def gemm(problem: plan.ConvProblem, x: Tensor, training: bool) -> Step | None:
 def _steps(
     layer: Any, inputs: dict[str, Tensor], problem: Any, training: bool, ours: list[str], compiled: bool
 ) -> dict[str, Step]:
-    """The variants of a case, ready to run, by name and memory format: that of the input and of the weights."""
+    """The variants of a case, ready to run, by name and by the memory format of input and weights."""
     is_conv, steps = isinstance(problem, plan.ConvProblem), {}
     other = escnn(layer, training)
     for form, x in inputs.items():
@@ -137,7 +139,7 @@ def _steps(
         if other is not None:
             steps[f"escnn {form}"] = make_step(other, x, training)
         if compiled:
-            torch.compiler.reset()  # else, after some layers, it falls back to eager
+            torch.compiler.reset()  # else torch.compile falls back to eager after some layers
         for path in COMPILED.keys() & ours if compiled else ():
             one: Any = torch.compile(Named(modules[path], path))
             steps[f"{COMPILED[path]} {form}"] = make_step(one, x, training, path)
@@ -180,8 +182,10 @@ def speedups(row: Row) -> dict[str, float]:
 
 
 def show(row: Row, device: str) -> None:
-    """Print a row, for every memory format: how many times as fast as the dense layer each variant is, and of 'auto'
-    the path it takes, its time, its host time, and the rates that it reaches."""
+    """Print a row for every memory format: how many times as fast as the dense layer each variant is.
+
+    For 'auto' also its path, its time, its time on the host, and the rates that it reaches.
+    """
     speed, least = speedups(row), roofline(row, device)
     for form, path in row["plan"].items():
         dense, ours = (row["seconds"].get(f"{name} {form}", [math.nan]) for name in ("dense", "auto"))
@@ -200,13 +204,16 @@ def show(row: Row, device: str) -> None:
 
 
 def identity(row: Row) -> tuple[str, str, str, str]:
-    """What is measured."""
+    """What identifies a row."""
     return row["case"], row["dtype"], row["mode"], row["cache"]
 
 
 def regressions(result: dict[str, Any], baseline: dict[str, Any], tolerance: float) -> list[str]:
-    """Where a path is slower than before, as a ratio to the dense layer of the same run; ValueError if they are of
-    different devices or threads, or no row is in both."""
+    """Where a path is slower than in the baseline, relative to the dense layer of the same run.
+
+    Raises:
+        ValueError: the runs differ in device or threads, or have no row in common.
+    """
     before = {identity(row): speedups(row) for row in baseline["rows"]}
     both = [(row, speedups(row)) for row in result["rows"] if identity(row) in before]
     of, this = (f"{run['device']} with {run['threads']} threads" for run in (baseline, result))
@@ -227,14 +234,14 @@ def regressions(result: dict[str, Any], baseline: dict[str, Any], tolerance: flo
 
 
 def parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that the programs here have in common."""
+    """A parser with the options that these programs have in common."""
     formatter = argparse.RawDescriptionHelpFormatter
     shared = argparse.ArgumentParser(f"python -m tritonsym {program}", None, description, formatter_class=formatter)
     shared.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one")
     shared.add_argument(
         "--filter", default="", help="only cases whose name contains this, or one of these,^but-not-this"
     )
-    shared.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
+    shared.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no new case starts")
     shared.add_argument("--tiny", action="store_true", help="one case of every kind, tiny: to try the program")
     return shared
 
@@ -256,15 +263,15 @@ def prepare(args: argparse.Namespace, program: argparse.ArgumentParser) -> tuple
 
 
 def kernels_if_interpreted(device: torch.device) -> Any:
-    """On CPU tensors under Triton's interpreter: the kernels."""
+    """The context that runs kernels on CPU tensors if Triton's interpreter is on."""
     return tritonsym.backend("triton") if device.type == "cpu" and launch.runs_on(device) else contextlib.nullcontext()
 
 
 def main(argv: list[str] | None = None) -> int:
     program = parser("bench", __doc__)
     program.add_argument("--quick", action="store_true", help="3 rounds instead of 9, bfloat16 alone, no torch.compile")
-    program.add_argument("--compiled", action="store_true", help="also what torch.compile makes of the torch paths")
-    program.add_argument("--threads", type=int, choices=(1, 2), help="of the CPU (default: as many as torch takes)")
+    program.add_argument("--compiled", action="store_true", help="also time the torch paths under torch.compile")
+    program.add_argument("--threads", type=int, choices=(1, 2), help="CPU threads (default: as many as torch takes)")
     program.add_argument("--output", type=Path, help="write the samples to this JSON file, and a plot beside it")
     program.add_argument("--resume", action="store_true", help="keep the rows that --output has, and measure the rest")
     program.add_argument("--baseline", type=Path, help="exit with 1 if a path is slower than in this older output")
@@ -304,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(
     args: argparse.Namespace, device: torch.device, cases: list[Case], result: dict[str, Any]
 ) -> tuple[int, bool]:
-    """Add the rows that are missing; an exit code, and whether a case failed."""
+    """Measure the missing rows; returns an exit code, and whether a case failed."""
     done, start, failed = {identity(row) for row in result["rows"]}, time.monotonic(), False
     work = [(case, d) for case in cases for d in case.dtypes[: 1 if args.quick else None]]
     compiled = args.compiled or (device.type == "cuda" and not args.quick)
@@ -329,14 +336,14 @@ def _measure(
 
 
 def dumped(result: dict[str, Any]) -> str:
-    """As JSON, one row a line."""
+    """The result as JSON, one row per line."""
     head = json.dumps({key: value for key, value in result.items() if key != "rows"})
     rows = ",\n".join(map(json.dumps, result["rows"]))
     return f'{head[:-1]}, "rows": [\n{rows}\n]}}\n'
 
 
 def load(file: Path, program: argparse.ArgumentParser) -> dict[str, Any]:
-    """An output of the benchmark."""
+    """Read an output of the benchmark."""
     try:
         content: dict[str, Any] = json.loads(file.read_text())
         _ = [(identity(row), speedups(row)) for row in content["rows"]], content["device"], content["threads"]
@@ -346,7 +353,7 @@ def load(file: Path, program: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def machine(program: str, argv: list[str] | None, device: torch.device) -> dict[str, Any]:
-    """What every result file says of where it comes from."""
+    """What every result file says about its origin."""
 
     def output(*command: str) -> str:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The named layers that are measured, and what a device needs for them at least: the only list of shapes."""
+"""The named layers that are measured, the only list of shapes, and the least work that each of them takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tritonsym import functional, plan
 
 
 class Function(nn.Module):
-    """A function of a matrix in the place of a layer."""
+    """A matrix function that takes the place of a layer."""
 
     def __init__(self, ours: Callable[[Tensor], Tensor], dense: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Function(nn.Module):
         return Function(self.dense, self.dense)
 
     def problem(self, x: Tensor, target: str, training: bool) -> plan.GramProblem:
-        """Of every product with a symmetric result in it, for a square matrix."""
+        """The problem of each of its products with a symmetric result, for a square matrix."""
         return plan.gram_problem(x.shape, target, plan.dtype_name(x))
 
 
@@ -55,7 +55,7 @@ def _group(name: str, symmetry: str, kernel_size: int = 3) -> Callable[[int], nn
 
 
 _orbit = "SymmetricConv2d"
-#: Every kind of layer by its name, for so many channels.
+#: Every kind of layer by its name, as a function of its channels.
 KINDS: dict[str, Callable[[int], nn.Module]] = {
     **{symmetry: _conv(_orbit, symmetry) for symmetry in ("h", "hv", "c4", "d4")},
     "mixed": _conv(_orbit, {"h": "25%", "hv": "25%", "d4": "25%"}),
@@ -78,7 +78,7 @@ KINDS: dict[str, Callable[[int], nn.Module]] = {
     "symmetric_mm": _function("symmetric_mm", lambda x: x @ x),
     "newton_schulz": _function("newton_schulz", _newton_schulz, steps=1),
 }
-#: Multiply-adds of matrix functions of n x n, dense and needed, in n^3; and the matrices they read and write at least.
+#: For functions of n x n matrices: multiply-adds, dense and needed, in n^3, and the least matrices read and written.
 FUNCTIONS = {"gram": (1, 0.5, 2), "symmetric_mm": (1, 0.5, 2), "newton_schulz": (3, 2, 2)}
 
 
@@ -114,19 +114,19 @@ class Case:
         return {"nchw": x, **({} if last is None else {"channels_last": x.to(memory_format=last)})}
 
     def tiny(self) -> Case:
-        """The same in a size for Triton's interpreter."""
+        """The same case, small enough for Triton's interpreter."""
         channels = 16 if "groups" in self.kind else 8
         return Case(self.kind, 1 if self.sizes else 8, channels, (3,) * len(self.sizes))
 
 
 def memory_format(form: str, x: Tensor) -> torch.memory_format | None:
-    """Of layers on an input like x; None where torch has none."""
+    """torch's memory format for inputs like x; None where torch has none."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}
     return torch.contiguous_format if form == "nchw" else last.get(x.ndim)
 
 
 def shape_and_kind(name: str) -> tuple[str, str]:
-    """Of a case's name: 'n8-c64-3x3-tied-hv' -> ('8 x 64 x 3x3', 'tied-hv')."""
+    """Shape and kind from a case's name: 'n8-c64-3x3-tied-hv' -> ('8 x 64 x 3x3', 'tied-hv')."""
     found = re.fullmatch(r"n(\d+)-c(\d+)(?:-(\d[\dx^]*))?-(.+)", name)
     assert found, name
     *shape, kind = found.groups()
@@ -135,8 +135,10 @@ def shape_and_kind(name: str) -> tuple[str, str]:
 
 @cache
 def cost(case: Case, mode: str) -> dict[str, int]:
-    """What a case takes however it is computed: multiply-adds of the dense layer and those that are needed, and values
-    read and written at least. A training step has two more products like that of the forward pass."""
+    """Multiply-adds of the dense layer and those that are needed, and the least values read and written.
+
+    A training step has two more products like that of the forward pass.
+    """
     n, x = case.channels, case.input("float32", "meta")["nchw"]
     layer: Any = case.build("float32", "meta")
     problem = layer.problem(x, "cuda", False)
@@ -154,7 +156,7 @@ def cost(case: Case, mode: str) -> dict[str, int]:
 
 
 def roofline(row: dict[str, Any], device: str) -> float | None:
-    """Seconds below which a GPU, by its name, cannot do what a row's case takes: its arithmetic, or its traffic."""
+    """The least seconds that a row's case can take on a GPU, by its arithmetic or memory traffic; None if unknown."""
     for name, gpu in plan.DEVICES.items():
         if name in device:
             flops, itemsize = (gpu.tf32, 4) if row["dtype"] == "float32" else (gpu.half, 2)
@@ -171,7 +173,7 @@ def _all(kinds: tuple[str, ...], shapes: list[Shape]) -> list[Case]:
     return [Case(kind, *shape) for shape in shapes for kind in kinds]
 
 
-#: README's inputs, over which means are taken, and its symmetries.
+#: README's inputs, over which it takes means, and its symmetries.
 INPUTS: list[Shape] = [(8, 32, (32, 32)), (8, 64, (32, 32)), (8, 64, (56, 56)), (8, 128, (28, 28)), (1, 256, (14, 14))]
 INPUTS += [(8, 256, (28, 28)), (4, 512, (14, 14)), (2, 384, (19, 19)), (1, 320, (64, 64)), (2, 1280, (16, 16))]
 SYMMETRIES = ("h", "hv", "d4")
@@ -200,7 +202,7 @@ CPU: list[Case] = [
 ]
 
 _PLANAR = ("h", "hv", "c4", "d4", "tied-hv", "tied-d4", "pool-hv", "mixed")
-#: The first of every sort first: time may be short.
+#: One of every sort comes early, since time may be short.
 _GPU = [
     *_all(_PLANAR, [(256, 384, (19, 19)), (16, 640, (32, 32)), (256, 256, (14, 14))]),  # Go, diffusion, ResNet
     *_all(("hvz",), [(8, 64, (32,) * 3), (2, 32, (64,) * 3)]),
@@ -219,7 +221,7 @@ GPU: list[Case] = [
 
 
 def select(cases: list[Case], words: str) -> list[Case]:
-    """The cases whose name has one of the words, separated by commas, in it, and none of those behind a '^'.
+    """The cases whose name contains one of the words, separated by commas, and none of those marked by a '^'.
 
     Raises:
         ValueError: a word is in no name.

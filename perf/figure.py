@@ -1,7 +1,7 @@
-"""Draw what the symmetries mean, README's figure: a filter and its orbit, a filter that is its own image, a matrix.
+"""Draw README's figure of the symmetries: a filter and its orbit, a filter that is its own image, a symmetric matrix.
 
-The weights are those of layers of `tritonsym.nn`, filled with few distinct values; the picture is an SVG, the same text
-on every machine.
+The weights are those of layers of `tritonsym.nn`, filled with few distinct values; the picture is an SVG with the same
+text on every machine.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from torch import Tensor
 
 import tritonsym.nn as tnn
 
-CELL, GAP = 16, 20  # of one weight, between two filters
+CELL, GAP = 16, 20  # sizes of a weight, and between two filters
 STORED, TEXT = "#111111", "#333333"
 LETTER = ("1111.", "1....", "111..", "1....", "1....")  # an F: no two of its mirror images look alike
 
 
 def _colour(value: float) -> str:
-    """From blue over white to orange, for -1 to 1."""
+    """From blue through white to orange, for -1 to 1."""
     low, high = (255, 255, 255), (214, 96, 20) if value > 0 else (33, 102, 172)
     return "#" + "".join(f"{round(a + (b - a) * min(abs(value), 1)):02x}" for a, b in zip(low, high, strict=True))
 
 
 def _grid(matrix: Tensor, x: int, y: int, stored: Tensor, title: str) -> list[str]:
-    """The cells of a matrix; what is stored has a dark rim."""
+    """The cells of a matrix; stored ones have a dark rim."""
     side = CELL * matrix.shape[1]
     parts = [f'<text x="{x + side // 2}" y="{y - 8}" text-anchor="middle">{title}</text>']
     for i, line in enumerate(matrix.tolist()):
@@ -37,13 +37,13 @@ def _grid(matrix: Tensor, x: int, y: int, stored: Tensor, title: str) -> list[st
 
 
 def _values(count: int) -> Tensor:
-    """So many different numbers of both signs, in an order without a pattern."""
+    """`count` different numbers of both signs, without a visible order."""
     return torch.tensor([((7 * i) % count + 0.5) / count * 2 - 1 for i in range(count)])
 
 
 @torch.no_grad()
 def drawn() -> str:
-    """The picture."""
+    """The picture as SVG text."""
     orbit = tnn.SymmetricConv2d(1, 4, 5, symmetry="hv")
     letter = torch.tensor([[float(dot == "1") for dot in line] for line in LETTER])
     orbit.weight.copy_(0.25 * _values(25).view_as(orbit.weight) + 1.05 * letter - 0.3)
@@ -56,7 +56,7 @@ def drawn() -> str:
     quadrant = none.clone()
     quadrant[:3, :3] = 1
     images = orbit.expanded_weight()[:, 0]
-    # the orbit as its elements lie: mirrored left-right beside the filter, up-down below it
+    # the orbit in the order of its elements: as it is, mirrored left-right, up-down, and both
     filters = [(images[0], whole, "filter"), (images[1], none, "h"), (images[2], none, "v"), (images[3], none, "hv")]
     tied_image, matrix = tied.expanded_weight()[0, 0], linear.expanded_weight()
     filters += [(tied_image, quadrant, "tied filter"), (matrix, whole.tril(), "S = Sᵀ")]

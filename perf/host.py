@@ -1,8 +1,8 @@
-"""Time what a call by kernels takes on the host, without a GPU: by Triton's JIT, with a driver that launches nothing.
+"""Time the host's part of kernel calls, without a GPU: by Triton's JIT, with a driver that launches nothing.
 
     python -m tritonsym.perf.host --output perf/results/NAME.json
 
-The products of `shift` are the vendor's and are left out. The JSON has one row a line with all samples, in seconds.
+The products of `shift` are the vendor's and are left out. The JSON has one row per line with all samples, in seconds.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tritonsym import launch, nn, tuned
 from tritonsym.perf.bench import dumped, machine
 from tritonsym.perf.measure import forced, make_step, measure, spread
 
-#: By the path of a convolution, or the rows that a matrix is multiplied by.
+#: The cases: the path of a convolution, or a symmetric matrix and the rows that multiply it.
 CASES = ("shift", "implicit_gemm", "linear 1 row", "linear 128 rows")
 
 
 @contextlib.contextmanager
 def stub_driver(architecture: int = 90) -> Iterator[SimpleNamespace]:
-    """Kernels run on CPU tensors as if these were a GPU's, and compute nothing.
+    """Run kernels on CPU tensors as if these were a GPU's; they are compiled but compute nothing.
 
-    Of what is given `launched` are the names of kernels, and `compiled` of those that were compiled for them.
+    Yields an object with the names of the kernels that were `launched`, and of those that were `compiled`.
     """
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -106,7 +106,7 @@ def layer_and_input(case: str) -> tuple[torch.nn.Module, torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tritonsym.perf.host", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200, help="samples of every case (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=200, help="samples per case (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write the samples to this JSON file")
     args = parser.parse_args(argv)
     device, rows = torch.device("cpu"), []

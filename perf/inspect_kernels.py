@@ -1,13 +1,13 @@
-"""Compile every kernel ahead of time, for GPUs that need not be there, and print what the compiler made of it.
+"""Compile every kernel ahead of time, for GPUs that need not be present, and print what the compiler made of it.
 
     python -m tritonsym.perf.inspect_kernels [--targets sm_90,gfx942]
 
-Columns: registers per thread, spills and reloads, shared memory, machine instructions (of the sums: per term of a
-value; of a product: of one step, per 1000 multiply-adds; depthwise: per multiply-add of one tap), tensor-core
+Columns: registers per thread, spills and reloads, shared memory, machine instructions (sums: per term of a value;
+products: of one step, per 1000 multiply-adds; depthwise: per multiply-add of one tap), tensor-core
 instructions, widest load and store in bits, KiB of machine code. AMD targets only show that the kernel compiles.
 
-In a cycle a multiprocessor of sm_90 does 2048 multiply-adds in 16 bits, and 4 warps 128 instructions: a product that
-takes more than 62 instructions per 1000 multiply-adds of a thread is bound by them.
+Per cycle a multiprocessor of sm_90 does 2048 multiply-adds in 16 bits, and its 4 warps 128 instructions: a product that
+takes more than 62 instructions per 1000 multiply-adds of a thread is bound by instructions.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of it; counts that the target's tools do not tell are None."""
+    """What the compiler made of it; counts that the target's tools do not report are None."""
 
     registers: int | None
     spills: int | None
@@ -96,7 +96,7 @@ class Compiled:
 
 
 def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | None = None) -> ConvSpec:
-    """A convolution with so many stored filters, stride 1."""
+    """A convolution with `stored` stored filters and stride 1."""
     one, zero = (1,) * len(kernel_size), (0,) * len(kernel_size)
     geometry = Geometry(kernel_size, one, one, one, zero)
     if pool:
@@ -105,7 +105,7 @@ def layer(symmetry: str, kernel_size: tuple[int, ...], stored: int, pool: str | 
 
 
 def entries() -> Iterator[Entry]:
-    """Every kernel: those of layers with 64 stored filters in every direction with every tile, and of matrices."""
+    """Every kernel: for layers with 64 stored filters, in every direction with every tile, and for matrices."""
     for symmetry, kernel_size, pool in (
         ("h", (3, 3), None),
         ("hv", (3, 3), None),
@@ -117,7 +117,7 @@ def entries() -> Iterator[Entry]:
         spec = layer(symmetry, kernel_size, 64, pool)
         for adjoint in (False, True):
             tiles = dict.fromkeys(pick(filters, math.prod(kernel_size), adjoint) for filters in (64, 16))
-            if not pool or not adjoint:  # the launcher divides the gradient of a pooled orbit into channels-last
+            if not pool or not adjoint:  # the launcher makes the gradient of a pooled orbit channels-last
                 yield _sums(spec, adjoint, next(iter(tiles)), channels_first=True)
             for tile in tiles:
                 yield _sums(spec, adjoint, tile)
@@ -135,7 +135,7 @@ def entries() -> Iterator[Entry]:
         of_block = len(spec.blocks[0].images) * math.prod(kernel_size)
         patch = pick_patch(len(kernel_size), of_block, 64, (0, 0), 2, "sm_90")
         yield from (_fused(spec, patch, channels_first) for channels_first in (False, True))
-    for channels_first in (False, True):  # which the widest are not for
+    for channels_first in (False, True):  # the widest tiles are for channels-last only
         for name, tile in product(("y", "dx"), CONV_TILES[channels_first:]):
             yield _gemm(name, tile, channels_first)
         for tile in WEIGHT_TILES[channels_first:]:
@@ -160,14 +160,14 @@ def _image(channels: int, axes: int, channels_first: bool = False) -> torch.Tens
 def _entry(
     title: str, prepared: Any, tile: Any, work: float, none: tuple[str, ...], types: dict[str, str] | None = None
 ) -> Entry:
-    """Of a launch, with None for some tensors. Which of its integers 16 divides does not count."""
+    """The entry of a launch, with None for some tensors; no integer is taken to be divisible by 16."""
     kernel, fixed = prepared.kernel, prepared.fixed | dict.fromkeys(none)
     odd = tuple(name for name in kernel.arg_names if name not in fixed and not name.endswith("_ptr"))
     return Entry(title, kernel, fixed, tile, work, types or {}, odd)
 
 
 def _sums(spec: ConvSpec, adjoint: bool, tile: Tile, channels_first: bool = False) -> Entry:
-    """`channels_first`: y or dy; z and d never are."""
+    """The sums of `shift`; `channels_first`: y or dy, while z and d never are."""
     (stage,) = launch.stages(spec, False)
     table, axes = stage.to_d if adjoint else stage.to_y, len(spec.geometry.kernel_size)
     y, z = _image(spec.out_channels, axes, channels_first), _image(stage.width, axes)
@@ -181,7 +181,7 @@ def _sums(spec: ConvSpec, adjoint: bool, tile: Tile, channels_first: bool = Fals
 
 
 def _fused(spec: ConvSpec, patch: Patch, channels_first: bool = False, channels: int = 64) -> Entry:
-    """`channels` of x and y, as in x for y."""
+    """The fused kernel for x with `channels`; `channels_first`: x and y."""
     (stage,) = launch.stages(spec, False)
     table, axes = stage.to_y, len(spec.geometry.kernel_size)
     x, y = _image(channels, axes, channels_first), _image(spec.out_channels, axes, channels_first)
@@ -194,7 +194,7 @@ def _fused(spec: ConvSpec, patch: Patch, channels_first: bool = False, channels:
 
 
 def _gemm(name: str, tile: Any, channels_first: bool) -> Entry:
-    """3x3 kernels with 64 channels or, with a `Tile`, 7x7, one filter per group and 64 groups."""
+    """A 3x3 convolution with 64 channels or, with a `Tile`, a 7x7 one with one filter per group and 64 groups."""
     is_product, x = isinstance(tile, GemmTile), _image(64, 2, channels_first)
     grid = launch.grid(layer("hv", (3, 3) if is_product else (7, 7), 64).geometry)
     kernels: Any = conv_kernels if is_product else depthwise_kernels
@@ -214,12 +214,12 @@ def _gemm(name: str, tile: Any, channels_first: bool) -> Entry:
 
 
 def _work(tile: Any) -> float:
-    """Multiply-adds of one step or tap per thread, of a product in thousands."""
+    """Multiply-adds of one step or tap per thread; for a product, in thousands."""
     return math.prod(tile.constants.values()) / (32 * tile.warps) / (1000 if isinstance(tile, GemmTile) else 1)
 
 
 def matrix_constants(kernel: Any, tile: GemmTile, of_float32: str = "ieee") -> dict[str, Any]:
-    """The constexprs of a kernel for symmetric matrices (but its sums of strips) of even n with a shipped tile."""
+    """The constexprs of a kernel for symmetric matrices of even n (except `_sum_kernel`), with a shipped tile."""
     precision = {"PRECISION": of_float32}
     if kernel is symm_kernels._strips_kernel:
         shape = {"BLOCK_R": tile.block_m, "BLOCK_B": tile.block_n, "BLOCK_C": tile.block_k}
@@ -254,9 +254,9 @@ def compile_kernel(
     types: dict[str, str] | None = None,
     odd: tuple[str, ...] = (),
 ) -> Any:
-    """The kernel compiled ahead of time, for tensors aligned to 16 bytes and integers, but `odd`, that 16 divides.
+    """The kernel compiled ahead of time, for tensors aligned to 16 bytes and integers that 16 divides, except `odd`.
 
-    `types`: of arguments that are neither 32-bit integers nor, named _ptr, pointers to `dtype`.
+    `types`: those of arguments that are neither 32-bit integers nor, if named _ptr, pointers to `dtype`.
     """
     names = kernel.arg_names
     kinds = {name: (types or {}).get(name) or (f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}

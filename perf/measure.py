@@ -1,4 +1,4 @@
-"""Time what a layer takes, and refuse to where it computes the wrong thing."""
+"""Time layers, and refuse to time a path that computes wrong results."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ except ImportError:
 
 Step = Callable[[], object]
 
-#: Steps on a GPU that take fewer seconds are timed as CUDA graphs, so that launching them does not count.
+#: Steps on a GPU that take fewer seconds than this are timed as CUDA graphs, so that launching them does not count.
 GRAPH_BELOW = 300e-6
-#: A sample on the CPU is the mean of as many calls as take so many seconds, at least one.
+#: A sample on the CPU is the mean of as many calls as take this many seconds, at least one.
 SAMPLE = 2e-3
 
 
 def spread(seconds: list[float]) -> float:
-    """Between the quartiles, over the median."""
+    """The interquartile range over the median."""
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (0.0, 1.0, 0.0)
     return (high - low) / middle
 
 
 def forced(path: str | None, tiles: Any = ()) -> Any:
-    """The context that computes by a path; 'auto' is whatever the plan is."""
+    """The context that forces a path; with None or 'auto' the plan chooses."""
     return contextlib.nullcontext() if path in (None, "auto") else tritonsym.path(path, tiles)
 
 
 def auto(layer: nn.Module, x: Tensor, training: bool) -> plan.Plan:
-    """How a call computes it by default."""
+    """The plan of a call by default."""
     with torch.set_grad_enabled(training):
         planned: plan.Plan = tritonsym.explain(layer, x)
     return planned
 
 
 def paths(layer: nn.Module, x: Tensor) -> list[str]:
-    """Those that can be forced on this layer and run on the device of x."""
+    """The paths that can be forced on this layer and run on the device of x."""
     possible = []
     for path in plan.PATHS:
         with contextlib.suppress(ValueError, NotImplementedError), tritonsym.path(path):
@@ -72,7 +72,7 @@ def paths(layer: nn.Module, x: Tensor) -> list[str]:
 
 
 def make_step(module: nn.Module, x: Tensor, training: bool, path: str | None = None, tiles: Any = ()) -> Step:
-    """A forward pass, or one with the gradients of x and of every parameter; of torch's own layer without a path."""
+    """A forward pass, or a training step: also the gradients of x and of every parameter."""
 
     def forward() -> Tensor:
         with torch.no_grad(), forced(path, tiles):
@@ -86,12 +86,12 @@ def make_step(module: nn.Module, x: Tensor, training: bool, path: str | None = N
     if not training:
         return forward
     inputs = [x.detach().requires_grad_(), *module.parameters()]
-    dy = torch.ones_like(forward())  # a dense tensor, as a network sends
+    dy = torch.ones_like(forward())  # a dense gradient, as in a network
     return step
 
 
 def gate(layer: nn.Module, x: Tensor, path: str, tiles: Any = ()) -> None:
-    """Raise AssertionError unless the path, of one image or a whole matrix, is as right as torch's own layer."""
+    """Raise AssertionError unless the path, on one image or a whole matrix, is as accurate as torch's layer."""
     is_default = path in {auto(layer, x, training).path for training in (False, True)}
     x = x[:1] if hasattr(layer, "kernel_size") else x
     with forced(path, tiles):
@@ -100,7 +100,7 @@ def gate(layer: nn.Module, x: Tensor, path: str, tiles: Any = ()) -> None:
             errors = [(f(x).double() - exact).square().mean().sqrt() for f in (layer.ours, layer.dense)]
             allowed = 2 * errors[1] + torch.finfo(x.dtype).eps * exact.square().mean().sqrt()
             assert errors[0] <= allowed, f"RMS error {errors[0]:.3e} > allowed {allowed:.3e}"
-        # by torch ops the shift path may round a little more than the rule allows where `auto` would not take it
+        # in torch ops the shift path may round a little more than the rule allows where `auto` would not take it
         elif path == "shift" and not is_default and not tritonsym.explain(layer, x).tiles:
             with torch.no_grad():
                 y = layer(x)
@@ -114,12 +114,13 @@ def gate(layer: nn.Module, x: Tensor, path: str, tiles: Any = ()) -> None:
 def measure(
     steps: dict[Any, Step], rounds: int, device: torch.device, cold: bool = True
 ) -> tuple[dict[Any, list[float]], dict[str, Any]]:
-    """Seconds of every step, to 4 digits, once in each round, so that a drift of the machine's speed touches all of
-    them; in an order drawn for every round, so that none always runs after the same other one, whose data or code it
-    finds in the caches.
+    """Seconds of every step in every round, to 4 digits.
 
-    On a GPU every sample starts with an L2 cache full of other data, unless `cold` is false, and the second result
-    tells of every step what the host takes to launch it, its peak memory, and which ran as CUDA graphs.
+    Every round runs each step once, so that a drift of the machine's speed affects all of them, in a random order, so
+    that no step always finds the caches as the same other one left them.
+
+    On a GPU every sample starts with an L2 cache full of other data, unless `cold` is false, and the second result has
+    for every step the host's time to launch it and its peak memory, and the steps that ran as CUDA graphs.
     """
     if device.type == "cuda":
         sample, more = _on_gpu(steps, device, cold)
@@ -150,7 +151,7 @@ def _on_gpu(steps: dict[Any, Step], device: torch.device, cold: bool) -> tuple[C
     other = torch.empty(2 * l2, dtype=torch.uint8, device=device)
 
     def sample(name: Any) -> float:
-        torch.cuda._sleep(int(4e9 * min(launched[name], 5e-3)))  # cycles, until the host has launched all that follows
+        torch.cuda._sleep(int(4e9 * min(launched[name], 5e-3)))  # cycles: waits until the host has launched the rest
         if cold:
             other.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -161,7 +162,7 @@ def _on_gpu(steps: dict[Any, Step], device: torch.device, cold: bool) -> tuple[C
         return start.elapsed_time(end) / 1e3
 
     for name, step in steps.items():
-        _seconds(step, 3)  # compiles, fills caches
+        _seconds(step, 3)  # compiles, and fills caches
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

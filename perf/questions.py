@@ -1,9 +1,9 @@
-"""What only a GPU can tell, first of all: one question a line, with its verdict.
+"""Questions that only a GPU can answer, one per line, each with its verdict.
 
     python -m tritonsym.perf.questions [NAME...] [--tiny]
 
-The exit code is 1 if something computes the wrong thing; slow answers are answers. --tiny: in Triton's interpreter on
-the CPU, at tiny sizes, to try the program.
+The exit code is 1 if something computes wrong results; slow paths do not count. --tiny tries the program in Triton's
+interpreter on the CPU, at tiny sizes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Setting:
 
 
 def host(setting: Setting) -> Answer:
-    """Is the host's time of a call under 1.5x of nn.Conv2d's?"""
+    """Is the host's time for a call under 1.5x that of nn.Conv2d?"""
     layer = setting.layer("hv", 64)
     x, found, most = setting.image(layer, 2, 8), [], 0.0
     for training in (False, True):
@@ -71,7 +71,7 @@ def host(setting: Setting) -> Answer:
 
 
 def padding(setting: Setting) -> Answer:
-    """Does z gain from a pitch that 16 divides? (d4, 64 channels: 72 rows)"""
+    """Is z faster with a pitch that 16 divides? (d4, 64 channels: 72 rows)"""
     layer, taken = setting.layer("d4", 64), {}
     x = setting.image(layer, 256, 56)
     for pitch in (16, 1):
@@ -153,7 +153,7 @@ def tf32(setting: Setting) -> Answer:
 
 
 def large(setting: Setting) -> Answer:
-    """Are the last places of an image of more than 2^31 values right?"""
+    """Are the last positions of an image of more than 2^31 values right?"""
     layer, wrong = setting.layer("hv", 64), []
     size = 9 if setting.tiny else 5800
     x = torch.zeros(1, size, size, layer.in_channels, device=setting.device, dtype=layer.weight.dtype).movedim(-1, 1)
@@ -167,7 +167,7 @@ def large(setting: Setting) -> Answer:
     return not wrong, "; ".join(wrong) or f"{x.numel():,} values, yes"
 
 
-#: Whether what is not so is an error.
+#: All questions, and whether a no is an error.
 QUESTIONS: dict[Callable[[Setting], Answer], bool] = {
     host: False, padding: False, leading_dimension: False, few_channels: False, graphs: True, tf32: True, large: True
 }  # fmt: skip

@@ -1,10 +1,9 @@
-"""Write what README.md and perf/results/README.md show of the measurements, the plot, and the figure of symmetries.
+"""Write the tables of README.md and perf/results/README.md, the plot, and the figure of the symmetries.
 
     python -m tritonsym.perf.table [--root CHECKOUT]
 
-Everything comes from the files in `RESULTS`, which lie in perf/results of the checkout; measure them anew by the
-commands that they hold, then run this. In README.md what stands between ``<!-- measured -->`` and
-``<!-- /measured -->`` is replaced.
+Everything comes from the files in `RESULTS`, in perf/results of the checkout. To renew them, run the commands that they
+hold, then this program. In README.md it replaces the text between ``<!-- measured -->`` and ``<!-- /measured -->``.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from tritonsym.perf.bench import Row, load, speedups
 from tritonsym.perf.cases import FUNCTIONS, GPU, INPUTS, MEANT, SYMMETRIES, shape_and_kind
 
 FOLDER = Path("perf/results")
-#: What the tables are made of: outputs of `python -m tritonsym bench`, by what they hold.
+#: The sources of the tables: outputs of `python -m tritonsym bench`, by what they hold.
 RESULTS = {
-    "layers": "2026-11-25-cpu.json",
-    "one thread": "2026-11-25-cpu-one-thread.json",
-    "groups": "2026-11-25-groups.json",
-    "matrices": "2026-11-25-cpu-matrices.json",
+    "layers": "2026-11-26-cpu.json",
+    "one thread": "2026-11-26-cpu-one-thread.json",
+    "groups": "2026-11-26-groups.json",
+    "matrices": "2026-11-26-cpu-matrices.json",
 }
 MODES = ("forward", "training")
 #: Inputs of group convolutions, and sizes of matrices, that README shows.
@@ -45,7 +44,7 @@ def _markdown(*rows: Sequence[str]) -> str:
 
 
 def _format(row: Row) -> str:
-    """Channels-last where torch has it."""
+    """The memory format that is shown: channels-last where torch has it."""
     return [*row["plan"]][-1]
 
 
@@ -57,8 +56,10 @@ def _cell(row: Row | None) -> str:
 
 
 def means(rows: Iterable[Row], variant: str) -> list[str]:
-    """Geometric means over README's inputs of the speedups of a variant ('auto channels_last'): for every symmetry and
-    over all, inference and training."""
+    """Geometric means of the speedups of a variant ('auto channels_last') over README's inputs.
+
+    Inference, then training: one mean for every symmetry and one over all.
+    """
     cells, rows = [], list(rows)
     for mode in MODES:
         for symmetries in (*([s] for s in SYMMETRIES), SYMMETRIES):
@@ -73,7 +74,7 @@ def means(rows: Iterable[Row], variant: str) -> list[str]:
 
 
 def _rows(result: dict[str, Any]) -> dict[tuple[str, str], Row]:
-    """By case and mode, the first of several dtypes."""
+    """The rows by case and mode, of the first dtype if there are several."""
     rows: dict[tuple[str, str], Row] = {}
     for row in result["rows"]:
         rows.setdefault((row["case"], row["mode"]), row)
@@ -81,7 +82,7 @@ def _rows(result: dict[str, Any]) -> dict[tuple[str, str], Row]:
 
 
 def _by_symmetry(result: dict[str, Any], prefix: str = "") -> dict[str, list[str]]:
-    """Of every input that was measured under all symmetries, their cells: inference, then training."""
+    """For every input that was measured under all symmetries, their cells: inference, then training."""
     rows, shapes = _rows(result), {}
     for case, _ in rows:
         shape, kind = shape_and_kind(case)
@@ -95,7 +96,7 @@ def _by_symmetry(result: dict[str, Any], prefix: str = "") -> dict[str, list[str
 
 
 def _others(result: dict[str, Any], prefix: str = "") -> list[list[str]]:
-    """Input, layer, milliseconds of the dense layer, and cells, of all cases that `_by_symmetry` leaves out."""
+    """Input, layer, milliseconds of the dense layer, and cells, for all cases that `_by_symmetry` leaves out."""
     rows, shown, lines = _rows(result), _by_symmetry(result, prefix), []
     for case in dict.fromkeys(case for case, _ in rows):
         forward, (shape, kind) = rows[case, "forward"], shape_and_kind(case)
@@ -113,7 +114,7 @@ COLUMNS = [f"`{symmetry}`" for symmetry in SYMMETRIES] * 2
 
 
 def when(results: Results) -> str:
-    """Where layers are faster than dense ones, by channels: the slowest and the fastest cell."""
+    """How much faster layers are than dense ones, by channels: from the slowest to the fastest cell."""
     bounds = ((0, 32), (64, 64), (128, 256), (257, 8192))
 
     def line(name: str, cells: dict[str, list[str]], columns: Sequence[int]) -> list[str]:
@@ -133,7 +134,7 @@ def when(results: Results) -> str:
 
 
 def _matrix_lines(result: dict[str, Any], batches: Sequence[int]) -> list[list[str]]:
-    """By n: `SymmetricLinear` for so many rows, inference and training, and the functions of matrices."""
+    """By n: `SymmetricLinear` for these numbers of rows, inference and training, and the functions of matrices."""
     rows = _rows(result)
     sizes = {int(n) for case, _ in rows for n in re.findall(r"-c(\d+)", case)}
     linear = [(f"n{b}-c{{n}}-linear", mode) for mode in MODES for b in batches]
@@ -147,7 +148,7 @@ def _matrix_head(batches: Sequence[int]) -> list[str]:
 
 
 def measured(results: Results) -> str:
-    """What README shows."""
+    """The tables that README shows."""
     layers, groups = results["layers"], results["groups"]
     last, plain = (
         [cell for i, cell in enumerate(means(layers["rows"], f"auto {form}")) if i not in (3, 7)]
@@ -180,7 +181,7 @@ def measured(results: Results) -> str:
 
 
 def full(results: Results, files: dict[str, dict[str, Any]]) -> str:
-    """perf/results/README.md: every table, and where it comes from. `files`: all results that lie there, by name."""
+    """perf/results/README.md: every table, and where it comes from. `files`: all results in that folder, by name."""
     layers, groups = results["layers"], results["groups"]
     forms = [("channels-last", "channels_last"), ("contiguous", "nchw")]
     ways = [(label, f"auto {form}") for label, form in forms]
@@ -240,7 +241,7 @@ def full(results: Results, files: dict[str, dict[str, Any]]) -> str:
 
 
 def estimate() -> str:
-    """Of the same layers on a GPU, by the model of `plan.estimated_seconds`: nothing of it was measured."""
+    """Speedups of the same layers on a GPU by the model of `plan.estimated_seconds`; none of them was measured."""
     symmetries = ("h", "hv", "c4", "d4")
     lines: dict[str, list[str]] = {}
     for case in GPU:
@@ -286,7 +287,7 @@ def _picture(results: str) -> str:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """README.md, perf/results/README.md and the figure of a checkout, as they have to be."""
+    """README.md, perf/results/README.md and the figure of a checkout, as they should be."""
     folder, readme = root / FOLDER, root / "README.md"
     files = {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     results = {what: files[name] for what, name in RESULTS.items()}

@@ -1,12 +1,12 @@
-"""Find the fastest path, and tiles of its kernels, on this GPU, for the layers of a model or for named cases.
+"""Find the fastest path and the tiles of its kernels on this GPU, for the layers of a model or for named cases.
 
-Convolutions, `SymmetricLinear` and, among the cases, products with a symmetric result.
+It tunes convolutions, `SymmetricLinear` and, among the cases, products with a symmetric result.
 
     python -m tritonsym tune [--filter c256] [--budget 300] [--output kernels/tuned/GPU.json]
 
-What is found goes into the user's table (`tritonsym.tuned`), from which every later plan takes it. Layers that are in
-it are skipped, so that an interrupted search goes on where it was; --again searches anew. --output writes what is known
-of these layers to another file too, for example one to ship with the library.
+Results go into the user's table (`tritonsym.tuned`), from which every later plan takes them. Layers that it holds are
+skipped, so that an interrupted search continues where it stopped; --again searches anew. --output writes the entries of
+these layers to another file as well, for example one to ship with the library.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BETTER = 0.98
 
 @dataclass(frozen=True)
 class Job:
-    """A problem, whether it is that of a training step, and what makes a layer and an input that pose it."""
+    """A problem, whether it is a training step's, and a function that makes a layer and an input that pose it."""
 
     problem: plan.Problem
     training: bool
@@ -44,9 +44,9 @@ class Job:
 
 
 def neighbours(tile: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Tiles with one number halved or doubled, the stages (the fifth) one less or more; many do not fit.
+    """Tiles with one number halved or doubled, or the stages (the fifth) one less or more; many do not fit.
 
-    Of a matrix product also those with both sides halved or doubled: where tiles are square, no others fit.
+    For a matrix product also tiles with both sides halved or doubled: where tiles are square, no others fit.
     """
     for i, n in enumerate(tile):
         for other in (n - 1, n + 1) if i == 4 else (n // 2, 2 * n):
@@ -62,13 +62,13 @@ def _medians(steps: dict[Any, Step], rounds: int, device: torch.device) -> dict[
 
 
 def climb(job: Job, layer: nn.Module, x: Tensor, path: str, deadline: float) -> tuned.Tiles:
-    """The best tiles found by moving to a better neighbour of one tile after the other until there is none."""
+    """The best tiles found by moving to a better neighbour, one tile after the other, until there is none."""
     with tritonsym.path(path):
         best = plan.plan(job.problem).tiles
     seen, better = {best}, True
     while better:
         better = False
-        for i in range(len(best) if job.training else 1):  # the others are of gradients
+        for i in range(len(best) if job.training else 1):  # the other tiles are for gradients
             for tile in neighbours(best[i]):
                 tiles = (*best[:i], tile, *best[i + 1 :])
                 if tiles in seen or not job.problem.runs(path, tiles):
@@ -83,12 +83,12 @@ def climb(job: Job, layer: nn.Module, x: Tensor, path: str, deadline: float) -> 
                         gate(layer, x, path, tiles)
                         best, better = tiles, True
                 except (RuntimeError, AssertionError):
-                    continue  # does not run, or not right
+                    continue  # does not run, or computes wrong results
     return best
 
 
 def search(job: Job, deadline: float) -> dict[str, Any]:
-    """The entry of a table for a job: the fastest of the paths that are right, each with its best tiles."""
+    """The entry of a table for a job: the fastest path among those that are right, each with its best tiles."""
     layer, x = job.make()
     tiles: dict[str, tuned.Tiles] = {}
     for path in paths(layer, x):
@@ -104,7 +104,7 @@ def search(job: Job, deadline: float) -> dict[str, Any]:
 
 
 def run(jobs: Sequence[Job], device: torch.device, budget: float, again: bool = False) -> tuple[dict[str, Any], bool]:
-    """Tune every job that is not in the user's table; the entries of all that are, and whether none is left."""
+    """Tune every job that is not in the user's table; returns all entries found there, and whether no job is left."""
     by_key: dict[str, Job] = {}
     for job in jobs:
         by_key.setdefault(job.problem.key, job)
@@ -168,7 +168,7 @@ def _copy(layer: nn.Module, like: Tensor, device: torch.device) -> tuple[nn.Modu
 
 
 def _jobs(case: Case, device: torch.device) -> Iterator[Job]:
-    """Of a case in its first dtype, every mode; images are channels-last."""
+    """The jobs of a case in its first dtype, one per mode; images are channels-last."""
     dtype = case.dtypes[0]
     for mode in case.modes:
         x, training = [*case.input(dtype, "meta").values()][-1], mode == "training"

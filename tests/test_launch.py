@@ -196,7 +196,7 @@ def test_kernels_of_a_network(gpu, path):
 
 def test_tensors_that_are_not_aligned(gpu):
     """Kernels are compiled for their alignment."""
-    layer, x = nn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="h").bfloat16(), torch.randn(2, 6, 4, 8).bfloat16()
+    layer = nn.SymmetricConv2d(8, 8, 3, padding=1, symmetry="h").bfloat16()
     with tritonsym.path("implicit_gemm"), torch.no_grad():
         for at, count in ((0, 1), (1, 2), (0, 2), (1, 2)):
             x = torch.randn(2 * 6 * 4 * 8 + 1).bfloat16()[at:][: 2 * 6 * 4 * 8].view(2, 6, 4, 8).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""``python -m tritonsym``: what is installed, whether it computes right on this machine and how fast, and a demo."""
+"""``python -m tritonsym``: what is installed, whether it computes correctly on this machine, how fast, and a demo."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ DTYPES = (torch.float32, torch.float64, *LOW_PRECISION, torch.complex64)
 
 
 class Case(NamedTuple):
-    """A layer, and the shape of an input with the batch first."""
+    """A layer, and the shape of its input, batch first."""
 
     layer: str
     options: str  # as the table shows them
     build: Callable[..., nn.Module]
     shape: tuple[int, ...]
-    is_ordered: bool = False  # compares numbers: not complex, and in low precision nearly equal ones may change places
+    is_ordered: bool = False  # compares numbers: not for complex ones, nor in low precision, where near ties may flip
 
 
 def _conv(name: str, ndim: int, symmetry: Any, **options: Any) -> Case:
@@ -117,7 +117,7 @@ def cases() -> Iterator[Case]:
 
 
 def _checks(layer: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What to check of a layer, by name: every path that computes it, its weights, and its outputs for moved inputs."""
+    """The checks of a layer, by name: every path that computes it, its weights, and its equivariance."""
 
     def on_path(path: str) -> None:
         with plan.path(path):
@@ -209,11 +209,11 @@ def _picture(text: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tritonsym",
-        description="Is it right on this machine, how fast is it, and what is there?",
+        description="Check the library on this machine, measure its speed, and list what it offers.",
         epilog=f"""example: python -m tritonsym advise tritonsym.demo:plain_cnn --input 8,1,8,8
 
 {EXIT_CODES}
-Every command has more to say: python -m tritonsym COMMAND --help""",
+More on each command: python -m tritonsym COMMAND --help""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -230,12 +230,10 @@ Every command has more to say: python -m tritonsym COMMAND --help""",
     add("info", "versions, devices and the backend in force", "")
     text = "compare every layer, several symmetries and dtypes, with the reference on this machine"
     command = add("check", text, "--device cpu")
-    command.add_argument(
-        "--device", type=_device, help="e.g. cpu or cuda:1; without it the CPU, and CUDA if there is any"
-    )
-    command = add("docs", "all public names with a line each; one of them whole; what the files hold", "TiedConv2d")
+    command.add_argument("--device", type=_device, help="e.g. cpu or cuda:1 (default: the CPU, and CUDA if available)")
+    command = add("docs", "list the public names, show one in full, or list the files", "TiedConv2d")
     command.add_argument("name", nargs="?", help="a public name, e.g. TiedConv2d or nn.TiedConv2d")
-    command.add_argument("--files", action="store_true", help="the files of the library instead")
+    command.add_argument("--files", action="store_true", help="list the files of the library instead")
     text = "train a small CNN and its symmetric twin on handwritten digits and draw both"
     command = add("demo", text, "--symmetry d4 --epochs 10")
     command.add_argument("--epochs", type=_positive, default=30, help="default: %(default)s")
@@ -246,15 +244,15 @@ Every command has more to say: python -m tritonsym COMMAND --help""",
     )
     command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     command.add_argument("--output", type=_picture, default=Path("demo.png"), help="picture (default: %(default)s)")
-    for name, (text, _) in PERF.items():  # its options are its own: see tritonsym.perf
+    for name, (text, _) in PERF.items():  # it parses its own options: see tritonsym.perf
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
 
-#: What all commands return.
+#: The exit codes of all commands.
 EXIT_CODES = """exit codes: 0 all is well; 1 something is wrong, slower or missing; 2 wrong arguments; 75 --budget is
 spent and cases are left; 130 interrupted"""
-#: Commands that `tritonsym.perf` does, and what they need.
+#: Commands in `tritonsym.perf`: their help, and the packages they need.
 PERF: dict[str, tuple[str, tuple[str, ...]]] = {
     "advise": ("time the convolutions of your model dense and symmetric; table, JSON, plot", ()),
     "bench": ("time every path against the dense layer; plots, JSON, comparison with an older run", ("matplotlib",)),
@@ -263,7 +261,7 @@ PERF: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _lacks(command: str, extra: str, packages: Sequence[str]) -> bool:
-    """Whether packages that a command needs are missing; says which and what to do."""
+    """Whether packages that a command needs are missing; prints which, and how to install them."""
     if missing := [name for name in packages if find_spec(name) is None]:
         print(f'The {command} needs {", ".join(missing)}: pip install "tritonsym[{extra}]"', file=sys.stderr)
     return bool(missing)

@@ -1,6 +1,6 @@
-"""The few private names of torch that have no public twin, each with the versions it was seen in (2.11 and 2.13).
+"""The few private names of torch that have no public equivalent, all of them seen in torch 2.11 and 2.13.
 
-Without one of them something small is lost, and `import tritonsym` still works.
+If one is missing, something small is lost, and `import tritonsym` still works.
 """
 
 from __future__ import annotations
@@ -26,39 +26,42 @@ else:
 
 
 def constant(function: Function) -> Function:
-    """Let Dynamo call this function of plain values instead of tracing it: `torch.compiler.assume_constant_result`,
-    which would import all of Dynamo to do so. Without the mark Dynamo traces the function."""
+    """Let Dynamo call this function of plain values instead of tracing it.
+
+    The same as `torch.compiler.assume_constant_result`, which would import all of Dynamo. If Dynamo ignores the mark,
+    it traces the function.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @constant
 def is_exporting() -> bool:
-    """`torch.compiler.is_exporting`, which Dynamo of torch 2.11 takes for true while it compiles."""
+    """`torch.compiler.is_exporting`, which Dynamo of torch 2.11 takes to be true while it compiles."""
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 @constant
 def is_exporting_onnx() -> bool:
-    """`torch.onnx.is_in_onnx_export`, without importing what has not been imported."""
+    """`torch.onnx.is_in_onnx_export`, without importing `torch.onnx`."""
     onnx = getattr(torch, "onnx", None)
     return bool(onnx is not None and onnx.is_in_onnx_export())
 
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has matrix instructions for it, or torch does not say."""
+    """Whether the CPU has bfloat16 matrix instructions, or torch cannot tell."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return supported is None or bool(supported())
 
 
 def transforms_are_active() -> bool:
-    """Whether `torch.func` transforms, or forward-mode differentiation, are at work."""
+    """Whether `torch.func` transforms, or forward-mode differentiation, are active."""
     return bool(_transforms()) or getattr(fwAD, "_current_level", -1) >= 0
 
 
 def is_mapped(gradient: torch.Tensor) -> bool:
-    """Whether a backward pass is mapped over gradients by ``is_grads_batched``, as Jacobians are."""
+    """Whether ``is_grads_batched`` maps the backward pass over this gradient, as for Jacobians."""
     return _batched is not None and torch._C._dispatch_keys(gradient).has(_batched)
 
 

@@ -232,5 +232,5 @@ def warn_of_optimizers(where: str, gone: Iterable[Tensor]) -> None:
                 warnings.warn(
                     f"{where}: the parameters are new, but a {type(item).__name__} holds {held} of the old ones and "
                     "would go on changing those; make the optimizer after the conversion",
-                    stacklevel=3,
+                    stacklevel=4,
                 )

@@ -1,12 +1,12 @@
-"""Products with symmetric matrices in torch ops, by blocks: half of the bytes, or half of the multiply-adds.
+"""Blocked products with symmetric matrices in torch ops: half the memory traffic, or half the multiply-adds.
 
-A packed matrix (`tritonsym.packing`) is read as views of its rectangle. With A = S[r, c] a block below the diagonal,
+A packed matrix (`tritonsym.packing`) is read as views of its rectangle. For a block A = S[r, c] below the diagonal,
 
     y[:, c] += x[:, r] A          y[:, r] += x[:, c] A^T          dA = [x[:, r]; dy[:, r]]^T [dy[:, c]; x[:, c]]
 
-so that A comes from memory once and is used twice, and no n x n matrix is built. The two triangles of the rectangle are
-halved again and again; their squares of one size lie at equal distances, so that they are one batch. Products with a
-symmetric result are halved in the same way, and mirrored.
+so A is read from memory once and used twice, and no n x n matrix is built. The two triangles of the rectangle are
+halved recursively; squares of one size lie at equal distances and form one batch. For products with a symmetric result
+the lower half is computed in the same way, and mirrored.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 
 from tritonsym.packing import mirror, order_of, packed_shape, widens_float16
 
-#: Rows at most of the blocks on the diagonal, of which copies are made.
+#: Most rows of a block on the diagonal; these blocks are copied.
 EDGE = 128
-#: Bytes of the blocks that stay in a thread's cache between their two uses, and the columns of a block at most.
+#: Bytes of a block that stays in a thread's cache between its two uses, and the most columns of a block.
 CACHE, WIDTH = 1 << 20, 1024
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Piece(NamedTuple):
-    """Blocks (count, height, width) of the rectangle, of which the first begins at `place`.
+    """A batch of blocks of the rectangle: `size` is (count, height, width), and the first block begins at `place`.
 
-    Block k holds S[i, j] from i = row + k down and j = column + k right on, if `flipped` S[j, i]. Of blocks on the
-    diagonal the lower triangles count, if flipped the upper ones.
+    Block k holds S[i, j], or S[j, i] if `flipped`, from i = row + k * down and j = column + k * right on. In blocks on
+    the diagonal only the lower triangle counts, or the upper one if `flipped`.
     """
 
     size: tuple[int, int, int]
@@ -45,14 +45,14 @@ class Piece(NamedTuple):
 
 
 def _halvings(order: int) -> tuple[int, int]:
-    """How often a triangle is halved, and the rows of the blocks on its diagonal; less than a row of each is left."""
+    """How often a triangle is halved, and the rows of its diagonal blocks; fewer rows than blocks are left over."""
     times = (order // (EDGE + 1)).bit_length()
     return times, order >> times
 
 
 @lru_cache(maxsize=256)
 def _pieces(n: int, itemsize: int, threads: int) -> list[Piece]:
-    """Of a packed n x n matrix, which hold all of its values once."""
+    """The pieces of a packed n x n matrix; together they hold each of its values once."""
     pitch, half, even = (n + 1) // 2, n // 2, 1 - n % 2
     found: list[Piece] = []
 
@@ -63,7 +63,7 @@ def _pieces(n: int, itemsize: int, threads: int) -> list[Piece]:
             found.append(Piece(size, stride, place, row, down, column, right, flipped))
 
     def tiles(height: int, width: int, row: int, column: int, flipped: bool) -> None:
-        """A block by tiles, one for every thread at a time; a small one as it is."""
+        """Split a block into batches of tiles, one tile per thread; a small block stays whole."""
         for left in range(0, width if height else 0, WIDTH):
             w = min(WIDTH, width - left)
             most = max(1, CACHE // (itemsize * w))
@@ -96,25 +96,25 @@ def _pieces(n: int, itemsize: int, threads: int) -> list[Piece]:
 
 
 def _in_memory(x: Tensor) -> Tensor:
-    """Contiguous, with the signs and conjugates that torch may keep as flags."""
+    """x, contiguous, with any lazy conjugation and negation carried out."""
     return x.resolve_conj().resolve_neg().contiguous()
 
 
 def _views(packed: Tensor) -> list[tuple[Tensor, Piece]]:
-    """The blocks of a packed matrix, contiguous."""
+    """The blocks of a contiguous packed matrix, as views, with their pieces."""
     pieces = _pieces(order_of(packed), packed.element_size(), torch.get_num_threads())
     start = packed.storage_offset()
     return [(packed.as_strided(piece.size, piece.stride, start + piece.place), piece) for piece in pieces]
 
 
 def _columns(x: Tensor, start: int, step: int, count: int, width: int) -> Tensor:
-    """So many columns of x (B, n), contiguous, for every block: (count, B, width)."""
+    """The `width` columns of x (B, n), contiguous, for every block, from start + k * step on: (count, B, width)."""
     rows, n = x.shape
     return x.as_strided((count, rows, width), (step, n, 1), x.storage_offset() + start)
 
 
 def _add(y: Tensor, start: int, step: int, values: Tensor, sign: int) -> None:
-    """Add values (count, B, width) to the `_columns` of y."""
+    """Add sign * values (count, B, width) to the `_columns` of y."""
     if step == 0 and values.shape[0] > 1:
         values = values.sum(0, keepdim=True, dtype=y.dtype)
     _columns(y, start, step, values.shape[0], values.shape[2]).add_(values, alpha=sign)
@@ -122,13 +122,13 @@ def _add(y: Tensor, start: int, step: int, values: Tensor, sign: int) -> None:
 
 @lru_cache(maxsize=32)
 def _mask(order: int, dtype: torch.dtype, device: torch.device, upper: bool) -> Tensor:
-    """All bits in one triangle, none beside it."""
+    """All bits set in one triangle, none outside it."""
     bits = torch.full((order, order), -1, dtype=dtype, device=device)
     return bits.triu_() if upper else bits.tril_()
 
 
 def _triangles(blocks: Tensor, upper: bool) -> Tensor:
-    """A copy with zeros beside the triangles, where the other triangle of the rectangle may have infinities."""
+    """A copy with zeros outside one triangle, where the other triangle of the rectangle may hold infinities."""
     if (dtype := _INTEGERS.get(blocks.element_size())) is None:
         return blocks.triu() if upper else blocks.tril()
     return (blocks.view(dtype) & _mask(blocks.shape[1], dtype, blocks.device, upper)).view(blocks.dtype)
@@ -136,9 +136,9 @@ def _triangles(blocks: Tensor, upper: bool) -> Tensor:
 
 @widens_float16
 def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, skew: bool = False) -> Tensor:
-    """x S + bias for x (B, n); sums over blocks are kept in float32 at least.
+    """x S + bias for x (B, n); blocks are summed in float32 or wider.
 
-    A skew-symmetric S has its lower triangle one row further down than the rectangle, and the upper one negated.
+    The lower triangle of a skew-symmetric S lies one row below that of the rectangle; the upper one is negated.
     """
     x = _in_memory(x)
     y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -161,7 +161,7 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None = None, skew: bool = 
 
 @widens_float16
 def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
-    """x S x^T for every row of x (B, n): half of the multiply-adds of a product; in float32 at least."""
+    """x S x^T for every row of x (B, n): half the multiply-adds of a product, summed in float32 or wider."""
     x = _in_memory(x)
     y = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     for blocks, (size, _, _, row, down, column, right, flipped) in _views(_in_memory(packed)):
@@ -173,7 +173,7 @@ def quadratic_form(x: Tensor, packed: Tensor) -> Tensor:
 
 
 def product_work(n: int) -> int:
-    """Multiply-adds of `product` by row of x: both triangles of a block on the diagonal are multiplied as a square."""
+    """Multiply-adds of `product` per row of x; blocks on the diagonal are multiplied twice, as whole squares."""
     squares = 0
     for order in ((n + 1) // 2, n // 2):
         times, edge = _halvings(order)
@@ -214,7 +214,7 @@ def gram_work(m: int) -> int:
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """beta a + alpha x x^T for x (batch, m, k) and a (batch, m, m) or None, of which the lower triangle counts."""
+    """beta a + alpha x x^T for x (batch, m, k) and a (batch, m, m) or None; only the lower triangle of a counts."""
     m = x.shape[1]
     c = x.new_empty(x.shape[0], m, m)
 

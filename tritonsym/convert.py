@@ -336,11 +336,7 @@ def replace_layers(
         why = "; ".join(dict.fromkeys(f"{s.name or '(model)'}: {s.reason}" for s in skipped[:3]))
         warnings.warn(f"{where}: nothing was replaced ({why or 'there is no such layer'})", stacklevel=2)
     model._modules.update(tail)
-    gone = [p for layer in model.modules() if id(layer) in replacements for p in layer.parameters()]
-    model = repoint(model, replacements)
-    if inplace:
-        kept = {id(p) for p in model.parameters()}
-        warn_of_optimizers(where, [p for p in gone if id(p) not in kept])
+    model = _replaced(where, model, replacements, inplace)
     after = _count(model)
     return model, Report(tuple(rows), tuple(skipped), before, after, group)
 
@@ -764,8 +760,13 @@ def materialize(model: nn.Module, inplace: bool = False) -> nn.Module:
     replacements: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
         _materialized(name, module, replacements)
-    gone = [p for layer in model.modules() if id(layer) in replacements for p in layer.parameters()]
-    model = repoint(model, replacements)
+    return _replaced(where, model, replacements, inplace)
+
+
+def _replaced(where: str, model: nn.Module, new: Mapping[int, nn.Module], inplace: bool) -> nn.Module:
+    """The model with the modules of these ids replaced. In place, warn of optimizers that hold old parameters."""
+    gone = [p for layer in model.modules() if id(layer) in new for p in layer.parameters()]
+    model = repoint(model, new)
     if inplace:
         kept = {id(p) for p in model.parameters()}
         warn_of_optimizers(where, [p for p in gone if id(p) not in kept])

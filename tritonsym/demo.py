@@ -22,11 +22,11 @@ from tritonsym.testing import assert_matches_reference, assert_symmetric
 
 EXTRAS = ("matplotlib", "sklearn", "tqdm")
 BATCH = 64
-#: What the symmetric model is meant to reach: this much of the dense accuracy with this share of its conv parameters.
+#: The goal: at most this many points below the dense accuracy, with at most this share of the conv parameters.
 POINTS, SHARE = 2.0, 0.6
 NEXT = """What your own model would gain on this machine: python -m tritonsym advise PACKAGE:BUILDER --input 8,3,224,224
 Convert it: model, report = tritonsym.replace_layers(model, conv="hv"); README.md says which symmetry fits what data
-Everything there is, with a line each: python -m tritonsym docs"""
+All public names, with a line each: python -m tritonsym docs"""
 
 
 class Contestant:
@@ -60,7 +60,7 @@ class Contestant:
 
 
 def plain_cnn() -> nn.Module:
-    """Three convolutions for 8 x 8 images of ten classes."""
+    """A CNN with three convolutions, for 8 x 8 images of ten classes."""
     return nn.Sequential(
         nn.Conv2d(1, 64, 5, padding=2),
         nn.ReLU(),
@@ -202,7 +202,7 @@ def draw(dense: Contestant, symmetric: Contestant, layer: str, output: Path) -> 
 
 
 def draw_filters(ax: Any, weight: Tensor, orbits: list[list[tuple[int, str]]]) -> None:
-    """Orbits one after the other, each scaled by its largest weight; those of several filters named and framed."""
+    """Draw orbits side by side, each scaled by its largest weight; those of several filters are named and framed."""
     from matplotlib.patches import Rectangle
 
     filters = weight.detach()[:, 0].numpy()

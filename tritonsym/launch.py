@@ -1,14 +1,14 @@
-"""Convolutions by Triton kernels: how tensors lie for them, and all that a repeated call need not work out again.
+"""Convolutions by Triton kernels: memory layouts, and launches that are prepared once and kept.
 
-Three paths. `shift`: products by the vendor's library, and the sums from their results to y by `kernels.shift`, which
-also adds the bias, applies the activation and pools. `fused`: its forward pass as one kernel, `kernels.fused`.
+There are three paths. `shift`: the vendor's library multiplies, and `kernels.shift` sums the products to y, adds the
+bias, applies the activation and pools. `fused`: the forward pass of `shift` as one kernel, `kernels.fused`.
 `implicit_gemm`: one kernel that reads the stored rows through `ConvSpec.row_table`, `kernels.conv` or, with one input
-channel per group, `kernels.depthwise`. The backward pass needs nothing but x and the weights (and one byte per value of
-a pooled orbit).
+channel per group, `kernels.depthwise`. The backward pass needs only x and the weights (and one byte per value of a
+pooled orbit).
 
-What depends on the spec, on shapes, strides, alignment, dtype and device alone is prepared on meta tensors and kept:
-a repeated call is a look-up, a few views and the launches. To capture it in a CUDA graph, call it once before, and its
-backward pass if that is captured too; nothing else is needed.
+What depends only on the spec, shapes, strides, dtype and device is prepared on meta tensors and kept: a repeated call
+is a look-up, a few views and the launches. Before capturing a call in a CUDA graph, run it once, with its backward pass
+if that is captured too; nothing else is needed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tritonsym.shift import Part, channels_last, is_last, like, parts
 from tritonsym.spec import ConvSpec, Geometry, Ints
 
 #: Most bytes of z, or of its gradient, at a time: the batch is computed in chunks of as many images as fit, at least
-#: one. Every chunk takes launches of its own.
+#: one. Every chunk has its own launches.
 SCRATCH_BYTES = 1 << 30
-#: What divides the channels of z: kernels read 128 bits at a time.
+#: The channels of z are padded to a multiple of this, since kernels read 128 bits at a time.
 PITCH = 16
 
 
@@ -50,7 +50,7 @@ def check_device(x: Tensor) -> None:
 
 
 class launching:
-    """Launch on the device of the operands, and say what was launched if that fails, but for want of memory."""
+    """Launch on the device of the operands; if that fails, except for lack of memory, say what was launched."""
 
     def __init__(self, path: str, tiles: Sequence[int], *operands: Tensor) -> None:
         self.path, self.tiles, self.operands = path, tiles, operands
@@ -67,7 +67,7 @@ class launching:
             raise RuntimeError(
                 f"tritonsym: the kernels of path {self.path!r} with tiles {list(self.tiles)} failed for {x.dtype} "
                 f"tensors {', '.join(str(tuple(t.shape)) for t in self.operands)} on {x.device}: {error}; "
-                "tritonsym.backend('reference') does without"
+                "tritonsym.backend('reference') avoids them"
             ) from error
 
 
@@ -83,13 +83,13 @@ def fprop(
     last: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """act(conv(x) + bias), channels-last or not, and if `keep` the images that won: bit i of a byte for image i.
+    """act(conv(x) + bias), channels-last if `last`, and with `keep` the images that won: bit i of a byte for image i.
 
-    `tiles`: those of the path's kernels (`kernels.tiles.as_tiles`). `inner`: axes that no image moves stay inside the
-    products of `shift`.
+    `tiles`: the numbers of the path's tiles (`kernels.tiles.as_tiles`). `inner`: axes that no image moves stay inside
+    the products of `shift`.
     """
     with launching(path, tiles, x, *weights):
-        form = spec, path, tuple(tiles), inner, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
+        form = spec, path, tuple(tiles), inner, *_forms(x, weights)
         layer, run, shape, stride = _forward(form, _form(x), bias is None, activation, last, keep)
         y = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
         winners = torch.empty_like(y, dtype=torch.uint8) if keep else None
@@ -109,11 +109,11 @@ def backward(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
-    """The gradients with respect to x and to the weights; of the path 'fused' those of `shift`."""
+    """The gradients with respect to x and the weights; the path 'fused' takes those of `shift`."""
     path = "shift" if path == "fused" else path
     with launching(path, tiles, x, *weights):
-        form = spec, path, tuple(tiles), inner, _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
-        if winners is not None:  # the gradient is shared by all winners, as that of torch.amax
+        form = spec, path, tuple(tiles), inner, *_forms(x, weights)
+        if winners is not None:  # all winners share the gradient, as in torch.amax
             winners = channels_last(winners)
             dy = torch.div(dy, _bits(winners), out=torch.empty_like(winners, dtype=dy.dtype))
         layer, run = _backward(form, _form(x), _form(dy), need_x, need_weights)
@@ -126,8 +126,13 @@ Found = tuple[Tensor | None, list[Tensor] | None]
 
 
 def _form(t: Tensor) -> Form:
-    """How a tensor lies."""
+    """Shape and strides of a tensor."""
     return t.shape, t.stride()
+
+
+def _forms(x: Tensor, weights: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a layer's launches are prepared for, besides its spec, its path and the form of x."""
+    return _precision(x), x.dtype, x.device, SCRATCH_BYTES, *map(_form, weights)
 
 
 def _meta(form: Form, dtype: torch.dtype) -> Tensor:
@@ -135,16 +140,16 @@ def _meta(form: Form, dtype: torch.dtype) -> Tensor:
 
 
 def _precision(x: Tensor) -> str:
-    """Of products in float32: torch's switch for convolutions."""
+    """The precision of float32 products: torch's switch for convolutions."""
     is_float32 = x.dtype == torch.float32
     return "tf32" if is_float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
-# --- how tensors lie --------------------------------------------------------------------------------------------------
+# --- memory layouts ---------------------------------------------------------------------------------------------------
 
 
 class View:
-    """A view of tensors like the one that `t`, on the meta device, is a view of."""
+    """The view that `t`, on the meta device, is of its base; `of` takes the same view of another tensor."""
 
     def __init__(self, t: Tensor) -> None:
         self.size, self.stride, self.offset = tuple(t.shape), t.stride(), t.storage_offset()
@@ -153,14 +158,14 @@ class View:
         return t.as_strided(self.size, self.stride, t.storage_offset() + self.offset)
 
     def new(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """An empty tensor that lies so."""
+        """An empty tensor of this shape and these strides."""
         return torch.empty_strided(self.size, self.stride, dtype=dtype or x.dtype, device=x.device)
 
 
 class Rows:
     """The stored weights of some blocks as the rows (groups, R, C, *kernel of the axes inside) of products, and back.
 
-    The rows of a group are block by block, slot by slot, filter by filter.
+    The rows of a group are ordered by block, then slot, then filter.
     """
 
     def __init__(
@@ -182,7 +187,7 @@ class Rows:
         self.shape = (spec.groups, sum(self.counts), *ordered[0].shape[-self.after :])
 
     def of(self, weights: Sequence[Tensor]) -> Tensor:
-        """Contiguous."""
+        """The rows of these weights, contiguous."""
         if len(self.number) == 1:
             return self.views[0][0].of(weights[self.number[0]]).reshape(self.shape).contiguous()
         rows = weights[0].new_empty(self.shape)
@@ -201,25 +206,25 @@ class Rows:
 
 
 def _like(x: Tensor) -> View:
-    """How the gradient of x lies: channels-last or channels-first."""
+    """The layout of the gradient of x: channels-last if x is, else contiguous."""
     return View(like(x, x.shape) if is_last(x) else x.new_empty(x.shape))
 
 
 def _to_3d(x: Tensor) -> Tensor:
-    """(N, C, *sizes) with axes of size 1 put in front of the spatial ones."""
+    """x (N, C, *sizes) with three spatial axes: those that are missing are put first, with size 1."""
     return x[(slice(None),) * 2 + (None,) * (5 - x.ndim)]
 
 
 def _three(values: Sequence[int], fill: int) -> Any:
-    """Of every axis of a kernel."""
+    """The values of three axes: `fill` for the first ones, where they are missing."""
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
-# --- what is prepared -------------------------------------------------------------------------------------------------
+# --- prepared layers --------------------------------------------------------------------------------------------------
 
 
 class Layer:
-    """A convolution by one path with weights of one form; what depends on x and dy is prepared by their forms."""
+    """A convolution by one path with weights of one form; its passes are prepared for the forms of x and dy."""
 
     def __init__(
         self, spec: ConvSpec, tiles: Sequence[Any], weights: Sequence[Tensor], device: torch.device, scratch: int
@@ -232,18 +237,18 @@ class Layer:
         return [stored.of(weights) for stored in self.stored]
 
     def gradients(self, weights: Sequence[Tensor], drows: Sequence[Tensor]) -> list[Tensor]:
-        """Of the weights, from those of the rows."""
+        """The gradients of the weights, from those of the rows."""
         found = [torch.empty_like(w) for w in weights]
         for stored, part in zip(self.stored, drows, strict=True):
             stored.write(found, part)
         return found
 
     def prepare_fprop(self, x: Tensor, y: Tensor, act: str | None) -> Callable[..., None]:
-        """run(x, rows, bias, y, winners) fills y and the winners."""
+        """A function run(x, rows, bias, y, winners) that fills y and the winners."""
         raise NotImplementedError
 
     def prepare_backward(self, dy: Tensor, x: Tensor, need_x: bool, need_rows: bool) -> Callable[..., Found]:
-        """run(dy, x, rows, winners) -> the gradients with respect to x and, in float32, to the rows."""
+        """A function run(dy, x, rows, winners) -> the gradients with respect to x and, in float32, the rows."""
         raise NotImplementedError
 
 
@@ -262,7 +267,7 @@ def _layer(
     from tritonsym.kernels.tiles import as_tiles
 
     common = ConvSpec.of(spec), as_tiles(tiles), [_meta(form, dtype) for form in weights], device, scratch
-    inner = inner and dtype != torch.float16  # whose convolutions neither keep z in float32 nor scale
+    inner = inner and dtype != torch.float16  # its convolutions can neither keep z in float32 nor scale
     if path == "fused":
         return Fused(*common, precision)
     return Shift(*common, inner) if path == "shift" else ImplicitGemm(*common, precision)
@@ -291,7 +296,7 @@ def _backward(
 
 
 def forget() -> None:
-    """Prepare anew."""
+    """Forget all that was prepared."""
     for prepared in (_layer, _forward, _backward, stages):
         prepared.cache_clear()
 
@@ -301,29 +306,29 @@ def forget() -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks with the same axes inside their products, and the sums of these.
+    """Blocks with the same axes inside their products, and the tables of the sums of these products.
 
-    Tap k of the other axes reads residue (dilation k - padding) mod stride: every residue class of positions, a phase,
-    has a product of its own with the rows needed there. Transposed convolutions have one phase. The z of all phases lie
-    side by side: (N, groups width, *sizes of the largest).
+    On the other axes, tap k reads residue (dilation k - padding) mod stride. Every residue class of positions, a phase,
+    has its own product with the rows needed there; transposed convolutions have one phase. The z of all phases lie side
+    by side: (N, groups width, *sizes of the largest).
     """
 
     inside: tuple[bool, ...]
     blocks: Ints
     phases: tuple[tuple[Ints, Ints], ...]  # residues, rows
-    count: int  # of rows of a group
+    count: int  # rows of a group
     to_y: Any  # `kernels.shift.Table` of the sums from z to y
     to_d: Any  # and of their adjoint from dy to d
 
     @property
     def width(self) -> int:
-        """Channels of z per group: `PITCH` divides them."""
+        """Channels of z per group, a multiple of `PITCH`."""
         return int(self.to_y.source_channels)
 
 
 @lru_cache(maxsize=1024)
 def stages(spec: ConvSpec, inner: bool) -> tuple[Stage, ...]:
-    """All blocks at once; with `inner` those first of which the same axes stay inside."""
+    """One stage for all blocks; with `inner`, one for every set of axes that stay inside the products."""
     ndim = len(spec.geometry.kernel_size)
     found = parts(spec, inner)
     insides = [part.inside[:ndim] if inner else (False,) * ndim for part in found]
@@ -383,7 +388,7 @@ def _stage(spec: ConvSpec, inside: tuple[bool, ...], blocks: Ints, found: Sequen
 
 
 class Shift(Layer):
-    """Products, and sums of them, stage by stage."""
+    """The path `shift`: products and their sums, stage by stage."""
 
     def __init__(self, *common: Any) -> None:
         *of_layer, inner = common
@@ -392,7 +397,7 @@ class Shift(Layer):
         self.stored = [Rows(self.spec, stage.blocks, stage.inside, of_layer[2]) for stage in self.stages]
 
     def z(self, stage: Stage, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Empty; no size is 0, of which torch makes no convolution."""
+        """z of a stage, empty; no size is 0, since torch cannot convolve size 0."""
         geometry = self.spec.geometry
         steps = (1 if geometry.transposed else s for s in geometry.stride)
         each = zip(stage.inside, x.shape[2:], geometry.out_sizes(x.shape[2:]), steps, strict=True)
@@ -400,7 +405,7 @@ class Shift(Layer):
         return like(x, (x.shape[0], self.spec.groups * stage.width, *sizes)).to(dtype)
 
     def chunks(self, x: Tensor, dtype: torch.dtype) -> list[slice]:
-        """Of the batch, whose z fits the workspace."""
+        """Slices of the batch whose z fits the scratch memory."""
         image = max(max(self.z(stage, x, dtype).nbytes for stage in self.stages) // max(x.shape[0], 1), 1)
         count = max(1, self.scratch // image)
         return [slice(n, min(n + count, x.shape[0])) for n in range(0, x.shape[0], count)]
@@ -461,7 +466,7 @@ class Shift(Layer):
         for stage in self.stages:
             d = self.z(stage, x, x.dtype)
             products = [Product(self.spec, stage, phase, x, d, self.device) for phase in range(len(stage.phases))]
-            scaled = x.dtype == torch.float16  # or sums may overflow where their products do not
+            scaled = x.dtype == torch.float16  # d may overflow where its products do not
             kernel = shift.sums(_to_3d(dy), _to_3d(d), stage.to_d, self.tiles[1], scaled=scaled)
             scale = 1 / stage.to_d.scale if scaled else 1
             work.append((View(d), products, kernel, any(of.pad for of in products), scale))
@@ -472,7 +477,7 @@ class Shift(Layer):
             drows: list[Tensor] = []
             for (view, products, kernel, padded, scale), w in zip(work, rows, strict=True):
                 d = view.new(x)
-                if padded:  # what is multiplied by the rows' padding
+                if padded:  # the channels that meet the rows' padding must be finite
                     d.zero_()
                 kernel(dy, d, None, winners)
                 total = None
@@ -495,7 +500,7 @@ class Shift(Layer):
 
 
 class Fused(Layer):
-    """One kernel for y; the gradients are those of `Shift`."""
+    """The path `fused`: one kernel for y; the gradients are those of `Shift`."""
 
     def __init__(self, *common: Any) -> None:
         *of_layer, self.precision = common
@@ -512,7 +517,7 @@ class Fused(Layer):
 
 
 class Product:
-    """z of one phase of a stage, and its derivatives, for x and z that lie like these; rows are (groups, R, C, ...)."""
+    """The product of x and the rows (groups, R, C, ...) for one phase of a stage, and its gradients."""
 
     def __init__(self, spec: ConvSpec, stage: Stage, number: int, x: Tensor, z: Tensor, device: torch.device) -> None:
         geometry, self.groups = spec.geometry, spec.groups
@@ -526,7 +531,7 @@ class Product:
         self.shape = (*x.shape[:2], *(size if i else of_z for i, size, of_z in each))
         part = z.unflatten(1, (self.groups, -1))[:, :, before : before + self.count]  # [N, G, R, ...]
         self.part = View(part)
-        # in float32 so that torch's switches hold, too
+        # a convolution in float32, too, so that torch's switches for convolutions hold
         self.is_conv = x.dtype == torch.float32 or any(stage.inside)
         self.is_z = self.is_conv and len(stage.phases) == 1
         self.pad = stage.width - self.count if self.is_z else 0
@@ -537,7 +542,7 @@ class Product:
         self.options: Any = (*at_inside, False, [0] * len(residue), self.groups)
         self.kernel = [k if i else 1 for i, k in zip(stage.inside, geometry.kernel_size, strict=True)]
         positions = math.prod(x.shape[2:])
-        # one product per image reads, or writes, channels-first x as it lies
+        # one product per image reads or writes channels-first x without a copy
         self.by_image = self.groups == 1 and self.whole and not is_last(x) and x.is_contiguous() and positions % 8 == 0
         self.direct = self.by_image or (self.whole and x.movedim(1, -1).is_contiguous())
         copied = like(x, self.shape)
@@ -545,16 +550,16 @@ class Product:
         self.a, self.z = self._matrices(copied.unflatten(1, (self.groups, -1))), self._matrices(part)
         if self.by_image:
             self.a_images, self.z_images = View(x.flatten(2).mT), View(part[:, 0].flatten(2).mT)
-            # an R x C matrix is written and read for every image, or else x is copied
+            # this writes and reads an R x C matrix for every image; otherwise x is copied
             self.adds_images = positions >= 2 * self.count
 
     def _matrices(self, t: Tensor) -> View:
-        """(N, G, C, *sizes), channels-last, as (G, positions, C), or without G if it is 1."""
+        """t (N, G, C, *sizes), channels-last, as (G, positions, C), or (positions, C) if G is 1."""
         found = t.movedim((1, 2), (-2, -1)).flatten(0, -3).movedim(-2, 0)
         return View(found[0] if self.groups == 1 else found)
 
     def _weights(self, rows: Tensor) -> Tensor:
-        """As the products take them."""
+        """The rows of this phase, as its product takes them."""
         w = rows if self.picked is None else rows[:, self.picked]
         if not self.is_conv:
             return w[0] if self.groups == 1 else w
@@ -563,7 +568,7 @@ class Product:
         return w.view(-1, w.shape[2], *self.kernel)
 
     def _phase(self, x: Tensor) -> Tensor:
-        """The positions of the phase, channels-last, 0 where z is larger."""
+        """x at the positions of this phase, channels-last, padded with zeros to the sizes of z."""
         there = x if self.whole else x[self.at]
         if there.shape == self.shape:
             return channels_last(there)
@@ -575,7 +580,7 @@ class Product:
         return channels_last(torch.convolution(self._phase(x), self._weights(rows), None, *self.options))
 
     def fprop(self, x: Tensor, rows: Tensor, z: Tensor) -> None:
-        """Fill the part of z."""
+        """Fill this phase's part of z."""
         if self.is_conv:
             self.part.of(z).copy_(self.convolve(x, rows).unflatten(1, (self.groups, -1)))
         elif self.by_image:
@@ -587,7 +592,7 @@ class Product:
     def backward(
         self, d: Tensor, x: Tensor, rows: Tensor, scale: float, need_x: bool, need_rows: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of the phase of x, and in float32 of the rows it takes; those of d, times `scale`."""
+        """The gradients with respect to x at this phase and, in float32, to its rows, from d times `scale`."""
         w, dx, dw = self._weights(rows), None, None
         if self.is_conv:
             part = d if self.is_z else self.part.of(d).flatten(1, 2)
@@ -617,7 +622,7 @@ class Product:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, scale: float = 1) -> None:
-    """Fill `out`, which may have another dtype, with scale a b, of matrices or batches of them."""
+    """Fill `out`, which may have another dtype, with scale a b, for matrices or batches of them."""
     if a.dtype != out.dtype and a.is_cuda and not torch.version.hip:
         (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=out.dtype, out=out)
         return
@@ -629,12 +634,12 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, scale: float = 1) -> None:
 
 
 def _corner(x: Tensor) -> tuple[Any, ...]:
-    """As many places of every spatial axis as x has."""
+    """The index of the first positions of every spatial axis, as many as x has."""
     return (..., *map(slice, x.shape[2:]))
 
 
 def _bits(winners: Tensor) -> Tensor:
-    """How many bits of every byte are set."""
+    """The number of bits set in every byte."""
     pairs = winners - (winners >> 1 & 0x55)
     quads = (pairs & 0x33) + (pairs >> 2 & 0x33)
     return quads + (quads >> 4) & 0x0F
@@ -644,7 +649,7 @@ def _bits(winners: Tensor) -> Tensor:
 
 
 class ImplicitGemm(Layer):
-    """One kernel for y, one for dx and one for the gradient of the rows."""
+    """The path `implicit_gemm`: one kernel for y, one for dx and one for the gradient of the rows."""
 
     def __init__(self, *common: Any) -> None:
         from tritonsym.kernels import conv, depthwise
@@ -662,7 +667,7 @@ class ImplicitGemm(Layer):
         self.grid = grid(spec.geometry)
 
     def rows(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """For one channel per group (R, groups)."""
+        """The rows; (R, groups) with one channel per group."""
         (rows,) = super().rows(weights)
         return [rows if self.is_product else rows[..., 0].mT.contiguous()]
 
@@ -700,9 +705,9 @@ class ImplicitGemm(Layer):
 
 
 def _images(spec: ConvSpec, height: int) -> tuple[list[list[int]], int]:
-    """Of every tile of stored rows with equal taps: first row, rows, then (first filter, tap, sign) of every image.
+    """For every tile of stored rows with equal taps: first row, count, then (first filter, tap, sign) of every image.
 
-    And what divides the rows of every tile and the first filter of every image.
+    Also a number that divides the count of every tile and the first filter of every image.
     """
     tiles = []
     row = 0
@@ -724,7 +729,7 @@ def _images(spec: ConvSpec, height: int) -> tuple[list[list[int]], int]:
 
 
 def grid(geometry: Geometry) -> Any:
-    """Where positions of a convolution that is not transposed read: at stride p + dilation k - padding."""
+    """Where position p of a convolution, if not transposed, reads for tap k: at stride p + dilation k - padding."""
     from tritonsym.kernels.address import Grid
 
     kernel, stride, dilation = (_three(v, 1) for v in (geometry.kernel_size, geometry.stride, geometry.dilation))

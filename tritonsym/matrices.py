@@ -1,7 +1,7 @@
 """How products with symmetric matrices are computed and differentiated.
 
 The reference is plain torch ops. Blocks and kernels are autograd functions over opaque ops (``torch.ops.tritonsym.*``),
-which compilers take as they are; an op without tiles works by blocks. With U = `packing.unpack`, U* its adjoint and P
+which compilers do not look into; an op without tiles runs `blocks`. With U = `packing.unpack`, U* its adjoint and P
 packed,
 
     y = x U(P)              dx = dy U(P)^T           dP = U*(x^T dy)
@@ -31,7 +31,7 @@ Tile = Sequence[int]
 
 
 def _precision() -> str:
-    """Of float32 products: what torch's own are set to."""
+    """The precision of float32 products: torch's own switch."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -57,7 +57,7 @@ def _gradient(x: Tensor, dy: Tensor, skew: bool, tile: Tile) -> Tensor:
 
 
 def _gram(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
-    """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M), of which the lower triangle counts."""
+    """beta a + alpha x x^T for x (batch, M, K) and a (batch, M, M) or None; only the lower triangle of a counts."""
     if not tile:
         return blocks.gram(x, a, alpha, beta)
     with launch.launching("implicit_gemm", tile, x):
@@ -87,13 +87,13 @@ def _(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Ten
 
 
 def _run(function: Any, op: Any, *args: Any) -> Any:
-    """Without the dispatcher's detours, but where a compiler traces, or maps over what kernels take."""
+    """Call the function, or the op where a compiler traces or a kernel would get mapped tensors or subclasses."""
     is_plain = not args[-1] or all(are_plain(t) and not is_mapped(t) for t in args[:2] if t is not None)
     return function(*args) if is_plain and not torch.compiler.is_compiling() else op(*args)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """With a graph only where the result will be differentiated."""
+    """Record a graph only where a compiler traces or the result may be differentiated."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     traced = torch.compiler.is_compiling() or needs_gradient(*tensors)
     return function.apply(*args) if traced else function.forward(*args)
@@ -104,7 +104,7 @@ def _conj(x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """act(x U(packed) + bias); where it is differentiated there is no activation."""
+    """act(x U(packed) + bias); no activation where gradients are needed."""
 
     @staticmethod
     def forward(
@@ -178,7 +178,7 @@ class _QuadraticForm(torch.autograd.Function):
 
 
 class _Gram(torch.autograd.Function):
-    """L(beta a + alpha x x^T), L the copy of the lower triangle to the upper one."""
+    """L(beta a + alpha x x^T), where L copies the lower triangle to the upper one."""
 
     @staticmethod
     def forward(x: Tensor, a: Tensor | None, alpha: float, beta: float, tile: Tile) -> Tensor:
@@ -203,7 +203,7 @@ for _function in (_Product, _Gradient, _QuadraticForm, _Gram):
 
 
 def _route(x: Tensor, packed: Tensor, never_unpack: bool, skew: bool, training: bool) -> tuple[str, plan.Tiles]:
-    """For x (..., n) and one packed matrix."""
+    """The path and the tiles for x (..., n) and one packed matrix."""
     if may_plan(x, packed):
         problem = (tuple(x.shape), plan.target_of(x), plan.dtype_name(x), never_unpack, training, skew)
         return plan.matrix_route("linear", *problem)
@@ -235,7 +235,7 @@ def linear(
 
 
 def matmul(x: Tensor, packed: Tensor, never_unpack: bool, skew: bool) -> Tensor:
-    """x U(packed) for batches x (..., m, n) and packed (..., rows, columns), whose axes in front broadcast."""
+    """x U(packed) for batches x (..., m, n) and packed (..., rows, columns), whose batch axes broadcast."""
     batch = torch.broadcast_shapes(x.shape[:-2], packed.shape[:-2])
     some = x.new_empty(0).expand(0) if not math.prod(batch) else x[(0,) * (x.ndim - 2)]
     if not math.prod(batch) or _route(some, packed, never_unpack, skew, needs_gradient(x, packed))[0] == "reference":

@@ -1,8 +1,7 @@
-"""How convolutions are computed and differentiated: all by one function, `conv`.
+"""How convolutions of all kinds are computed and differentiated, by one function, `conv`.
 
 The reference is plain torch ops. The other paths are autograd functions over opaque ops (``torch.ops.tritonsym.*``),
-which compilers take as they are; derivatives of derivatives, `torch.vmap` and forward-mode differentiation go through
-the reference.
+which compilers do not look into; higher derivatives, `torch.vmap` and forward-mode differentiation take the reference.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ def conv(
     """y = act(conv(x) + bias), by the path that the plan names.
 
     Args:
-        where: the function or layer in whose name errors are raised.
+        where: the function or layer that errors name.
         spec: `ConvSpec.text`.
         x: (N, C, *sizes) or (C, *sizes).
-        weights: as `ConvSpec.weight_shapes` says; with a `scale` whole filters, to take the orbit mean of.
-        bias: of every output filter, or of every stored one, or None.
+        weights: of the shapes `ConvSpec.weight_shapes`; with `scale`, whole filters, whose orbit mean is taken.
+        bias: one value per output filter or per stored filter, or None.
     """
     check_tensor(where, "x", x)
     check_beside(where, x, **dict(zip(("weight", "free_weight"), weights, strict=False)), bias=bias)
@@ -53,7 +52,7 @@ def conv(
     if scale is not None:
         weights = [orbit_mean(where, w, conv_spec, scale) for w in weights]
     batched = x[None] if x.ndim == len(conv_spec.geometry.kernel_size) + 1 else x
-    dtype = computing_dtype(x)  # as autocast would
+    dtype = computing_dtype(x)  # autocast's, where it is on
     path, tiles, inner = _route(where, spec, batched, weights, bias, dtype)
     if bias is not None and bias.shape[0] != conv_spec.out_channels:
         bias = reference.expand_bias(bias, conv_spec)
@@ -65,7 +64,7 @@ def conv(
         batched, weights = batched.to(dtype), [w.to(dtype) for w in weights]
         bias = None if bias is None else bias.to(dtype)
     pooled = None
-    if conv_spec.pool and not (path in ("shift", "fused") and tiles):  # torch pools the images
+    if conv_spec.pool and not (path in ("shift", "fused") and tiles):  # torch pools the images afterwards
         pooled, spec = conv_spec, _without_pool(spec)
     own = bias if pooled is None else None
     needed = needs_gradient(batched, bias, *weights)
@@ -85,24 +84,24 @@ def conv(
 
 
 def cast(dtype: torch.dtype, *tensors: Any) -> list[Any]:
-    """Those that are there."""
+    """The tensors in this dtype; None stays None."""
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 class _Positions(inspect.Signature):
-    """Of a function that is given all its arguments by position."""
+    """The signature of a function that gets all its arguments by position."""
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         return SimpleNamespace(args=args, kwargs=kwargs, apply_defaults=lambda: None)
 
 
 def takes_positions(function: Any) -> None:
-    """Spare `torch.autograd.Function` looking at the signature of its `forward`, and binding to it, in every call."""
+    """Spare `torch.autograd.Function` from inspecting and binding the signature of `forward` in every call."""
     function.__signature__ = _Positions.from_callable(function)
 
 
 def orbit_mean(where: str, w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
-    """`reference.orbit_mean` of a filter whose shape is checked."""
+    """Check the shape of w and return its `reference.orbit_mean`."""
     kernel = spec.geometry.kernel_size
     if scale is not None and tuple(w.shape[2:]) != kernel:
         expected = (spec.out_channels, *w.shape[1:2], *kernel)
@@ -121,7 +120,7 @@ def _without_pool(text: str) -> str:
 
 
 def check_beside(where: str, x: Tensor, **others: Tensor | None) -> None:
-    """All tensors on one device and of one dtype; under autocast, of one dtype once torch has cast them."""
+    """Check that all tensors share one device and one dtype (under autocast, the dtype they are cast to)."""
     for name, tensor in others.items():
         if tensor is None:
             continue
@@ -137,7 +136,7 @@ def check_beside(where: str, x: Tensor, **others: Tensor | None) -> None:
 def _route(
     where: str, spec: str, x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype
 ) -> plan.Route:
-    """The path for these tensors, all checked, in that dtype."""
+    """Check these tensors, and choose the path that computes them in this dtype."""
     training = needs_gradient(x, bias, *weights)
     shapes = tuple(tuple(map(index, w.shape)) for w in weights)
     form = (
@@ -159,28 +158,28 @@ def _route(
 
 
 def _has_static_sizes(x: Tensor) -> bool:
-    """Whether a compiler knows all sizes."""
+    """Whether the compiler knows all sizes of x."""
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return all(map(has_static_value, x.shape))
 
 
 def may_plan(*tensors: Tensor) -> bool:
-    """Whether there may be another path than the reference: of known sizes, plain tensors, nothing but autograd."""
+    """Whether a path other than the reference is possible: known sizes, plain tensors, no transform but autograd."""
     if torch.compiler.is_compiling():
         return not is_exporting() and all(map(_has_static_sizes, tensors))
     return _is_eager(*tensors)
 
 
 def _is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing looks on or transforms."""
+    """Whether the tensors are plain, and nothing traces or transforms the call."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active():
         return False
     return are_plain(*tensors)
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Whether these are torch's own tensors: subclasses may be anything."""
+    """Whether these are torch's own tensors, not subclasses, which may behave in any way."""
     return all(type(t) in (Tensor, Parameter) for t in tensors)
 
 
@@ -188,9 +187,9 @@ def are_plain(*tensors: Tensor) -> bool:
 
 
 class Call(NamedTuple):
-    """What an op is told besides tensors, with the tiles of its kernels one after the other (`Plan.tiles`).
+    """What an op is told besides its tensors; `tiles` are the numbers of its kernels' tiles in a row (`Plan.tiles`).
 
-    With a backend, 'auto' or 'triton', in place of the path the plan is made by the op, when all sizes are known.
+    If `path` is a backend, 'auto' or 'triton', the op itself makes the plan, when all sizes are known.
     """
 
     spec: str
@@ -198,7 +197,7 @@ class Call(NamedTuple):
     tiles: tuple[int, ...]
     inner: bool
     activation: str | None
-    keep: bool  # the images that won: bit i of a byte per value of y stands for image i
+    keep: bool  # also return the images that won: bit i of a byte per value of y for image i
 
 
 @constant
@@ -217,7 +216,7 @@ def _called(text: str) -> Call:
 
 
 def _decided(call: str, x: Tensor, weights: Sequence[Tensor], training: bool) -> Call:
-    """The call, planned now if it was not before."""
+    """The call, with its plan made now if it has none."""
     found = _called(call)
     if found.path not in plan.BACKENDS or found.path == "reference":
         return found
@@ -246,7 +245,7 @@ def _in_format(y: Tensor, last: bool) -> Tensor:
 
 
 def _is_last_output(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """As in torch: where x or a stored kernel is channels-last."""
+    """Whether y is channels-last: as in torch, if x or a stored kernel is."""
     return shift.is_last(x) or any(w.ndim == x.ndim and shift.is_last(w) for w in weights)
 
 
@@ -296,7 +295,7 @@ def _backward(
 
 
 def _laid_out(*args: Any) -> tuple[Tensor, ...]:
-    """`_backward` with gradients that lie as the weights do, which compilers know the strides of."""
+    """`_backward` with gradients in the strides of the weights, as compilers expect them."""
     dx, *dws = _backward(*args)
     return dx, *(torch.empty_like(w).copy_(d) if d.numel() else d for w, d in zip(args[2:4], dws, strict=True))
 
@@ -329,7 +328,7 @@ def _(
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, free_weight, _, ctx.call = inputs
-    assert _called(ctx.call).activation is None, "what is differentiated has its activation outside"
+    assert _called(ctx.call).activation is None, "an op that is differentiated has no activation"
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, free_weight, output[1])
 
@@ -339,7 +338,7 @@ def _gradients(ctx: Any, dy: Tensor, _: Any) -> Any:
     needs = ctx.needs_input_grad
     need_weights = needs[1] or needs[2]
     dbias = dy.sum((0, *range(2, dy.ndim))) if needs[3] else None
-    if torch.is_grad_enabled():  # to be differentiated again
+    if torch.is_grad_enabled():  # for second derivatives
         spec = ConvSpec.of(_called(ctx.call).spec)
         dx, dws = reference.conv_vjp(dy, x, spec, _stored(weight, free_weight), needs[0], need_weights)
         dw, dfree = (*(dws or ()), None, None)[:2]
@@ -381,7 +380,7 @@ def _(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 class _Conv(torch.autograd.Function):
-    """The same for eager mode, without the dispatcher's detours, and with forward-mode derivatives."""
+    """The op in eager mode, without the dispatcher's overhead and with forward-mode derivatives."""
 
     forward = staticmethod(_fprop)
     backward = staticmethod(_gradients)
@@ -394,7 +393,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        """y is linear in x, in the weights and in the bias; of a pooled orbit the images that won have the mean."""
+        """dy: y is linear in x, the weights and the bias; a pooled orbit takes the mean over the images that won."""
         x, weight, free_weight, _, winners = ctx.saved_tensors
         spec = ConvSpec.of(_called(ctx.call).spec)
         images = replace(spec, pool=None)

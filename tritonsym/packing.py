@@ -2,15 +2,15 @@
 
 LAPACK's RFP format (Gustavson, Wasniewski, Dongarra, Langou 2010, "Rectangular full packed format for Cholesky's
 algorithm", ACM TOMS 37(2)), lower triangle, row-major. With K = ceil(n/2) columns, N = floor(n/2), odd = n mod 2 and
-2N + 1 rows, the entry S[i, j], i >= j, stands at
+2N + 1 rows, the entry S[i, j], i >= j, is stored at
 
     P[i + 1 - odd, j]             if j < K      (left K columns, below the diagonal)
     P[j - K, i - K + odd]         otherwise     (bottom right triangle, transposed into the free corner)
 
 so the leading dimension is constant, the block S[K:, :K] is a plain view, and every conversion copies bits.
 
-A skew-symmetric matrix, S = -S^T, is stored as the rectangle of n - 1: of T with T[i - 1, j] = S[i, j] for i > j, which
-are n(n-1)/2 values. Batches of matrices have axes in front.
+A skew-symmetric matrix, S = -S^T, is stored as the rectangle of the matrix T of order n - 1 with T[i - 1, j] = S[i, j]
+for i > j: n(n-1)/2 values. Axes of a batch come first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def packed_shape(n: int) -> tuple[int, int]:
 
 
 def widens_float16(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function computes float16 tensors, x first, in float32: parts of a sum may overflow where it does not."""
+    """Compute in float32 where x is float16, since partial sums may overflow where the result does not."""
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, (list, tuple)):
@@ -55,7 +55,7 @@ def check_tensor(where: str, name: str, value: object) -> None:
 
 
 def gathered(value: Tensor) -> Tensor:
-    """All of a DTensor, differentiable; any other tensor as it is."""
+    """The full tensor of a DTensor, differentiable; any other tensor unchanged."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
@@ -69,7 +69,7 @@ def order_of(packed: Tensor, where: str = "unpack") -> int:
     """The n for which the last two axes of `packed` have the shape `packed_shape(n)`.
 
     Raises:
-        ValueError: no n fits; the message computes the n that the number of values would fit.
+        ValueError: no n fits; the message names the n that fits the number of values.
     """
     check_tensor(where, "packed", packed)
     n = _triangle_order(index(math.prod(packed.shape[-2:])))
@@ -102,17 +102,17 @@ def pack(
     tolerance: float = 0.0,
     skew: bool = False,
 ) -> Tensor:
-    """Store symmetric matrices (..., n, n) as rectangles `packed_shape(n)`; the bits of the lower triangle are kept.
+    """Store symmetric matrices (..., n, n) as rectangles `packed_shape(n)`; the lower triangle keeps its bits.
 
     Args:
-        matrix: (..., n, n), symmetric within `tolerance` (largest |S - S^T|) unless `symmetrize` says what to do.
+        matrix: (..., n, n), symmetric within `tolerance` (largest |S - S^T|) unless `symmetrize` is given.
         symmetrize: 'average' stores (S + S^T) / 2, the nearest symmetric matrix in the Frobenius norm; 'lower' and
             'upper' take that triangle and ignore the other.
-        skew: S = -S^T instead, as rectangles `packed_shape(n - 1)`; all of the above with a minus sign.
+        skew: the matrices are skew-symmetric, S = -S^T, stored as `packed_shape(n - 1)`; read S^T as -S^T above.
 
     Raises:
-        ValueError: not square, or not symmetric within `tolerance` while `symmetrize` is None; no rows and `skew`.
-        TypeError: no tensor, or integers to average.
+        ValueError: not square, or not symmetric within `tolerance` while `symmetrize` is None; no rows with `skew`.
+        TypeError: not a tensor, or an integer matrix to average.
 
     >>> tritonsym.pack(torch.tensor([[1.0, 2.0], [2.0, 3.0]])).tolist()
     [[3.0], [1.0], [2.0]]
@@ -129,7 +129,7 @@ def pack(
         matrix = mirrored
     elif symmetrize is None:
         differs = (matrix != mirrored) & ~(matrix.isnan() & mirrored.isnan())
-        wide = matrix if matrix.is_floating_point() or matrix.is_complex() else matrix.double()  # signed
+        wide = matrix if matrix.is_floating_point() or matrix.is_complex() else matrix.double()  # unsigned would wrap
         difference = (wide - (-wide.mT if skew else wide.mT))[differs].abs().amax().item() if differs.any() else 0.0
         if not difference <= tolerance:
             word, sign = ("skew-symmetric", "+") if skew else ("symmetric", "-")
@@ -160,9 +160,9 @@ def _left_mask(n: int, device: torch.device) -> Tensor:
 
 
 def unpack(packed: Tensor, *, skew: bool = False) -> Tensor:
-    """The full matrices (..., n, n), equal to their transposes (`skew`: to minus these) to the bit. Differentiable.
+    """The full matrices (..., n, n), equal to their transposes (`skew`: negated) to the bit. Differentiable.
 
-    The gradient of a stored off-diagonal value is the sum of the gradients of its two places.
+    The gradient of a stored off-diagonal value is the sum of the gradients at its two places.
 
     >>> tritonsym.unpack(torch.tensor([[3.0], [1.0], [2.0]])).tolist()
     [[1.0, 2.0], [2.0, 3.0]]
@@ -185,21 +185,15 @@ def mirror(matrix: Tensor) -> Tensor:
     return torch.where(is_lower, matrix, matrix.mT)
 
 
-def _tril_index(n: int, device: torch.device) -> Tensor:
-    """Flat place in the rectangle of every entry of a row-wise lower triangle vector (`torch.tril_indices` order)."""
+def _places(n: int, device: torch.device, upper: bool) -> Tensor:
+    """Flat index in the rectangle of every entry of a row-wise vector of the lower triangle, in the order of
+    `torch.tril_indices`, or of the upper one, in that of `torch.triu_indices`."""
     columns, odd = (n + 1) // 2, n % 2
-    i, j = torch.tril_indices(n, n, device=device)
+    i, j = torch.triu_indices(n, n, device=device).flip(0) if upper else torch.tril_indices(n, n, device=device)
     return torch.where(j < columns, (i + 1 - odd) * columns + j, (j - columns) * columns + i - columns + odd)
 
 
-def _triu_index(n: int, device: torch.device) -> Tensor:
-    """The same for a row-wise upper triangle vector (`torch.triu_indices` order)."""
-    i, j = torch.triu_indices(n, n, device=device)
-    columns, odd = (n + 1) // 2, n % 2
-    return torch.where(i < columns, (j + 1 - odd) * columns + i, (i - columns) * columns + j - columns + odd)
-
-
-def _from_vector(vector: Tensor, index: Callable[[int, torch.device], Tensor], where: str) -> Tensor:
+def _from_vector(vector: Tensor, upper: bool, where: str) -> Tensor:
     check_tensor(where, "vector", vector)
     length = vector.shape[-1] if vector.ndim else 0
     n = _triangle_order(length) if vector.ndim else None
@@ -210,20 +204,22 @@ def _from_vector(vector: Tensor, index: Callable[[int, torch.device], Tensor], w
             f"{tuple(vector.shape)}; nearest lengths: {below * (below + 1) // 2} (n = {below}) and "
             f"{(below + 1) * (below + 2) // 2} (n = {below + 1})"
         )
-    place = index(n, vector.device)
+    place = _places(n, vector.device, upper)
     order = torch.empty_like(place)
     order[place] = torch.arange(place.numel(), device=vector.device)
     return vector[..., order].view(*vector.shape[:-1], *packed_shape(n))
 
 
 def pack_tril(vector: Tensor) -> Tensor:
-    """Packed rectangle from a row-wise lower triangle vector, ``S[torch.tril_indices(n, n)]``; a skew-symmetric one
-    from ``S[torch.tril_indices(n, n, -1)]``. Batches (..., length) give batches, in all of these conversions.
+    """Packed rectangle from a row-wise lower triangle vector, ``S[torch.tril_indices(n, n)]``.
+
+    For a skew-symmetric S the vector is ``S[torch.tril_indices(n, n, -1)]``. Here and in the other conversions a batch
+    (..., length) gives a batch.
 
     >>> tritonsym.pack_tril(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [[3.0], [1.0], [2.0]]
     """
-    return _from_vector(vector, _tril_index, "pack_tril")
+    return _from_vector(vector, False, "pack_tril")
 
 
 def pack_triu(vector: Tensor) -> Tensor:
@@ -232,7 +228,7 @@ def pack_triu(vector: Tensor) -> Tensor:
     >>> tritonsym.pack_triu(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [[3.0], [1.0], [2.0]]
     """
-    return _from_vector(vector, _triu_index, "pack_triu")
+    return _from_vector(vector, True, "pack_triu")
 
 
 def unpack_tril(packed: Tensor) -> Tensor:
@@ -242,7 +238,7 @@ def unpack_tril(packed: Tensor) -> Tensor:
     [1.0, 2.0, 3.0]
     """
     n = order_of(packed, "unpack_tril")
-    return packed.flatten(-2)[..., _tril_index(n, packed.device)]
+    return packed.flatten(-2)[..., _places(n, packed.device, False)]
 
 
 def unpack_triu(packed: Tensor) -> Tensor:
@@ -252,4 +248,4 @@ def unpack_triu(packed: Tensor) -> Tensor:
     [1.0, 2.0, 3.0]
     """
     n = order_of(packed, "unpack_triu")
-    return packed.flatten(-2)[..., _triu_index(n, packed.device)]
+    return packed.flatten(-2)[..., _places(n, packed.device, True)]

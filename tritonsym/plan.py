@@ -780,7 +780,7 @@ GROUP_GPU = Rule(900, 60, 1e10)
 MOST_TERMS = 216
 #: Blocks pay on the CPU for up to (n - PACKED_FROM) / 2 rows times a packed n x n matrix
 #: (perf/results/2026-11-25-cpu-matrices-rule.json), and for symmetric n x n results from n = HALF_FROM on
-#: (perf/results/2026-11-25-cpu-matrices.json).
+#: (perf/results/2026-11-26-cpu-matrices.json).
 PACKED_FROM, HALF_FROM = 256, 384
 NEVER_UNPACKED = "Never unpacked: half of the memory, at any speed."
 

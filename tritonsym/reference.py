@@ -1,6 +1,6 @@
 """Every layer in plain PyTorch: what the layers mean, and what every kernel is checked against.
 
-Works on any device and for every dtype the torch convolution or matmul has; everything is differentiable to any order.
+Works on any device and in every dtype of torch's convolution and matmul; everything is differentiable to any order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def inverse_image(w: Tensor, g: Element) -> Tensor:
 
 
 def _flipped(g: Element) -> tuple[int, ...]:
-    """The axes that g flips once it has transposed the last two, if its turns are odd."""
+    """The axes that g flips after transposing the last two, which it does if its turns are odd."""
     turned = ((), (-2,), (-2, -1), (-1,))[g.turns]
     flips = [AXES[letter] for letter in g.flips]
     return tuple(axis for axis in (-3, -2, -1) if (axis in turned) != (axis in flips))
@@ -78,12 +78,12 @@ def expand(spec: ConvSpec, weights: Sequence[Tensor]) -> Tensor:
     return dense if spec.geometry.transposed or at == 0 else dense.flatten(0, 1)
 
 
-#: Dense weights of at most so many values are looked up value by value: the gradient of more is slow.
+#: Dense weights of at most this many values are looked up value by value; for more, the gradient is slow.
 LOOKED_UP = 1 << 14
 
 
 def look_up(text: str, weights: Sequence[Tensor]) -> Tensor:
-    """`expand` for eager calls: on the CPU by one look-up in a kept table, where that is faster than image by image."""
+    """`expand` for eager calls: on the CPU by one look-up in a cached table, where that beats going image by image."""
     w, *others = weights
     by_tap = w.movedim(1, -1)
     is_first = w.is_contiguous()
@@ -102,9 +102,10 @@ def look_up(text: str, weights: Sequence[Tensor]) -> Tensor:
 @lru_cache(maxsize=1024)
 @torch.inference_mode(False)
 def _places(text: str, shape: Sequence[int], last: bool) -> tuple[Tensor, bool] | None:
-    """Where in the stored weight everything in the dense one stands; None if a look-up is slower, or there are signs.
+    """Where in the stored weight each part of the dense one is found; None if a look-up is slower, or signs are needed.
 
-    Values if there are few, else rows of channels (True), of a contiguous weight only if they have many images.
+    The parts are values if there are few, else rows of channels (True); a contiguous weight is looked up by rows only
+    if its filters have many images.
     """
     spec, axes = ConvSpec.of(text), tuple(shape[2:])
     if 0 in shape or all(len(block.images) == 1 and block.orbits is None for block in spec.blocks):
@@ -124,7 +125,7 @@ def _places(text: str, shape: Sequence[int], last: bool) -> tuple[Tensor, bool] 
 
 
 def _by_group(w: Tensor, spec: ConvSpec) -> tuple[Tensor, int]:
-    """Weights with an axis of the filters of one group, and which that is; groups are in front of it."""
+    """Weights with an axis for the filters of one group, and that axis; the groups have the axis before it."""
     if spec.geometry.transposed:
         return w, 1
     return (w, 0) if spec.groups == 1 else (w.unflatten(0, (spec.groups, w.shape[0] // spec.groups)), 1)
@@ -133,7 +134,7 @@ def _by_group(w: Tensor, spec: ConvSpec) -> tuple[Tensor, int]:
 def project(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
     """The stored weights whose expansion is nearest to `dense` in the Frobenius norm: means over images and tap orbits.
 
-    Taken as one image plus the mean difference from it, so that an expanded weight gives its stored bits back.
+    The mean is one image plus the mean difference from it, so that an expanded weight gives its stored bits back.
     """
     by_group, axis = _by_group(dense, spec)
     stored = []
@@ -150,17 +151,17 @@ def project(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
 
 
 def rescale(spec: ConvSpec, dense: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """The stored weights, every filter scaled so that its images have the norm of the filters in `dense` (root mean
-    square). Filters of which the symmetry leaves nothing but rounding stay as they are."""
+    """The stored weights, scaled so that the images of a filter have the root-mean-square norm of those in `dense`.
+
+    Filters that the symmetry reduces to rounding errors are not scaled.
+    """
     before, after = (_norms(spec, w) for w in (dense, expand(spec, weights)))
     factor = (before / after).sqrt()
     rounding = torch.finfo(dense.dtype).eps
     factor = torch.where(after > rounding * before, factor, torch.ones_like(factor)).unflatten(0, (spec.groups, -1))
-    factors = factor.split([block.filters for block in spec.blocks], 1)
-    tied = [f for f, block in zip(factors, spec.blocks, strict=True) if block.orbits is not None]
-    plain = [f for f, block in zip(factors, spec.blocks, strict=True) if block.orbits is None]
+    factors = _by_weight(spec, factor.split([block.filters for block in spec.blocks], 1), 1)
     scaled = []
-    for stored, f in zip(weights, [*tied, *([torch.cat(plain, 1)] if plain else [])], strict=True):
+    for stored, f in zip(weights, factors, strict=True):
         if spec.geometry.transposed:  # (groups C, filters, *kernel)
             f = f.repeat_interleave(stored.shape[0] // spec.groups, 0)
         else:
@@ -170,14 +171,14 @@ def rescale(spec: ConvSpec, dense: Tensor, weights: Sequence[Tensor]) -> list[Te
 
 
 def _norms(spec: ConvSpec, dense: Tensor) -> Tensor:
-    """Squared norms of the dense filters, the mean over the images of every stored filter."""
+    """Squared norms of the dense filters, averaged over the images of every stored filter."""
     wide = dense.abs().to(torch.float64).contiguous().unflatten(0, (spec.groups, -1))
     axes = (1, *range(3, wide.ndim)) if spec.geometry.transposed else tuple(range(2, wide.ndim))
     return project_bias(wide.square().sum(axes).flatten(), spec)
 
 
 def keep(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
-    """The values of `dense` where stored filters and the first taps of tap orbits stand."""
+    """The stored weights taken from `dense` as they are: first images, and the first tap of every tap orbit."""
     by_group, axis = _by_group(dense, spec)
     bases = [(b.orbits, by_group.narrow(axis, b.images[0][0], b.filters)) for b in spec.blocks]
     stored = [w.flatten(axis + 2)[..., _first_taps(ties)] if ties is not None else w for ties, w in bases]
@@ -185,11 +186,16 @@ def keep(spec: ConvSpec, dense: Tensor) -> list[Tensor]:
 
 
 def _joined(spec: ConvSpec, stored: Sequence[Tensor], axis: int) -> list[Tensor]:
-    """Stored filters of every block, as tensors of `ConvSpec.weight_shapes`."""
-    tied = [w for w, block in zip(stored, spec.blocks, strict=True) if block.orbits is not None]
-    plain = [w for w, block in zip(stored, spec.blocks, strict=True) if block.orbits is None]
-    found = [*tied, *([torch.cat(plain, axis)] if plain else [])]
+    """The stored filters of all blocks, joined into tensors of the shapes `ConvSpec.weight_shapes`."""
+    found = _by_weight(spec, stored, axis)
     return found if spec.geometry.transposed or axis == 0 else [w.flatten(0, 1) for w in found]
+
+
+def _by_weight(spec: ConvSpec, of_block: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """A tensor per block as one per stored weight: tied blocks have their own, all others share the last."""
+    tied = [t for t, block in zip(of_block, spec.blocks, strict=True) if block.orbits is not None]
+    plain = [t for t, block in zip(of_block, spec.blocks, strict=True) if block.orbits is None]
+    return [*tied, torch.cat(plain, axis)] if len(plain) > 1 else [*tied, *plain]
 
 
 def _first_taps(orbits: TapOrbits) -> list[int]:
@@ -220,7 +226,7 @@ def project_bias(bias: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def untie(stored: Tensor, orbits: TapOrbits, kernel_size: Sequence[int]) -> Tensor:
-    """dense[..., k] = sign[k] stored[..., slot[k]], and 0 where the sign forces zero.  (..., S) -> (..., *k)"""
+    """dense[..., k] = sign[k] stored[..., slot[k]], and 0 where the signs force zero.  (..., S) -> (..., *k)"""
     slot = [count_of(orbits) if s < 0 else s for s in orbits.slot]
     if count_of(orbits) in slot:
         stored = F.pad(stored, (0, 1))
@@ -239,13 +245,13 @@ def project_ties(dense: Tensor, orbits: TapOrbits, ndim: int) -> Tensor:
     taps = dense.flatten(-ndim)
     base = taps.index_select(-1, torch.tensor(_first_taps(orbits), device=device)).detach()
     taps = taps.index_select(-1, torch.tensor(live, device=device)) * sign
-    # what is added is subtracted: the gradients of base would cancel
+    # base is detached because its gradients cancel: it is both added and subtracted
     total = torch.zeros_like(base).index_add(-1, slot, taps - base.index_select(-1, slot))
     return base + total / torch.tensor(orbits.multiplicity, device=device)
 
 
 def orbit_mean(w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
-    """scale times one value per tap orbit of the mean over the orbit of w (U, C, *k) -> (U, C, orbits); w if None."""
+    """scale times the mean over every tap orbit of w, (U, C, *k) -> (U, C, orbits); w itself if scale is None."""
     orbits = spec.blocks[0].orbits
     if scale is None or orbits is None:
         return w
@@ -254,8 +260,7 @@ def orbit_mean(w: Tensor, spec: ConvSpec, scale: int | None) -> Tensor:
 
 
 def block_filters(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Views (groups, filters, C, *kernel), or of tied ones (.., orbits), of what every block stores, of the weights of
-    `ConvSpec.weight_shapes`."""
+    """The stored filters of every block, as views (groups, filters, C, *kernel), or (.., orbits) where tied."""
     by_group = [w.unflatten(0, (spec.groups, w.shape[0] // spec.groups)) for w in weights]
     plain = [block.filters for block in spec.blocks if block.orbits is None]
     shared: Any = iter(())
@@ -272,13 +277,11 @@ def block_rows(spec: ConvSpec, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def block_gradients(spec: ConvSpec, drows: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The adjoint of `block_rows`: gradients of weights of these shapes."""
+    """The adjoint of `block_rows`: the gradients of the weights, in these shapes."""
     of_block = [d.permute(0, 2, 3, 1) for d in drows]  # [G, F, C, S]
-    found = [d for d, block in zip(of_block, spec.blocks, strict=True) if block.orbits is not None]
-    plain = [d for d, block in zip(of_block, spec.blocks, strict=True) if block.orbits is None]
-    if plain:
-        shared = torch.cat(plain, 1) if len(plain) > 1 else plain[0]
-        found.append(shared.transpose(1, 2) if spec.geometry.transposed else shared)
+    found = _by_weight(spec, of_block, 1)
+    if spec.geometry.transposed and any(block.orbits is None for block in spec.blocks):
+        found[-1] = found[-1].transpose(1, 2)
     return [d.reshape(tuple(shape)) for d, shape in zip(found, shapes, strict=True)]
 
 
@@ -318,13 +321,13 @@ def conv_vjp(
 
 
 def far_padded(x: Tensor, extra: Sequence[int]) -> Tensor:
-    """x with so many zeros more, or fewer, on the far side of every axis."""
+    """x with `extra` zeros added on the far side of every axis, or cropped there if negative."""
     return F.pad(x, [side for e in reversed(extra) for side in (0, e)]) if any(extra) else x
 
 
 def pool(y: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """The maximum or minimum over the images of every filter, plus the bias; the memory format stays."""
-    channels = y.ndim - 1 if not y.is_contiguous() else 1  # reduce where the channels lie
+    """The maximum or minimum over the images of every filter, plus the bias, in the same memory format."""
+    channels = y.ndim - 1 if not y.is_contiguous() else 1  # split and reduce the channels where they lie
     images = y.movedim(1, channels).unflatten(channels, (spec.groups, len(spec.blocks[0].images), -1))
     pooled = images.amax(channels + 1) if spec.pool == "max" else images.amin(channels + 1)
     pooled = pooled.flatten(channels, channels + 1).movedim(channels, 1)
@@ -356,8 +359,8 @@ def global_conv1d(
 ) -> Tensor:
     """y[n, :, i] = act(W_c x[n, :, i] + W_s sum_{j != i} x[n, :, j] + b).
 
-    Computed as (W_c - W_s) x[n, :, i] + (W_s sum_j x[n, :, j] + b): one pass over the positions. A sum over many
-    positions may overflow 16 bits where y does not: it is float32.
+    Computed as (W_c - W_s) x[n, :, i] + (W_s sum_j x[n, :, j] + b): one pass over the positions. The sum is
+    float32, because over many positions it may overflow 16 bits where y does not.
     """
     y = (center - surround) @ x
     wide = torch.promote_types(y.dtype, torch.float32)
@@ -375,7 +378,7 @@ def add_all_positions(
     activation: str | None,
     wide: torch.dtype,
 ) -> Tensor:
-    """act(y + W_s sum_j x[n, :, j] + b), in the dtype of y; the sum is `wide`."""
+    """act(y + W_s sum_j x[n, :, j] + b), in the dtype of y; the sum is of dtype `wide`."""
     rest = F.linear(x.sum(-1, dtype=wide), surround.to(wide), None if bias is None else bias.to(wide))
     return activate(y + rest.to(y.dtype)[..., None], activation)
 
@@ -394,29 +397,29 @@ def reorder(x: Tensor, order: Tensor, dim: int) -> Tensor:
     """All re-orderings of x along `dim`, stacked along the batch: (B, ...) -> (G B, ...).
 
     Every sample is first brought to the re-ordering that is smallest in a fixed total order of its bits. Re-ordered
-    samples therefore give the very same batch, and whatever deterministic function follows gives bitwise equal
-    results, even where a matrix product rounds its rows differently by their place in the batch.
+    samples therefore give the very same batch, and any deterministic function of it gives bitwise equal results, even
+    where a matrix product rounds a row differently at another place in the batch.
     """
     count, n = order.shape
     batch = x.shape[0]
     rows = x.movedim(dim, 1)  # [B, n, ...]
-    if torch.jit.is_tracing() or is_exporting_onnx():  # n is a constant there: reshape raises for another one
+    if torch.jit.is_tracing() or is_exporting_onnx():  # n is a constant there: reshape raises for any other
         rows = rows.reshape(batch, n, *rows.shape[2:])
         return rows[:, order].transpose(0, 1).flatten(0, 1).movedim(1, dim)
     index = order.expand(batch, count, n)
     if x.numel():
         smallest = order[_smallest(rows.detach(), order)]  # [B, n]
-        index = smallest[:, order]  # first to the smallest, then on: index[b, g, i] = smallest[b, order[g, i]]
+        index = smallest[:, order]  # index[b, g, i] = smallest[b, order[g, i]]
     index = index + n * torch.arange(batch, device=x.device)[:, None, None]
     picked = rows.flatten(0, 1).index_select(0, index.transpose(0, 1).flatten())  # [G B n, ...]
     return picked.unflatten(0, (count * batch, n)).movedim(1, dim)
 
 
 def _smallest(rows: Tensor, order: Tensor) -> Tensor:
-    """For every sample of rows [B, n, ...] the g whose re-ordering is lexicographically smallest.  [B]"""
+    """For every sample of rows [B, n, ...], the g whose re-ordering is lexicographically smallest.  [B]"""
     if rows.is_complex():
         rows = torch.view_as_real(rows)
-    bits = rows.contiguous().view(_BITS[rows.element_size()])  # NaN and -0.0 have an order too
+    bits = rows.contiguous().view(_BITS[rows.element_size()])  # bits order NaN and -0.0, too
     images = bits[:, order].flatten(2)  # [B, G, M]
     best = torch.arange(order.shape[0], device=rows.device).expand(rows.shape[0], -1)
     while best.shape[1] > 1:  # a tournament; with an odd number one candidate plays twice

@@ -29,6 +29,7 @@ from tritonsym.nn.group import GroupDropout, GroupLinear, _GroupBatchNorm, _Grou
 from tritonsym.nn.linear import SkewLinear, SymmetricLinear
 from tritonsym.nn.pool import GlobalConv1d, TopKPool1d
 from tritonsym.nn.symmetrize import Symmetrize
+from tritonsym.shift import channels_last, is_last
 from tritonsym.symmetry import AXES, Element, Symmetry
 
 __all__ = ["assert_equivariant", "assert_matches_reference", "assert_symmetric"]
@@ -49,12 +50,11 @@ def _by_torch(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra:
 
 
 def _by_torch_last(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]) -> Tensor:
-    """Images channels-last, for which torch sums in another order; the result in the memory format of x."""
-    if x.ndim != 4 or weight.ndim != 4:
+    """With the channels innermost, where torch sums in another order; the result has the memory format of x."""
+    if x.ndim != weight.ndim:
         return _by_torch(layer, x, weight, bias, extra)
-    last = {"memory_format": torch.channels_last}
-    y = _by_torch(layer, x.contiguous(**last), weight.contiguous(**last), bias, extra)
-    return y if x.is_contiguous(**last) else y.contiguous()
+    y = _by_torch(layer, channels_last(x), channels_last(weight), bias, extra)
+    return y if is_last(x) else y.contiguous()
 
 
 def _by_products(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, extra: Sequence[int]) -> Tensor:
@@ -754,10 +754,10 @@ def assert_equivariant(
     if isinstance(module, _GroupConv | GroupLinear):
         own = module.symmetry.name if symmetry is None else symmetry
         return _assert_model_equivariant(module, x, own, in_type or "regular", out_type or "regular")
-    is_model = in_type or out_type or not isinstance(module, (_SharedConv, GlobalConv1d, TopKPool1d, Symmetrize))
+    known = (_SharedConv, GlobalConv1d, TopKPool1d, Symmetrize)
+    is_model = in_type or out_type or not isinstance(module, known)
     if symmetry is not None and is_model:
         return _assert_model_equivariant(module, x, symmetry, in_type or "scalar", out_type or "scalar")
-    known = (_SharedConv, GlobalConv1d, TopKPool1d, Symmetrize)
     if not isinstance(module, known):
         raise TypeError(
             f"{where}: expected a convolution of tritonsym.nn, GlobalConv1d, TopKPool1d or Symmetrize, got "

@@ -1,8 +1,8 @@
-"""Tables of what was measured on a machine: the fastest path for a layer or function, and the tiles of its kernels.
+"""Tables of measurements on a machine: the fastest path for a layer or function, and the tiles of its kernels.
 
 A table is a JSON file named after its GPU, or its CPU and the number of threads, {"version": .., "entries": {key:
-{"path": .., "tiles": [[..], ..]}}}. Those that ship with the library lie in `kernels/tuned`; `tritonsym.tune` and
-`advise` write the user's into the cache directory (XDG_CACHE_HOME), and they come first.
+{"path": .., "tiles": [[..], ..]}}}. Tables shipped with the library are in `kernels/tuned`; `tritonsym.tune` and
+`advise` write the user's tables, which take precedence, to the cache directory (XDG_CACHE_HOME).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 Tiles = tuple[tuple[int, ...], ...]
 
-#: Of the keys (`plan.Problem.key`) and of what the numbers of a tile mean: raise it when either changes, and older
-#: tables are ignored.
+#: The version of the keys (`plan.Problem.key`) and of the meaning of a tile's numbers: raise it when either changes, so
+#: that older tables are ignored.
 VERSION = 3
 
 
 def table_name(target: str) -> str:
-    """Of the table for a target: 'cpu-...-2-threads', 'nvidia-h200' of the GPU that is there, or 'sm_90'."""
+    """The name of the table for a target: 'cpu-...-2-threads', 'nvidia-h200' for a GPU that is present, or 'sm_90'."""
     if target == "cpu":
         name = f"cpu {device_name(torch.device('cpu'))} {torch.get_num_threads()} threads"
     elif target.startswith("cuda") and torch.cuda.is_available():
@@ -44,7 +44,7 @@ def table_name(target: str) -> str:
 
 @lru_cache(maxsize=16)
 def device_name(device: torch.device) -> str:
-    """What the machine calls its GPU or CPU."""
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -56,7 +56,7 @@ def device_name(device: torch.device) -> str:
 
 
 def user_file(name: str) -> Path:
-    """The user's table of a GPU."""
+    """The file of the user's table, which need not exist."""
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(cache) if cache else Path.home() / ".cache"
@@ -66,7 +66,7 @@ def user_file(name: str) -> Path:
 
 
 def shipped_file(name: str) -> Path:
-    """The table of a GPU that comes with the library, whether or not there is one."""
+    """The file of the table shipped with the library, which need not exist."""
     from tritonsym import kernels
 
     return Path(str(kernels.__file__)).parent / "tuned" / f"{name}.json"
@@ -74,12 +74,12 @@ def shipped_file(name: str) -> Path:
 
 @lru_cache(maxsize=64)
 def table(name: str) -> dict[str, Any]:
-    """All entries for a GPU, the user's before the shipped ones; read once (`plan.forget` reads again)."""
+    """The shipped entries, overridden by the user's; read once, and again after `plan.forget`."""
     return {**read(shipped_file(name)), **read(user_file(name))}
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The entries of a file; none, with a warning, if it is corrupt or of another version, and none if not there."""
+    """The entries of a file; none if it is missing or, with a warning, corrupt or of another version."""
     try:
         content = json.loads(file.read_text())
         version, entries = content["version"], content["entries"]
@@ -95,7 +95,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def find(problem: Problem) -> tuple[str, Tiles] | None:
-    """The path and tiles measured for such a problem, if they can run there."""
+    """The path and tiles measured for this problem, if they can run on its target."""
     entry = table(table_name(problem.target)).get(problem.key)
     if entry is None:
         return None
@@ -117,7 +117,7 @@ def record(file: Path, entries: dict[str, Any]) -> None:
 
 
 def write(file: Path, text: str) -> None:
-    """Replace a file's text, at once or not at all."""
+    """Replace a file's text atomically."""
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w") as temporary:
@@ -132,8 +132,8 @@ def write(file: Path, text: str) -> None:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as lock:
-        with suppress(ImportError):  # Windows has none: there the last of two writers wins
+        with suppress(ImportError):  # Windows has no fcntl: there the last of two writers wins
             import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, also by the death of the process
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed or the process dies
         yield

@@ -223,19 +223,21 @@ class _SharedConv(Checkpoints, ConvNd):
 
     def problem(self, x: Tensor, target: str, training: bool) -> plan.ConvProblem:
         """The problem to plan for a call on x; only the shape, dtype and memory format of x matter."""
-        where, ndim = type(self).__name__, len(self.kernel_size)
-        batched = x[None] if x.ndim == ndim + 1 else x
-        sizes = list(batched.shape)
+        where, sizes, spec, scale = type(self).__name__, self._padded_shape(x), self.spec, self._scale()
+        shapes = [ops.orbit_mean(where, w, spec, scale).shape for w in self._stored()]
+        form = (shapes, None if self.bias is None else self.bias.shape, target, plan.dtype_name(x))
+        is_last = shift.is_last(x[None] if x.ndim == len(self.kernel_size) + 1 else x)
+        return plan.conv_problem(where, self._spec(), sizes, *form, training, is_last, self._dense_factor())
+
+    def _padded_shape(self, x: Tensor) -> list[int]:
+        """The shape of x, batched and padded."""
+        ndim = len(self.kernel_size)
+        sizes = [1, *x.shape] if x.ndim == ndim + 1 else [*x.shape]
         if self.padding_mode != "zeros":
             sides = self._reversed_padding_repeated_twice
             for axis in range(min(ndim, len(sizes) - 2)):
                 sizes[-1 - axis] += sides[2 * axis] + sides[2 * axis + 1]
-        spec, scale = self.spec, self._scale()
-        shapes = [ops.orbit_mean(where, w, spec, scale).shape for w in self._stored()]
-        form = (shapes, None if self.bias is None else self.bias.shape, target, plan.dtype_name(x))
-        return plan.conv_problem(
-            where, self._spec(), sizes, *form, training, shift.is_last(batched), self._dense_factor()
-        )
+        return sizes
 
     def _dense_shape(self) -> tuple[int, ...]:
         out, into = self.out_channels, self.in_channels

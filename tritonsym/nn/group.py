@@ -196,14 +196,9 @@ class _GroupConv(_Fields, _SharedConv):
 
     def problem(self, x: Tensor, target: str, training: bool) -> Any:
         """The problem to plan for a call on x; only the shape and dtype of x matter."""
-        sizes = list(x.shape if x.ndim == len(self.kernel_size) + 2 else (1, *x.shape))
-        if self.padding_mode != "zeros":
-            sides = self._reversed_padding_repeated_twice
-            for axis in range(min(len(self.kernel_size), len(sizes) - 2)):
-                sizes[-1 - axis] += sides[2 * axis] + sides[2 * axis + 1]
         bias = None if self.bias is None else self.bias.shape
         form = (self.weight.shape, bias, target, plan.dtype_name(x), training)
-        return groups.problem(type(self).__name__, self._spec(), sizes, *form)
+        return groups.problem(type(self).__name__, self._spec(), self._padded_shape(x), *form)
 
     def _options(self) -> str:
         return f"symmetry={self.symmetry.name!r}"
