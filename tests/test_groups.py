@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tritonsym
 import tritonsym.functional as T
 import tritonsym.nn as tnn
-from tritonsym import Symmetry, fold, shift
+from tritonsym import Symmetry, fold, shift, symmetry
 from tritonsym.spec import Geometry
 
 F64 = torch.float64
@@ -127,6 +127,28 @@ def test_every_way_of_folding_is_the_definition(case, last, convolved, monkeypat
         torch.testing.assert_close(fold.fprop(padded, psi, layer.bias.detach(), text, axes), y.detach())
         dx, dpsi = fold.backward(dy, padded, psi, text, axes, True, True)
         torch.testing.assert_close((dx[tuple(map(slice, x.shape))], dpsi), expected[:2])
+
+
+@pytest.mark.parametrize("image", ["h r90", "h r270"])
+def test_a_new_group_of_one_diagonal_reflection(image, monkeypatch):
+    """As README says: a name in two tables. One diagonal keeps the corner that the other moves."""
+    name = f"diagonal {image}"
+    monkeypatch.setitem(symmetry._IMAGES, name, (image,))
+    for has_mirror in (False, True):
+        if has_mirror:
+            monkeypatch.setitem(symmetry._MIRRORS, name, (image,))
+        layer, x = tnn.GroupConv2d(2, 3, 3, padding=1, symmetry=name, dtype=F64), torch.randn(2, 4, 6, 6, dtype=F64)
+        with tritonsym.path("reference"):
+            expected = layer(x)
+        with tritonsym.path("fold"):
+            torch.testing.assert_close(layer(x), expected)
+        tritonsym.testing.assert_equivariant(layer, x)
+        fold.characters.cache_clear()
+        fold.fold.cache_clear()
+    for options in ({"stride": (1, 2)}, {"padding": (0, 1)}):
+        stack = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, **options))
+        with pytest.raises(ValueError, match="turns the axes"):
+            tritonsym.replace_layers(stack, group=name)
 
 
 @pytest.mark.parametrize("name", ["h", "d4", "hvz"])
@@ -407,14 +429,14 @@ def test_each_kind_of_cpu_has_its_rule(is_slow, expected, monkeypatch):
     monkeypatch.setattr(shift, "mkl_is_slow", lambda: is_slow)
     tritonsym.plan.forget()
     found = []
-    for symmetry, channels, kernel, size, trains in (
+    for name, channels, kernel, size, trains in (
         ("h", 64, 3, 32, False),
         ("h", 64, 3, 32, True),
         ("h", 256, 1, 28, True),
         ("hv", 256, 3, 28, True),
     ):
-        fields = channels // Symmetry(symmetry).order
-        layer = tnn.GroupConv2d(fields, fields, kernel, padding=kernel // 2, symmetry=symmetry)
+        fields = channels // Symmetry(name).order
+        layer = tnn.GroupConv2d(fields, fields, kernel, padding=kernel // 2, symmetry=name)
         x = torch.empty(8, channels, size, size)
         found.append(tritonsym.explain(layer.requires_grad_(trains), x).axes)
     tritonsym.plan.forget()

@@ -56,7 +56,7 @@ def _note(layer: Any, symmetry: Symmetry) -> str:
     symmetry.check_kernel(tuple(found["kernel_size"]), where)
     axes = [AXES[letter] for letter in symmetry.name] if symmetry.only_flips else [-2, -1]
     moved = {name: [value[axis] for axis in axes] for name, value in found.items()}
-    if symmetry.name in ("c4", "d4") and (uneven := [name for name, (a, b) in moved.items() if a != b]):
+    if any(g.turns % 2 for g in symmetry.elements) and (uneven := [name for name, (a, b) in moved.items() if a != b]):
         raise ValueError(
             f"{where}: {symmetry.name!r} turns the axes, whose {', '.join(uneven)} differ; make them equal"
         )

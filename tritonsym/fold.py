@@ -196,8 +196,9 @@ def characters(symmetry: Symmetry, axes: int, kernel_size: Ints, whole: bool) ->
     for r in range(len(elements)):
         if not any(r in row for row in at):
             at = [(*row, products[a][r]) for row, a in zip(at, own, strict=True)]
-    corners = [elements[a].source((0,) * max(ndim, 2), (2,) * max(ndim, 2))[-ndim:] for a in own]
-    moved = tuple(whole or any(corner) for corner in zip(*corners, strict=True))
+    square = (2,) * max(ndim, 2)
+    moves = [(tap, elements[a].source(tap, square)) for a in own for tap in taps(square)]
+    moved = tuple(whole or any(tap[i] != source[i] for tap, source in moves) for i in range(-ndim, 0))
     kernel = tuple(size if moves else 1 for size, moves in zip(kernel_size, moved, strict=True))
     slots, places = [elements[a].slots(kernel) for a in own], list(taps(kernel))
     planes = []

@@ -31,6 +31,8 @@ _IMAGES = {
     "c4": ("r90", "r180", "r270"),
     "d4": ("r90", "r180", "r270", "h", "h r90", "h r180", "h r270"),
 }
+#: `Symmetry.mirrors` of the groups that turn filters; flips are their own.
+_MIRRORS = {"c2": ("r180",), "c4": ("r180",), "d4": ("h", "h r180")}
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,12 @@ class Symmetry:
 
     @property
     def mirrors(self) -> tuple[Element, ...]:
-        """Generators of the largest subgroup of commuting involutions; they move different axes.
+        """Generators of the largest subgroup of commuting involutions.
 
         >>> [[str(g) for g in Symmetry(name).mirrors] for name in ("hz", "c4", "d4")]
         [['h', 'z'], ['r180'], ['h', 'h r180']]
         """
-        names = {"c2": ("r180",), "c4": ("r180",), "d4": ("h", "h r180")}.get(self.name, tuple(self.name))
-        return tuple(map(Element.parse, names))
+        return tuple(map(Element.parse, self.name if self.only_flips else _MIRRORS.get(self.name, ())))
 
     @property
     def letters(self) -> str:

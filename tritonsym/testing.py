@@ -139,28 +139,29 @@ def _dense_group_conv(convolve: Callable[..., Tensor], layer: Any, x: Tensor) ->
     return y if batched is x else y[0]
 
 
-_DENSE: Forwards = {
-    _SharedConv: partial(_dense_conv, _by_torch),
-    _GroupConv: partial(_dense_group_conv, _by_torch),
-    GroupLinear: _dense_linear,
-    SymmetricLinear: _dense_linear,
-    GlobalConv1d: _dense_global_conv,
-    TopKPool1d: _dense_topk,
-    Symmetrize: _dense_symmetrize,
-}
-#: The same with channels-last convolutions.
-_LAST: Forwards = {
-    **_DENSE,
-    _SharedConv: partial(_dense_conv, _by_torch_last),
-    _GroupConv: partial(_dense_group_conv, _by_torch_last),
-}
-#: The same with `torch.matmul`: convolutions as products with the unfolded input.
-_PRODUCTS: Forwards = {
-    **_DENSE,
-    _SharedConv: partial(_dense_conv, _by_products),
-    _GroupConv: partial(_dense_group_conv, _by_products),
-    SymmetricLinear: _linear_by_products,
-}
+def _forwards(convolve: Callable[..., Tensor], linear: Callable[..., Tensor] = _dense_linear) -> Forwards:
+    """The dense formulations, by class, with this way to convolve."""
+
+    def conv(layer: Any, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return _dense_conv(convolve, layer, x, output_size)
+
+    def group_conv(layer: Any, x: Tensor) -> Tensor:
+        return _dense_group_conv(convolve, layer, x)
+
+    return {
+        _SharedConv: conv,
+        _GroupConv: group_conv,
+        GroupLinear: _dense_linear,
+        SymmetricLinear: linear,
+        GlobalConv1d: _dense_global_conv,
+        TopKPool1d: _dense_topk,
+        Symmetrize: _dense_symmetrize,
+    }
+
+
+_DENSE, _LAST = _forwards(_by_torch), _forwards(_by_torch_last)
+#: By `torch.matmul`: convolutions as products with the unfolded input.
+_PRODUCTS = _forwards(_by_products, _linear_by_products)
 
 
 def _dense_twin(module: nn.Module, forwards: Forwards) -> nn.Module:
