@@ -129,6 +129,7 @@ def test_index_tables_are_shared_by_equal_layers_and_serve_smaller_batches(monke
     assert sums.forward.index.dtype == sums.forward.offsets.dtype == torch.int32
 
 
+@pytest.mark.slow
 def test_a_thousand_image_sizes_do_not_fill_memory(monkeypatch):
     monkeypatch.setattr(shift, "tables", shift._Tables())
     monkeypatch.setattr(shift, "TABLE_BYTES", 1 << 22)
