@@ -227,7 +227,8 @@ def full(results: Results, files: dict[str, dict[str, Any]]) -> str:
                 f"{_machine(results['matrices'])}.",
                 _markdown(_matrix_head(batches), *_matrix_lines(results["matrices"], batches)),
                 "## Estimate for an H200, not measured",
-                "Forward time of the dense convolution and of expanding its weight, over that of `shift`, bfloat16, by "
+                "Forward time of the dense convolution and of expanding its weight, over that of `shift`, and of "
+                "`fused` where it can compute the layer, bfloat16, by "
                 "the roofline model of `plan.estimated_seconds`. Nothing in this table has run on a GPU.",
                 estimate(),
                 "## What was too inexact to be timed",
@@ -249,7 +250,10 @@ def estimate() -> str:
             x = case.input(case.dtypes[0], "meta")["nchw"]
             seconds = plan.estimated_seconds(case.build(case.dtypes[0], "meta").problem(x, "sm_90", False))  # type: ignore[operator]
             cells = lines.setdefault(shape_and_kind(case.name)[0], [])
-            cells.append(f"{seconds['reference'] / seconds['shift']:.1f}")
+            found = {
+                path: f"{seconds['reference'] / seconds[path]:.1f}" for path in ("shift", "fused") if path in seconds
+            }
+            cells.append(", `fused` ".join(found.values()))
     return _markdown(["input", *(f"`{s}`" for s in symmetries)], *([shape, *cells] for shape, cells in lines.items()))
 
 
