@@ -181,7 +181,8 @@ def test_diffusers_save_and_load(tmp_path):
     model, x = Symmetric(recipe, sizes).eval(), torch.randn(1, 3, 16, 16)
     model.save_pretrained(tmp_path)
     loaded = Symmetric.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
-    assert sum(isinstance(module, tnn.SymmetricConv2d) for module in loaded.modules()) == len(recipe["layers"])
+    counts = [sum(isinstance(module, tnn.SymmetricConv2d) for module in m.modules()) for m in (loaded, model)]
+    assert counts[0] == counts[1] > 5
     with torch.no_grad():
         assert torch.equal(loaded(x, 1).sample, model(x, 1).sample)
 
