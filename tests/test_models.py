@@ -183,8 +183,11 @@ def test_diffusers_save_and_load(tmp_path):
     loaded = Symmetric.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
     counts = [sum(isinstance(module, tnn.SymmetricConv2d) for module in m.modules()) for m in (loaded, model)]
     assert counts[0] == counts[1] > 5
-    with torch.no_grad():
-        assert torch.equal(loaded(x, 1).sample, model(x, 1).sample)
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    with torch.no_grad():  # MKL rounds by where tensors lie in memory
+        torch.testing.assert_close(loaded(x, 1).sample, model(x, 1).sample)
 
 
 @pytest.mark.parametrize(("name", "least"), [("resnet18", 15), ("efficientnet_b0", 1)])
