@@ -51,6 +51,7 @@ MOST_VALUES = 6 << 20
 #: With more entries than this, the index tables of one image take too much memory to be kept.
 MOST_ENTRIES = 1 << 21
 #: Where MKL is slow, matrix products with at least this many terms run as convolutions, whose results are copied.
+#: Measured: perf/results/2026-11-26-cpu-layout.json.
 CONVOLVED_TERMS = 256
 #: From this many channels of a group on, gradients are matrix products: a convolution's would be slower.
 GRADIENT_CHANNELS = 192
