@@ -51,8 +51,8 @@ CHUNK_BYTES = 16 << 20
 INSIDE = 250, 200
 
 #: Where MKL is slow, float32 products with at least this many multiply-adds run as 1x1 convolutions: on AMD's CPUs
-#: oneDNN is twice as fast as MKL. Measured: perf/results/2026-11-26-cpu-products.json; how the operands lie in memory, and
-#: roundings: 2026-11-26-cpu-layout.json.
+#: oneDNN is twice as fast as MKL. Measured: perf/results/2026-11-26-cpu-products.json; the layout of the operands, and
+#: roundings: perf/results/2026-11-26-cpu-layout.json.
 CONVOLVED = 1e7
 
 #: Bytes of index tables kept for later calls; the least recently used are dropped first.
