@@ -21,8 +21,9 @@ from tritonsym.packing import mirror, order_of, packed_shape, widens_float16
 
 #: Most rows of a block on the diagonal; these blocks are copied.
 EDGE = 128
-#: Bytes of a block that stays in a thread's cache between its two uses, and the most columns of a block.
-CACHE, WIDTH = 1 << 20, 1024
+#: Bytes of a block that stays in the last cache between its two uses, and the most columns of a block. Measured:
+#: perf/results/2026-11-26-cpu-matrices-cache.json.
+CACHE, WIDTH = 4 << 20, 1024
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
