@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tritonsym.packing import mirror, order_of, packed_shape, widens_float16
+from tritonsym.shift import apart, keep_pages
 
 #: Most rows of a block on the diagonal; these blocks are copied.
 EDGE = 128
@@ -103,6 +104,7 @@ def _in_memory(x: Tensor) -> Tensor:
 
 def _views(packed: Tensor) -> list[tuple[Tensor, Piece]]:
     """The blocks of a contiguous packed matrix, as views, with their pieces."""
+    keep_pages()
     pieces = _pieces(order_of(packed), packed.element_size(), torch.get_num_threads())
     start = packed.storage_offset()
     return [(packed.as_strided(piece.size, piece.stride, start + piece.place), piece) for piece in pieces]
@@ -216,6 +218,7 @@ def gram_work(m: int) -> int:
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
     """beta a + alpha x x^T for x (batch, m, k) and a (batch, m, m) or None; only the lower triangle of a counts."""
+    keep_pages()
     m = x.shape[1]
     c = x.new_empty(x.shape[0], m, m)
 
@@ -240,8 +243,8 @@ def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
     for i, result in enumerate(c):
         lower(i, 0, m)
         for top in range(0, m, EDGE):
-            strip = result[top : top + EDGE]
-            result[:top, top : top + EDGE] = strip[:, :top].mT
-            square = strip[:, top : top + EDGE]
-            square.copy_(mirror(square))
+            bottom = top + EDGE
+            strip = apart(result[top:bottom, :bottom])
+            result[:top, top:bottom] = strip[:, :top].mT
+            result[top:bottom, top:bottom] = mirror(strip[:, top:])
     return c

@@ -622,6 +622,7 @@ def positions(geometry: Geometry, shape: Sequence[int]) -> int:
     return shape[0] * math.prod(sizes if geometry.transposed else geometry.out_sizes(sizes))
 
 
+@cache
 def keep_pages() -> None:
     """Free a block of 32 MB once, glibc's largest threshold: from then on it keeps freed blocks. Before, it gives them
     back to the system, and fresh pages cost as much as the products."""
