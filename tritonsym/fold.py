@@ -44,8 +44,8 @@ from tritonsym.shift import apart, channels_last, is_last, keep_pages, like
 from tritonsym.spec import Geometry, Ints
 from tritonsym.symmetry import Symmetry, signed_orbits, taps
 
-#: Bytes of the sums of one chunk of images.
-CHUNK_BYTES = 6 << 20
+#: Bytes of the sums of one chunk of images (perf/results/2026-11-26-cpu-fold-zen4.json).
+CHUNK_BYTES = 16 << 20
 #: With more values than this, the sums of one image do not fit the cache.
 MOST_VALUES = 6 << 20
 #: With more entries than this, the index tables of one image take too much memory to be kept.
