@@ -44,8 +44,9 @@ from tritonsym.shift import apart, channels_last, is_last, keep_pages, like
 from tritonsym.spec import Geometry, Ints
 from tritonsym.symmetry import Symmetry, signed_orbits, taps
 
-#: Bytes of the sums of one chunk of images (perf/results/2026-11-26-cpu-fold-zen4.json).
-CHUNK_BYTES = 16 << 20
+#: Bytes of the sums of one chunk of images. A convolution orders its weight for every chunk, so these have `ORDERED`
+#: times the bytes of the weight, up to `MOST_BYTES`. Measured: perf/results/2026-11-26-cpu-fold-zen4.json.
+CHUNK_BYTES, ORDERED, MOST_BYTES = 6 << 20, 32, 16 << 20
 #: With more values than this, the sums of one image do not fit the cache.
 MOST_VALUES = 6 << 20
 #: With more entries than this, the index tables of one image take too much memory to be kept.
@@ -439,7 +440,9 @@ class Fold:
     def images(self, x: Tensor, weight: Tensor) -> Iterator[slice]:
         """Chunks whose sums stay in the cache, but have at least as many values as the weight."""
         values = max(1, self.values(x.shape[1]))
-        count = max(1, CHUNK_BYTES // weight.itemsize // values, -(-weight.numel() // values))
+        is_ordered = not self.is_flat or (weight.shape[2] >= CONVOLVED_TERMS and shift.mkl_is_slow())
+        most = max(CHUNK_BYTES, min(ORDERED * weight.nbytes, MOST_BYTES) * is_ordered)
+        count = max(1, most // weight.itemsize // values, -(-weight.numel() // values))
         return (slice(n, n + count) for n in range(0, x.shape[0], count))
 
     def sums(self, x: Tensor) -> Tensor:
