@@ -423,10 +423,6 @@ class Fold:
         cosets = len(self.chars.at[0])
         return self.chars.order, cosets, math.prod(self.rest[0]), len(self.chars.planes), cosets
 
-    def terms(self, channels: int) -> int:
-        """Terms of a value of the product, if it is one of matrices, with this many fields in a group."""
-        return len(self.chars.planes) * len(self.chars.at[0]) * channels
-
     def values(self, channels: int) -> int:
         """Values of the sums of an image with this many channels."""
         return math.prod(self.grid) * channels * len(self.chars.planes)

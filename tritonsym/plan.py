@@ -524,8 +524,7 @@ class GroupProblem(Problem):
         one, fields = fold.fold(self.spec.text, axes, self.sizes), (self.channels, self.filters)
         products, values, additions = (self.batch * number for number in one.work(*fields))
         weight = one.weight_work(*fields)
-        is_few = one.terms(self.channels // self.spec.groups) < fold.CONVOLVED_TERMS
-        slower = (rule.few if is_few else 1) if one.is_flat else rule.grouped[self.training]
+        slower = 1 if one.is_flat else rule.grouped[self.training]
         cost = slower * products + rule.weight * weight + rule.addition * additions + rule.call
         return products + weight, cost + rule.value * (rule.flat if one.is_flat else 1) * values
 
@@ -748,15 +747,14 @@ class Rule:
     """What `fold` costs, in multiply-adds of the dense convolution.
 
     `value`: a value of its sums or products. `addition`, `call`: one of these. `grouped`: a multiply-add where axes
-    stay inside the product, which is then a grouped convolution, in inference and in training. `few`: a multiply-add
-    of matrix products with few terms. `weight`: a multiply-add of the transform of the weight. `flat`: how many times
-    as much a value costs if the product is one of matrices."""
+    stay inside the product, which is then a grouped convolution, in inference and in training. `weight`: a
+    multiply-add of the transform of the weight. `flat`: how many times as much a value costs if the product is one of
+    matrices."""
 
     value: float
     addition: float
     call: float = 0
     grouped: tuple[float, float] = (1.2, 1.2)
-    few: float = 1
     weight: float = 1
     flat: float = 1
 
@@ -769,10 +767,10 @@ ADDITION, BLOCK, INSIDE, WIDTH = 5, 13e6, 1.5, 32
 #: (perf/results/2026-11-25-cpu-volumes.json).
 ONE_VOLUME = 4
 #: The rules of group convolutions, fitted to perf/results/2026-11-25-cpu-fold.json and, where MKL is slow, to
-#: perf/results/2026-11-26-cpu-fold-amd.json; a choice slower than the reference counts tenfold. They hold in
-#: float64, too, and in bfloat16, which is computed in float32, on CPUs without matrix instructions for it.
+#: perf/results/2026-11-26-cpu-fold-amd.json and -zen4.json; a choice slower than the reference counts tenfold. They
+#: hold in float64, too, and in bfloat16, which is computed in float32, on CPUs without matrix instructions for it.
 GROUP_CPU = Rule(50, 4)
-GROUP_SLOW_MKL = Rule(50, 4, grouped=(1.1, 1.2), few=1.5, weight=6, flat=2)
+GROUP_SLOW_MKL = Rule(50, 4, grouped=(1.2, 1.3), weight=3, flat=2)
 #: An estimate: every value is written and read once, and there are about ten launches.
 GROUP_GPU = Rule(900, 60, 1e10)
 #: The kernel of the additions unrolls all terms of all sums: with more than this many it compiles for over 10 seconds
