@@ -423,14 +423,13 @@ def test_plans():
     assert planned("hv", 64, 1, 4096, 4096).path == "reference"  # the tables would take gigabytes
 
 
-@pytest.mark.parametrize(("is_slow", "expected"), [(False, [0, 0, 1, 2]), (True, [1, 0, 0, 1])])
+@pytest.mark.parametrize(("is_slow", "expected"), [(False, [0, 1, 2]), (True, [0, 0, 2])])
 def test_each_kind_of_cpu_has_its_rule(is_slow, expected, monkeypatch):
-    """Where MKL is slow, matrices of few terms do not pay, and convolutions pay sooner, above all in inference."""
+    """Where MKL is slow, the values of products of matrices cost twice as much."""
     monkeypatch.setattr(shift, "mkl_is_slow", lambda: is_slow)
     tritonsym.plan.forget()
     found = []
     for name, channels, kernel, size, trains in (
-        ("h", 64, 3, 32, False),
         ("h", 64, 3, 32, True),
         ("h", 256, 1, 28, True),
         ("hv", 256, 3, 28, True),
