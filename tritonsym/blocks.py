@@ -110,10 +110,17 @@ def _views(packed: Tensor) -> list[tuple[Tensor, Piece]]:
     return [(packed.as_strided(piece.size, piece.stride, start + piece.place), piece) for piece in pieces]
 
 
+def _blocks(t: Tensor, size: tuple[int, int, int], row: int, down: int, column: int, right: int) -> Tensor:
+    """A batch of this size (count, height, width) of blocks of a matrix t: block k begins at row + k * down and
+    column + k * right."""
+    rows, columns = t.stride()
+    strides = (down * rows + right * columns, rows, columns)
+    return t.as_strided(size, strides, t.storage_offset() + row * rows + column * columns)
+
+
 def _columns(x: Tensor, start: int, step: int, count: int, width: int) -> Tensor:
-    """The `width` columns of x (B, n), contiguous, for every block, from start + k * step on: (count, B, width)."""
-    rows, n = x.shape
-    return x.as_strided((count, rows, width), (step, n, 1), x.storage_offset() + start)
+    """The `width` columns of x (B, n) for every block, from start + k * step on: (count, B, width)."""
+    return _blocks(x, (count, x.shape[0], width), 0, 0, start, step)
 
 
 def _add(y: Tensor, start: int, step: int, values: Tensor, sign: int) -> None:
@@ -210,38 +217,37 @@ def gradient(x: Tensor, dy: Tensor, skew: bool = False) -> Tensor:
 
 def gram_work(m: int) -> int:
     """Multiply-adds of `gram` for one column of x (m, k)."""
-    if m <= EDGE:
-        return m * m
-    half = m // 2
-    return half * (m - half) + gram_work(half) + gram_work(m - half)
+    times, edge = _halvings(m)
+    whole = edge << times
+    return whole * (whole + edge) // 2 + (m - whole) * m
 
 
 def gram(x: Tensor, a: Tensor | None, alpha: float, beta: float) -> Tensor:
     """beta a + alpha x x^T for x (batch, m, k) and a (batch, m, m) or None; only the lower triangle of a counts."""
     keep_pages()
-    m = x.shape[1]
+    _, m, k = x.shape
+    times, edge = _halvings(m)
+    whole = edge << times
     c = x.new_empty(x.shape[0], m, m)
 
-    def lower(i: int, start: int, end: int) -> None:
-        if end - start <= EDGE:
-            multiply(i, slice(start, end), slice(start, end))
-            return
-        middle = (start + end) // 2
-        multiply(i, slice(middle, end), slice(start, middle))
-        lower(i, start, middle)
-        lower(i, middle, end)
-
-    def multiply(i: int, rows: slice, columns: slice) -> None:
-        left, right, out = x[i, rows], x[i, columns].mT, c[i, rows, columns]
+    def multiply(i: int, row: int, column: int, step: int, size: tuple[int, int, int]) -> None:
+        """A batch of blocks of c[i], each `step` rows and columns from the one before."""
+        count, height, width = size
+        left = _blocks(x[i], (count, height, k), row, step, 0, 0)
+        right = _blocks(x[i], (count, width, k), column, step, 0, 0).mT
+        out = _blocks(c[i], size, row, step, column, step)
         if a is not None:
-            torch.addmm(a[i, rows, columns], left, right, alpha=alpha, beta=beta, out=out)
+            torch.baddbmm(_blocks(a[i], size, row, step, column, step), left, right, alpha=alpha, beta=beta, out=out)
             return
-        torch.mm(left, right, out=out)
+        torch.bmm(left, right, out=out)
         if alpha != 1:
             out *= alpha
 
     for i, result in enumerate(c):
-        lower(i, 0, m)
+        for size in (edge << j for j in range(times)):
+            multiply(i, size, 0, 2 * size, (whole // size // 2, size, size))
+        multiply(i, 0, 0, edge, (1 << times, edge, edge))
+        multiply(i, whole, 0, 0, (1, m - whole, m))
         for top in range(0, m, EDGE):
             bottom = top + EDGE
             strip = apart(result[top:bottom, :bottom])
