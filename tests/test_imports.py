@@ -21,9 +21,9 @@ PERF = Path(importlib.import_module("tritonsym.perf").__file__).parent
 ORDER = [
     {"_compat", "_table", "symmetry", "packing", "tuned"},
     {"spec"},
-    {"blocks", "reference"},
+    {"reference"},
     {"shift"},
-    {"fold"},
+    {"blocks", "fold"},
     {"launch"},
     {"plan"},
     {"ops"},
