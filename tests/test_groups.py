@@ -225,6 +225,18 @@ def test_chunks_and_empty_batches(monkeypatch):
         assert layer(x[:0]).shape == (0, *expected.shape[1:])
 
 
+@pytest.mark.parametrize(("name", "lengths"), [("h", [3, 3, 2]), ("hv", [1] * 8)])
+def test_chunks_of_a_convolution_grow_with_its_weight(name, lengths, monkeypatch):
+    """It orders the weight for every chunk; a product of matrices does not."""
+    symmetry, x = Symmetry(name), torch.empty(8, 8, 6, 6)
+    layer = tnn.GroupConv2d(8 // symmetry.order, 2, 3, padding=1, symmetry=name)
+    one = fold.fold(layer._spec(), len(symmetry.mirrors), (6, 6))
+    image = 4 * one.values(8)
+    for setting, value in (("CHUNK_BYTES", image), ("ORDERED", 10**6), ("MOST_BYTES", 3 * image)):
+        monkeypatch.setattr(fold, setting, value)
+    assert [len(x[n]) for n in one.images(x, one.weight(layer.weight))] == lengths
+
+
 @pytest.mark.parametrize(("ndim", "form"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
 def test_memory_formats(ndim, form):
     """The layers take a model's format as torch's do; outputs have the format of the input on every path."""
